@@ -1,0 +1,245 @@
+"""Artifacts: directories that state what they hold, how they were made, and prove it.
+
+Every stage's output is one directory with a `manifest.json` (design.md, rule 3). It is written beside its
+final name and renamed whole, so a reader sees all of it or nothing; readers check sizes and digests.
+
+    with create(path, kind="corpus", inputs={...}, config={...}) as staging:
+        ...write files under staging.path...
+        staging.counts["rows"] = n
+    manifest = load(path, kind="corpus")
+
+An interrupted stage keeps its staging directory when it asks for `resumable=True`; the next `create` with the
+same inputs and config continues in it, and one with others starts empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_KEY = ".staging.json"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to a file so that a reader sees the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+@functools.cache
+def code_version() -> str:
+    """The package version, with the git commit (`+g<sha>[.dirty]`) when run from a checkout.
+
+    `DRAFTLINE_CODE_VERSION` overrides it: a job's uploaded working directory has no `.git`, so the submitter
+    passes its own.
+    """
+    if given := os.environ.get("DRAFTLINE_CODE_VERSION"):
+        return given
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = functools.partial(
+            subprocess.run, cwd=root, capture_output=True, text=True, check=True, timeout=10
+        )
+        sha = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+g{sha}" + (".dirty" if dirty else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself.
+
+    Attributes:
+        kind: `target`, `corpus`, `features`, `draft`, `report`, ...
+        files: relative path -> {"sha256": hex, "bytes": int}, every file but the manifest.
+        counts: rows, tokens, shards, ... of its content.
+        config: the plain config of the stage that made it.
+        inputs: name -> digest of each input artifact.
+        target: identity of the target it belongs to, if any (see `pipeline.target.TargetIdentity`).
+        info: anything else worth keeping (tables, metrics), not part of the identity.
+        code_version, created: who wrote it and when (not part of the identity).
+    """
+
+    kind: str
+    files: dict[str, dict[str, Any]]
+    counts: dict[str, int]
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    target: dict[str, str] | None = None
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    code_version: str = ""
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 over content and provenance: kind, file digests, config, inputs, target."""
+        return digest_json(
+            {
+                "kind": self.kind,
+                "files": {name: f["sha256"] for name, f in self.files.items()},
+                "config": self.config,
+                "inputs": self.inputs,
+                "target": self.target,
+            }
+        )
+
+
+@dataclasses.dataclass
+class Staging:
+    """A directory being written; what is put in `counts`, `info`, `target` goes into the manifest."""
+
+    path: Path
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    target: dict[str, str] | None = None
+
+
+@contextlib.contextmanager
+def create(
+    final: Path | str,
+    kind: str,
+    *,
+    config: dict[str, Any],
+    inputs: dict[str, str] | None = None,
+    target: dict[str, str] | None = None,
+    resumable: bool = False,
+) -> Iterator[Staging]:
+    """Writes an artifact aside and renames it to `final` when the block ends without an error.
+
+    Args:
+        final: directory that will hold the artifact; an older artifact there is replaced whole.
+        resumable: keep what was staged if the block fails, and find it again next time.
+    """
+    final = Path(final).absolute()
+    key = digest_json({"kind": kind, "config": config, "inputs": inputs or {}, "target": target})
+    aside = final.with_name(f".{final.name}.staging")
+    if aside.exists() and (not resumable or _staged_key(aside) != key):
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    write_json(aside / _KEY, {"key": key})
+    staging = Staging(aside, target=target)
+    try:
+        yield staging
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    (aside / _KEY).unlink()
+    files = {
+        str(p.relative_to(aside)): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
+        for p in sorted(aside.rglob("*"))
+        if p.is_file()
+    }
+    manifest = Manifest(
+        kind=kind,
+        files=files,
+        counts=staging.counts,
+        config=config,
+        inputs=inputs or {},
+        target=staging.target,
+        info=staging.info,
+        code_version=code_version(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    write_json(aside / MANIFEST, dataclasses.asdict(manifest))
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        aside.rename(final)
+
+
+def load(path: Path | str, kind: str, *, verify: bool = True) -> Manifest:
+    """Reads and checks an artifact's manifest.
+
+    Args:
+        verify: also hash every file (otherwise only sizes are checked).
+
+    Raises:
+        ArtifactError: missing, of another kind or schema, or a file is missing, truncated or altered.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"No {kind} artifact at {path}: {MANIFEST} is missing. Run the stage that makes it.")
+    try:
+        raw = json.loads(file.read_text())
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError) as e:
+        raise ArtifactError(f"{file} is not a manifest this version can read ({e}). Make the artifact again.") from None
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{file} has schema version {manifest.schema_version}, this code reads {SCHEMA_VERSION}. "
+            "Make the artifact again."
+        )
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path} holds a {manifest.kind!r} artifact where a {kind!r} was expected.")
+    for name, entry in manifest.files.items():
+        part = path / name
+        if not part.is_file():
+            raise ArtifactError(f"{part} is missing from the {kind} artifact. Make the artifact again.")
+        if part.stat().st_size != entry["bytes"]:
+            raise ArtifactError(
+                f"{part} is truncated or altered: {part.stat().st_size} bytes, the manifest says {entry['bytes']}. "
+                "Make the artifact again."
+            )
+        if verify and sha256_file(part) != entry["sha256"]:
+            raise ArtifactError(
+                f"{part} was altered: its SHA-256 is not the manifest's {entry['sha256'][:12]}... "
+                "Make the artifact again."
+            )
+    return manifest
+
+
+def current(path: Path | str, kind: str, *, config: dict[str, Any], inputs: dict[str, str]) -> Manifest | None:
+    """The manifest at `path` if it was made from exactly these inputs and config, else None.
+
+    A stage whose output is current is skipped (design.md, rule 4). A damaged artifact is not current.
+    """
+    try:
+        manifest = load(path, kind, verify=False)
+    except ArtifactError:
+        return None
+    same = digest_json(manifest.config) == digest_json(config) and manifest.inputs == inputs
+    return manifest if same else None
+
+
+def _staged_key(aside: Path) -> str | None:
+    try:
+        return json.loads((aside / _KEY).read_text())["key"]
+    except (OSError, ValueError, KeyError):
+        return None
