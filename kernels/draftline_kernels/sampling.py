@@ -1,0 +1,326 @@
+"""Sampling: what a request asks for, the logits that result, and the token that its noise picks.
+
+`transform` turns logits into the logits of the distribution to draw from; `draw` draws from it with noise keyed by
+(request seed, absolute position, target token id). Shape letters: N rows, B requests, V vocabulary (target or draft).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .noise import bits_from_keys, gumbel_from_bits, keys
+
+BLOCK = 4096
+"""Target token ids per block of the hierarchical draw (part of the noise's definition: changing it changes texts)."""
+
+STREAMS: dict[str, tuple[int, int]] = {"target": (0, 1), "draft": (2, 3), "residual": (4, 5), "bonus": (6, 7)}
+"""Noise streams (block choice, token choice) of each purpose that a token is drawn for."""
+
+_NUCLEUS_GUESS = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of B requests, one entry each.
+
+    Attributes:
+        temperature: float32 [B]; 0 means greedy, and the other two are then ignored.
+        top_k: int64 [B]; 0 means off.
+        top_p: float32 [B] in [0, 1]; 1 means off.
+        seed: int64 [B].
+        greedy: every request is greedy (computed once, so that the fast path costs nothing per step).
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    greedy: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("temperature", "float"), ("top_k", "int"), ("top_p", "float"), ("seed", "int")):
+            value = getattr(self, name)
+            if value.shape != self.seed.shape or value.dim() != 1:
+                raise ValueError(f"sampling.{name} has shape {list(value.shape)}; all four must be [B]")
+            if value.dtype != (torch.float32 if kind == "float" else torch.int64):
+                raise ValueError(f"sampling.{name} is {value.dtype}; it must be {kind}{32 if kind == 'float' else 64}")
+        object.__setattr__(self, "greedy", bool((self.temperature == 0).all()))
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[float, int, float, int]], device: torch.device | str = "cpu") -> Sampling:
+        """Sampling of `(temperature, top_k, top_p, seed)` rows, in order.
+
+        Raises:
+            ValueError: a value outside its range; the message names the row.
+        """
+        entries = list(rows)
+        for number, (temperature, top_k, top_p, _) in enumerate(entries):
+            if not 0 <= temperature < float("inf"):
+                raise ValueError(f"row {number}: temperature {temperature} must be finite and at least 0 (0 = greedy)")
+            if top_k < 0:
+                raise ValueError(f"row {number}: top_k {top_k} must be at least 0 (0 = off)")
+            if not 0 <= top_p <= 1:
+                raise ValueError(f"row {number}: top_p {top_p} must be within [0, 1] (1 = off)")
+        # Seeds are 64 bits: an unsigned one keeps its bit pattern.
+        seeds = [((row[3] + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for row in entries]
+        return cls(
+            temperature=torch.tensor([row[0] for row in entries], dtype=torch.float32, device=device),
+            top_k=torch.tensor([row[1] for row in entries], dtype=torch.int64, device=device),
+            top_p=torch.tensor([row[2] for row in entries], dtype=torch.float32, device=device),
+            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+        )
+
+    def __len__(self) -> int:
+        return self.seed.shape[0]
+
+    def select(self, index: Tensor) -> Sampling:
+        """Sampling of the requests (or, with repeats, of the rows) that `index` int64 [N] names."""
+        return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.seed[index])
+
+
+def _keep_top_k(logits: Tensor, top_k: Tensor) -> None:
+    """Rows of `logits` [N, V] with 0 < top_k < V: everything below the k-th largest value becomes -inf, in place."""
+    vocabulary = logits.shape[-1]
+    rows = ((top_k > 0) & (top_k < vocabulary)).nonzero().squeeze(-1)
+    if rows.numel() == 0:
+        return
+    k = top_k[rows]
+    values = logits[rows].topk(int(k.max()), dim=-1).values
+    bound = logits.new_full((logits.shape[0], 1), float("-inf"))
+    bound[rows] = values.gather(-1, (k - 1).unsqueeze(-1))
+    logits.masked_fill_(logits < bound, float("-inf"))
+
+
+def _nucleus_bounds(logits: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest logit of the nucleus of each row and how many tokens with exactly that logit belong to it.
+
+    A token belongs while the mass ranked strictly above it is below top_p; the first always does. Only as many tokens
+    are sorted as the widest nucleus of the rows needs.
+    """
+    rows, vocabulary = logits.shape
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    bound, ties = logits.new_empty(rows), torch.zeros(rows, dtype=torch.int64, device=logits.device)
+    pending = torch.arange(rows, device=logits.device)
+    width = min(_NUCLEUS_GUESS, vocabulary)
+    while True:
+        values = logits[pending].topk(width, dim=-1, sorted=True).values
+        probability = (values - normaliser[pending]).exp().to(torch.float64)
+        upto = probability.cumsum(dim=-1)
+        wanted = top_p[pending].to(torch.float64).unsqueeze(-1)
+        kept = (upto - probability < wanted).sum(dim=-1).clamp_(min=1)
+        last = values.gather(-1, (kept - 1).unsqueeze(-1))
+        bound[pending] = last.squeeze(-1)
+        ties[pending] = kept - (values > last).sum(dim=-1)
+        if width == vocabulary:
+            return bound, ties
+        open_rows = (upto[:, -1] < wanted.squeeze(-1)) & (values[:, -1] > float("-inf"))
+        pending = pending[open_rows]
+        if pending.numel() == 0:
+            return bound, ties
+        width = min(width * 8, vocabulary)
+
+
+def _keep_top_p(logits: Tensor, top_p: Tensor) -> None:
+    """Rows of `logits` [N, V] with top_p < 1: everything outside the nucleus becomes -inf, in place."""
+    # A row that is not finite has no nucleus; it passes as it is, and whoever verifies it flags it.
+    rows = ((top_p < 1) & logits.amax(dim=-1).isfinite()).nonzero().squeeze(-1)
+    if rows.numel() == 0:
+        return
+    chosen = logits if rows.numel() == logits.shape[0] else logits[rows]
+    bound, ties = _nucleus_bounds(chosen, top_p[rows])
+    outside = chosen < bound.unsqueeze(-1)
+    tied = chosen == bound.unsqueeze(-1)
+    crowded = (tied.sum(dim=-1) > ties).nonzero().squeeze(-1)
+    if crowded.numel():
+        rank = tied[crowded].cumsum(dim=-1)
+        outside[crowded] |= tied[crowded] & (rank > ties[crowded].unsqueeze(-1))
+    if chosen is logits:
+        logits.masked_fill_(outside, float("-inf"))
+    else:
+        logits[rows] = chosen.masked_fill_(outside, float("-inf"))
+
+
+def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Logits of the distribution that a request samples from: temperature, then top-k, then top-p on what is left.
+
+    Order and sets are those of transformers' warpers (top-k keeps every token tied with the k-th; top-p keeps a token
+    while the mass ranked above it is below top_p, at least one). Among tokens tied at the edge of the nucleus the
+    lowest ids stay. A greedy row (temperature 0) becomes one-hot at its largest logit, lowest id on ties.
+
+    Args:
+        logits: [N, V], any floating dtype; -inf is legal. Not modified.
+        temperature: float32 [N], top_k: int64 [N], top_p: float32 [N], as in `Sampling`.
+
+    Returns:
+        float32 [N, V], -inf outside the kept set. It may be `logits` itself when no row asks for anything.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits have shape {list(logits.shape)}; expected [N, V]")
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if value.shape != logits.shape[:1]:
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected [N] = [{logits.shape[0]}]")
+    greedy = temperature == 0
+    scaled = bool(((temperature != 1) & ~greedy).any())
+    cut_k, cut_p = bool(((top_k > 0) & ~greedy).any()), bool(((top_p < 1) & ~greedy).any())
+    one_hot = bool(greedy.any())
+    out = logits.to(torch.float32)
+    if not (scaled or cut_k or cut_p or one_hot):
+        return out
+    if scaled:
+        out = out / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(-1)
+    elif out is logits:
+        out = out.clone()
+    if cut_k:
+        _keep_top_k(out, top_k.masked_fill(greedy, 0))
+    if cut_p:
+        _keep_top_p(out, top_p.masked_fill(greedy, 1.0))
+    if one_hot:
+        rows = greedy.nonzero().squeeze(-1)
+        best = out[rows].argmax(dim=-1)
+        peak = out[rows, best]
+        out[rows] = float("-inf")
+        out[rows, best] = peak
+    return out
+
+
+def _block_sums(mass: Tensor, bounds: list[int] | None) -> Tensor:
+    """Sums of `mass` [N, V] over blocks: [N, blocks]; `bounds` are block edges along V, None for plain strides."""
+    rows, width = mass.shape
+    if bounds is not None:
+        return torch.stack([mass[:, low:high].sum(dim=-1) for low, high in zip(bounds, bounds[1:], strict=False)], -1)
+    whole = width // BLOCK
+    parts = []
+    if whole:
+        parts.append(mass[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).sum(dim=-1))
+    if width % BLOCK:
+        parts.append(mass[:, whole * BLOCK :].sum(dim=-1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def draw_keyed(
+    logits: Tensor, seed: Tensor, position: Tensor, streams: Tensor, token_ids: Tensor | None = None
+) -> Tensor:
+    """`draw` for rows that are all sampled, with the noise streams given per row.
+
+    Args:
+        logits: float32 [N, V]; seed, position: int64 [N]; token_ids: int64 [V] ascending, or None.
+        streams: int64 [2, N]: stream of the block choice and of the token choice.
+
+    Returns:
+        int64 [N] target token ids.
+    """
+    rows, width = logits.shape
+    device = logits.device
+    bounds: list[int] | None = None
+    if token_ids is None:
+        blocks = (width + BLOCK - 1) // BLOCK
+    else:
+        blocks = int(token_ids[-1]) // BLOCK + 1
+        edges = torch.arange(blocks + 1, device=device) * BLOCK
+        bounds = torch.searchsorted(token_ids, edges).tolist()
+    peak = logits.amax(dim=-1, keepdim=True)
+    peak = torch.where(peak == float("-inf"), torch.zeros_like(peak), peak)
+    key = keys(seed, position, streams)  # [2 keys, 2 purposes, N]
+    if blocks == 1:
+        block = torch.zeros(rows, dtype=torch.int64, device=device)
+    else:
+        mass = _block_sums((logits - peak).exp_(), bounds)
+        noise = bits_from_keys(key[:, 0].unsqueeze(-1), torch.arange(blocks, dtype=torch.int32, device=device))
+        block = (mass.log_() + gumbel_from_bits(noise)).argmax(dim=-1)
+    if bounds is None:
+        low = block * BLOCK
+        high = (low + BLOCK).clamp_(max=width)
+        span = min(BLOCK, width)
+    else:
+        edge = torch.tensor(bounds, device=device)
+        low, high = edge[block], edge[block + 1]
+        span = max(second - first for first, second in zip(bounds, bounds[1:], strict=False))
+    column = low.unsqueeze(-1) + torch.arange(span, device=device)
+    beyond = column >= high.unsqueeze(-1)
+    column.clamp_(max=width - 1)
+    token = column if token_ids is None else token_ids[column]
+    score = logits.gather(-1, column) - peak
+    score += gumbel_from_bits(bits_from_keys(key[:, 1].unsqueeze(-1), token))
+    score.masked_fill_(beyond, float("-inf"))
+    return token.gather(-1, score.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def draw(
+    logits: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    temperature: Tensor | None = None,
+    stream: str = "target",
+    anchor: Tensor | None = None,
+) -> Tensor:
+    """One token per row from softmax(logits), by noise keyed by (seed, position, target token id, stream).
+
+    Hierarchical Gumbel draw: a block of 4096 target ids by Gumbel noise over the blocks' log-sum-exps, then a token
+    inside it by Gumbel noise on its entries: exactly softmax, with noise on one block only. Block and token are those
+    of the *target* vocabulary, so a draft's draw over its own vocabulary meets the same noise as the target's draw at
+    that position: that is the coupling.
+
+    Args:
+        logits: [N, V] of the distribution to draw from (after `transform`); -inf is legal.
+        seed: int64 [N]. position: int64 [N], absolute position of the token that is drawn, in [0, 2^31).
+        token_ids: int64 [V], ascending target ids of the columns (a draft's d2t); None when column = target id.
+        temperature: float32 [N]; rows with 0 take the argmax, lowest id on ties, without noise. None: no such rows
+            (rows that `transform` made one-hot need no mention).
+        stream: which noise: "target" for the target's draws and for a draft's under the coupled rule; "draft" for a
+            draft's under the ratio rule, where sharing noise with the verification is biased (`proposal_stream`).
+        anchor: int64 [N], absolute position of the round's anchor: keys the noise by the round as well, so that a
+            position proposed again in a later round meets fresh noise. Only for streams where nothing is coupled.
+
+    Returns:
+        int64 [N] target token ids. A row that is not finite yields some valid id: flag such rows (`verify` does).
+
+    Raises:
+        ValueError: shapes disagree, or the stream is unknown, or the coupled stream is keyed by the anchor.
+    """
+    if logits.dim() != 2 or 0 in logits.shape[1:]:
+        raise ValueError(f"logits have shape {list(logits.shape)}; expected [N, V] with V > 0")
+    rows, width = logits.shape
+    for name, value in (("seed", seed), ("position", position), ("temperature", temperature), ("anchor", anchor)):
+        if value is not None and value.shape != (rows,):
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected [N] = [{rows}]")
+    if token_ids is not None and token_ids.shape != (width,):
+        raise ValueError(f"token_ids have shape {list(token_ids.shape)}; expected [V] = [{width}]")
+    if stream not in STREAMS:
+        raise ValueError(f"stream {stream!r} is not one of {', '.join(STREAMS)}")
+    if anchor is not None:
+        if stream == "target":
+            raise ValueError("the target stream is keyed by position alone: leave anchor out, or use stream='draft'")
+        position = position | ((anchor + 1) << 32)
+    if rows == 0:
+        return torch.zeros(0, dtype=torch.int64, device=logits.device)
+    greedy = None if temperature is None else temperature == 0
+    if greedy is not None and bool(greedy.any()):
+        best = logits.argmax(dim=-1)
+        out = best if token_ids is None else token_ids[best]
+        sampled = (~greedy).nonzero().squeeze(-1)
+        if sampled.numel():
+            out[sampled] = draw(logits[sampled], seed[sampled], position[sampled], token_ids, stream=stream)
+        return out
+    streams = torch.tensor(STREAMS[stream], device=logits.device).unsqueeze(-1).expand(2, rows)
+    return draw_keyed(logits.to(torch.float32), seed, position, streams, token_ids)
+
+
+def proposal_stream(rule: str) -> str:
+    """The stream that a draft draws its proposal with under a verification rule ("coupled" or "ratio").
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+    streams = {"coupled": "target", "ratio": "draft"}
+    if rule not in streams:
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(streams)}")
+    return streams[rule]

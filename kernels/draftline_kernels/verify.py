@@ -1,0 +1,273 @@
+"""Verification: how much of each proposal the target keeps, and the token it adds. Exact under both rules.
+
+Shape letters: B requests, K block size, T verification rows in the step (sum of lengths + 1), V target vocabulary,
+Vd draft vocabulary.
+
+coupled: the target's own sample y is drawn at every row with noise keyed by (seed, position, token id); a proposed
+    token is kept iff it equals y, and y is emitted otherwise (arXiv 2408.07978). For a seed the text depends on nothing
+    but the target.
+ratio: keep x with probability min(1, p(x) / q(x)), otherwise draw from max(p - q, 0) (Leviathan 2023, Chen 2023).
+
+This module is the torch reference, on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .noise import uniform
+from .sampling import STREAMS, Sampling, draw_keyed, proposal_stream, transform
+
+ACCEPT_STREAM = 8
+"""Noise stream of the ratio rule's acceptance test."""
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a step decided, one entry per request.
+
+    Attributes:
+        accepted: int64 [B]; how many proposed tokens are kept, 0 <= accepted <= lengths.
+        next_token: int64 [B]; the token emitted after them (correction or bonus); -1 where `finite` is false.
+        finite: bool [B]; false where a row of the request held NaN, +inf or only -inf: nothing of it may be emitted.
+    """
+
+    accepted: Tensor
+    next_token: Tensor
+    finite: Tensor
+
+
+def _check(
+    target_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    cu_lengths: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    rule: str,
+    draft_logits: Tensor | None,
+    d2t: Tensor | None,
+) -> None:
+    """Raise ValueError, naming the argument, unless shapes, dtypes and lengths fit each other."""
+    proposal_stream(rule)
+    if target_logits.dim() != 2 or not target_logits.is_floating_point():
+        raise ValueError(f"target_logits are {target_logits.dtype} {list(target_logits.shape)}; expected float [T, V]")
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {list(tokens.shape)}; expected [B, K]")
+    rows, vocabulary = target_logits.shape
+    batch, block = tokens.shape
+    shapes = (("lengths", lengths, batch), ("cu_lengths", cu_lengths, batch + 1), ("positions", positions, batch))
+    for name, value, size in shapes:
+        if value.shape != (size,):
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected [{size}] for {batch} requests")
+    for name, value in (("tokens", tokens), ("lengths", lengths), ("cu_lengths", cu_lengths), ("positions", positions)):
+        if value.dtype != torch.int64:
+            raise ValueError(f"{name} is {value.dtype}; expected int64")
+    if len(sampling) != batch:
+        raise ValueError(f"sampling is for {len(sampling)} requests; tokens are for {batch}")
+    if batch == 0:
+        return
+    if bool((lengths < 0).any()) or bool((lengths > block).any()):
+        raise ValueError(f"lengths {lengths.tolist()} must be within [0, K] = [0, {block}]")
+    if int(cu_lengths[0]) != 0 or int(cu_lengths[-1]) != rows or bool((cu_lengths.diff() != lengths + 1).any()):
+        raise ValueError(
+            f"cu_lengths {cu_lengths.tolist()} must start at 0, grow by lengths + 1 (lengths {lengths.tolist()}) and "
+            f"end at the {rows} rows of target_logits"
+        )
+    offered = torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1)
+    if bool((((tokens < 0) | (tokens >= vocabulary)) & offered).any()):
+        raise ValueError(f"an offered token is outside the target vocabulary of {vocabulary}: {tokens.tolist()}")
+    if draft_logits is not None and rule == "ratio":
+        width = vocabulary if d2t is None else d2t.shape[0]
+        if draft_logits.shape != (batch, block, width):
+            expected = f"[B, K, {'V' if d2t is None else 'Vd'}] = {[batch, block, width]}"
+            raise ValueError(f"draft_logits have shape {list(draft_logits.shape)}; expected {expected}")
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Argmax (lowest id on ties) of each row [N, V] and whether the row is usable (its largest entry is finite)."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    return best.squeeze(-1), logits.gather(-1, best).isfinite().squeeze(-1)
+
+
+def _draw_rows(logits: Tensor, sampling: Sampling, position: Tensor, streams: tuple[int, int] | Tensor) -> Tensor:
+    """Draw one token per transformed row [N, V]; `streams` one pair for all, or int64 [2, N]."""
+    if not isinstance(streams, Tensor):
+        streams = torch.tensor(streams, device=logits.device).unsqueeze(-1).expand(2, logits.shape[0])
+    return draw_keyed(logits, sampling.seed, position, streams)
+
+
+def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's own token of every row [N, V] (greedy or drawn) and whether the row is usable."""
+    choice, finite = _largest(logits)
+    if not sampling.greedy:
+        rows = (sampling.temperature > 0).nonzero().squeeze(-1)
+        chosen, own = (logits, sampling) if rows.numel() == logits.shape[0] else (logits[rows], sampling.select(rows))
+        warped = transform(chosen, own.temperature, own.top_k, own.top_p)
+        choice[rows] = _draw_rows(warped, own, position[rows], STREAMS["target"])
+    return choice, finite
+
+
+def _draft_column(tokens: Tensor, d2t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Columns of target token ids in the draft's logits, and whether the draft has them at all."""
+    if d2t is None:
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    column = torch.searchsorted(d2t, tokens.contiguous()).clamp_(max=d2t.shape[0] - 1)
+    return column, d2t[column] == tokens
+
+
+def _residual(p_logits: Tensor, q_logits: Tensor | None, token: Tensor, d2t: Tensor | None) -> Tensor:
+    """Logits of max(p - q, 0) for rejected rows.
+
+    Args:
+        p_logits: float32 [N, V] transformed target logits.
+        q_logits: float32 [N, V or Vd] logits that `token` was drawn from; None: q is one-hot at `token`. Rows that
+            are not finite, or that give `token` no mass, count as one-hot too.
+        token: int64 [N] the rejected tokens.
+
+    Returns:
+        float32 [N, V]; rows whose residual mass is zero in float32 are p's own logits.
+    """
+    mass = p_logits.softmax(dim=-1)
+    row = torch.arange(token.shape[0], device=token.device)
+    if q_logits is None:
+        mass[row, token] = 0.0
+    else:
+        column, inside = _draft_column(token, d2t)
+        q = q_logits.softmax(dim=-1)
+        usable = inside & (q[row, column] > 0) & q_logits.amax(dim=-1).isfinite()
+        q = torch.where(usable.unsqueeze(-1), q, torch.zeros_like(q))
+        if d2t is None:
+            mass -= q
+        else:
+            mass[:, d2t] -= q
+        mass.clamp_(min=0.0)
+        mass[row, token] = torch.where(usable, mass[row, token], torch.zeros_like(mass[row, token]))
+    empty = mass.sum(dim=-1, keepdim=True) <= 0
+    return torch.where(empty, p_logits, mass.log())
+
+
+def _verify_ratio(
+    target_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    first_row: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    draft_logits: Tensor | None,
+    d2t: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """accepted and next_token [B] of requests that are all sampled; their rows start at `first_row` [B]."""
+    batch, block = tokens.shape
+    device = tokens.device
+    slot = torch.arange(block, device=device)
+    offered = slot < lengths.unsqueeze(-1)
+    request, index = offered.nonzero(as_tuple=True)
+    counts = lengths + 1
+    owner = torch.repeat_interleave(torch.arange(batch, device=device), counts)
+    start = counts.cumsum(0) - counts
+    source = first_row[owner] + torch.arange(owner.shape[0], device=device) - start[owner]
+    own = sampling.select(owner)
+    # Row b's rows are consecutive in `warped`, starting at start[b].
+    warped = transform(target_logits[source], own.temperature, own.top_k, own.top_p)
+    kept = torch.zeros_like(offered)
+    if request.numel():
+        proposed = tokens[request, index]
+        scored = warped[start[request] + index]
+        log_p = scored.gather(-1, proposed.unsqueeze(-1)).squeeze(-1) - scored.logsumexp(dim=-1)
+        log_q = torch.zeros_like(log_p)
+        if draft_logits is not None:
+            q_rows = draft_logits[request, index].to(torch.float32)
+            column, inside = _draft_column(proposed, d2t)
+            value = q_rows.gather(-1, column.unsqueeze(-1)).squeeze(-1) - q_rows.logsumexp(dim=-1)
+            log_q = torch.where(inside & value.isfinite() & (value.exp() > 0), value, log_q)
+        u = uniform(sampling.seed[request], positions[request] + 1 + index, torch.zeros_like(index), ACCEPT_STREAM)
+        kept[request, index] = u.log() < log_p - log_q
+    accepted = kept.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
+    final = warped[start + accepted]
+    rejected = accepted < lengths
+    rows = rejected.nonzero().squeeze(-1)
+    if rows.numel():
+        at = accepted[rows]
+        q_logits = None if draft_logits is None else draft_logits[rows, at].to(torch.float32)
+        final[rows] = _residual(final[rows], q_logits, tokens[rows, at], d2t)
+    pairs = torch.tensor([STREAMS["bonus"], STREAMS["residual"]], device=device)
+    next_token = _draw_rows(final, sampling, positions + 1 + accepted, pairs[rejected.to(torch.int64)].T)
+    return accepted, next_token
+
+
+def _accept_equal(choice: Tensor, tokens: Tensor, lengths: Tensor, cu_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """accepted and next_token [B] when a token is kept iff it is the target's `choice` [T] of its row."""
+    block = tokens.shape[1]
+    slot = torch.arange(block, device=tokens.device)
+    row = (cu_lengths[:-1].unsqueeze(-1) + slot).clamp_(max=choice.shape[0] - 1)
+    equal = (choice[row] == tokens) & (slot < lengths.unsqueeze(-1))
+    accepted = equal.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
+    return accepted, choice[cu_lengths[:-1] + accepted]
+
+
+def verify(
+    target_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    cu_lengths: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    rule: str = "coupled",
+    draft_logits: Tensor | None = None,
+    d2t: Tensor | None = None,
+) -> VerifyResult:
+    """Keep a prefix of each request's proposal and add one token, so that the target's distribution is unchanged.
+
+    Rows cu_lengths[b] .. cu_lengths[b + 1] of `target_logits` belong to request b; its row i scores the token at
+    absolute position positions[b] + 1 + i, after the anchor and the first i proposed tokens.
+
+    Args:
+        target_logits: [T, V], any floating dtype, raw (no temperature); -inf is legal.
+        tokens: int64 [B, K] proposed target token ids; only the first lengths[b] of a row are read.
+        lengths: int64 [B] offered tokens per request, 0 (plain decoding) to K.
+        cu_lengths: int64 [B + 1], starting at 0, growing by lengths + 1, ending at T.
+        sampling: parameters of the B requests.
+        positions: int64 [B] absolute position of each anchor.
+        rule: "coupled", the proposal drawn with `draw(stream="target")` (any other proposal is exact too), or "ratio",
+            the proposal drawn with `draw(stream="draft")` from exactly `draft_logits`.
+        draft_logits: ratio only: [B, K, Vd] logits that the proposal was drawn from (after `transform`). None: the
+            proposal was chosen without chance (n-gram, greedy draft), q is one-hot. A row that is not finite, or gives
+            its own token no mass, is taken as one-hot at that token.
+        d2t: int64 [Vd] ascending target ids of the draft's columns; None when they are the target's.
+
+    Returns:
+        VerifyResult; greedy requests (temperature 0) compare with the argmax, lowest id on ties, under both rules.
+
+    Raises:
+        ValueError: shapes, dtypes, lengths or the rule do not fit; the message names the argument.
+    """
+    _check(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
+    batch = tokens.shape[0]
+    device = tokens.device
+    if batch == 0:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return VerifyResult(nothing, nothing.clone(), nothing.to(torch.bool))
+    owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1)
+    if rule == "coupled" or sampling.greedy:
+        if sampling.greedy:
+            choice, usable = _largest(target_logits)
+        else:
+            row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]
+            choice, usable = _coupled_choices(target_logits, sampling.select(owner), row_position)
+        accepted, next_token = _accept_equal(choice, tokens, lengths, cu_lengths)
+    else:
+        choice, usable = _largest(target_logits)
+        accepted, next_token = _accept_equal(choice, tokens, lengths, cu_lengths)
+        drawn = (sampling.temperature > 0).nonzero().squeeze(-1)
+        q_logits = None if draft_logits is None else draft_logits[drawn]
+        accepted[drawn], next_token[drawn] = _verify_ratio(
+            target_logits, tokens[drawn], lengths[drawn], cu_lengths[drawn], sampling.select(drawn), positions[drawn],
+            q_logits, d2t,
+        )  # fmt: skip
+    finite = torch.ones(batch, dtype=torch.bool, device=device)
+    finite[owner[~usable]] = False
+    return VerifyResult(accepted.masked_fill(~finite, 0), next_token.masked_fill(~finite, -1), finite)
