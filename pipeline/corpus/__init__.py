@@ -1,0 +1,7 @@
+"""Conversations in; token rows with loss masks out; regeneration by the target.
+
+conversations.py  JSON-lines readers and validation
+rows.py           chat template -> token row with loss mask
+build.py          a file of conversations -> the corpus artifact
+regeneration.py   prompts -> conversations in the target's own words
+"""
