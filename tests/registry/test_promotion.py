@@ -1,0 +1,178 @@
+"""Versions: registered once, promoted by the gate, rolled back, fetched with their digests checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.registry import promotion
+from pipeline.registry.gate import PromotionRefused
+from tests.registry.reports import Policy, make_draft, make_report
+
+NAME = "draftline-tiny-dspark"
+
+
+def submit(recorder, folder: Path, weights: bytes, **numbers) -> str:
+    draft = make_draft(folder / "draft", weights)
+    make_report(folder / "report", draft, **numbers)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        return promotion.register(recorder, run, NAME, folder / "draft", folder / "report")
+
+
+def promote(recorder, policy=None):
+    with recorder.stage(recorder.parent("demo"), "promote") as run:
+        return promotion.promote(recorder, run, NAME, policy or Policy()), run
+
+
+def alias(recorder, which: str) -> str | None:
+    version = recorder.client.get_registered_model(NAME).aliases.get(which)
+    return None if version is None else str(version)
+
+
+def champion_weights(recorder, folder: Path) -> bytes:
+    return (promotion.champion(recorder, NAME, folder / "cache").draft_dir / "model.safetensors").read_bytes()
+
+
+def test_model_names_follow_target_and_family():
+    assert promotion.model_name("smollm2-135m", "dspark") == "draftline-smollm2-135m-dspark"
+    assert promotion.model_name("Qwen/Qwen3-4B", "dspark") == "draftline-qwen-qwen3-4b-dspark"
+
+
+def test_a_registered_draft_is_a_challenger_with_its_numbers(recorder, tmp_path):
+    version = submit(recorder, tmp_path, b"one")
+    got = recorder.client.get_model_version(NAME, version)
+    assert alias(recorder, "challenger") == version
+    assert got.tags["report.speedup"] == "1.5"
+    assert got.tags["target.weight_digest"] == "w" * 64
+    model = recorder.client.get_logged_model(got.tags["model_id"])
+    assert (model.status, model.model_type) == ("READY", "draft")
+    assert {m.key: m.value for m in model.metrics}["tau"] == 2.3
+
+
+def test_registering_the_same_again_gives_the_same_version(recorder, tmp_path):
+    first = submit(recorder, tmp_path, b"one")
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        assert promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report") == first
+    make_report(tmp_path / "report", make_draft(tmp_path / "draft", b"one"), speedup=1.6)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        assert promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report") != first
+
+
+def test_promotion_moves_champion_and_keeps_previous_and_rollback_undoes_it(recorder, tmp_path):
+    versions = []
+    for i, speedup in enumerate((1.5, 1.6, 1.7)):
+        numbers = {"speedup": speedup, "low": speedup - 0.02, "high": speedup + 0.02}
+        versions.append(submit(recorder, tmp_path / str(i), b"%d" % i, **numbers))
+        decision, run = promote(recorder)
+        decision.require()
+        assert alias(recorder, "champion") == versions[i]
+        assert alias(recorder, "challenger") is None
+        got = recorder.client.get_model_version(NAME, versions[i])
+        assert got.tags["verdict"] == "promote"
+        assert "> 1" in got.tags["gate.speedup_low"]
+        assert "decision.json" in [a.path for a in recorder.client.list_artifacts(run.run_id)]
+    assert alias(recorder, "previous") == versions[1]
+    assert champion_weights(recorder, tmp_path) == b"2"
+
+    assert promotion.rollback(recorder, NAME) == versions[1]
+    assert (alias(recorder, "champion"), alias(recorder, "previous")) == (versions[1], versions[0])
+    assert champion_weights(recorder, tmp_path) == b"1"
+    assert promotion.rollback(recorder, NAME) == versions[0]
+    with pytest.raises(DraftlineError, match="no previous champion"):
+        promotion.rollback(recorder, NAME)
+    assert alias(recorder, "champion") == versions[0]
+
+
+def test_a_refused_challenger_leaves_the_champion(recorder, tmp_path):
+    first = submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)[0].require()
+    second = submit(recorder, tmp_path / "b", b"b", speedup=1.2, low=1.1, high=1.3)
+    decision, run = promote(recorder)
+    with pytest.raises(PromotionRefused, match="speedup_ratio_low"):
+        decision.require()
+    assert alias(recorder, "champion") == first
+    assert alias(recorder, "challenger") == second
+    assert recorder.client.get_model_version(NAME, second).tags["verdict"] == "refuse"
+    assert recorder.client.get_run(run.run_id).data.metrics["gate.speedup_low"] == pytest.approx(1.1)
+
+
+def test_promoting_the_champion_again_changes_nothing(recorder, tmp_path):
+    version = submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    assert submit(recorder, tmp_path / "again", b"one") == version
+    decision, _ = promote(recorder)
+    assert decision.promoted
+    assert (alias(recorder, "champion"), alias(recorder, "previous")) == (version, None)
+
+
+def test_the_stored_report_decides_not_a_later_file(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one", exact_greedy=False)
+    make_report(tmp_path / "report", make_draft(tmp_path / "draft", b"one"))
+    assert not promote(recorder)[0].promoted
+
+
+def test_a_report_of_another_draft_is_not_registered(recorder, tmp_path):
+    make_draft(tmp_path / "draft", b"one")
+    make_report(tmp_path / "report", make_draft(tmp_path / "other", b"two"))
+    with (
+        recorder.stage(recorder.parent("demo"), "register") as run,
+        pytest.raises(ArtifactError, match="draft_digest"),
+    ):
+        promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report")
+    assert recorder.client.search_registered_models() == []
+
+
+def stored_file(recorder, which: str) -> Path:
+    version = recorder.client.get_model_version_by_alias(NAME, which)
+    model = recorder.client.get_logged_model(version.tags["model_id"])
+    return Path(model.artifact_location.removeprefix("file://")) / "model.safetensors"
+
+
+def test_an_altered_draft_is_refused(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    file = stored_file(recorder, "champion")
+    file.write_bytes(b"eno")
+    with pytest.raises(ArtifactError, match="altered"):
+        promotion.champion(recorder, NAME, tmp_path / "cache")
+    assert not any((tmp_path / "cache" / "drafts").iterdir())
+
+
+def test_a_draft_replaced_with_its_manifest_is_refused(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    make_draft(stored_file(recorder, "champion").parent, b"two")
+    with pytest.raises(ArtifactError, match="not the one that was registered"):
+        promotion.champion(recorder, NAME, tmp_path / "cache")
+
+
+def test_a_cached_draft_is_used_while_whole_and_fetched_again_when_damaged(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    got = promotion.champion(recorder, NAME, tmp_path / "cache")
+    (got.draft_dir / "model.safetensors").write_bytes(b"xxx")
+    again = promotion.champion(recorder, NAME, tmp_path / "cache")
+    assert (again.draft_dir / "model.safetensors").read_bytes() == b"one"
+    stored_file(recorder, "champion").unlink()
+    assert promotion.champion(recorder, NAME, tmp_path / "cache").version == got.version
+
+
+def test_without_challenger_or_champion_the_remedy_is_named(recorder, tmp_path):
+    with pytest.raises(DraftlineError, match="Register a draft first"):
+        promote(recorder)
+    with pytest.raises(DraftlineError, match="promote it first"):
+        promotion.champion(recorder, NAME, tmp_path)
+
+
+def test_mlflow_global_state_and_the_working_directory_are_untouched(recorder, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    promotion.champion(recorder, NAME, tmp_path / "cache")
+    assert mlflow.active_run() is None
+    assert list(elsewhere.iterdir()) == []
