@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATML, CHATML_SPANS, chat, with_template, write_lines
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus.build import SPLITS, build_corpus, read_rows, read_table, read_token_counts
 from pipeline.corpus.rows import TemplateError, TokenRow, sample_id_of
 from pipeline.errors import ArtifactError, DraftlineError
+from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template, write_lines
 
 IDENTITY = {"id": "tiny", "revision": "1", "weight_digest": "w" * 64, "tokenizer_digest": "t" * 64}
 END = "<|im_end|>"

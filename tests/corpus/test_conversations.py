@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from conftest import chat, write_lines
 
 from pipeline.corpus.conversations import Quarantined, read_conversations, read_prompts
 from pipeline.errors import DraftlineError
+from tests.corpus.chats import chat, write_lines
 
 GOOD = chat("Hi", "Hello!")
 

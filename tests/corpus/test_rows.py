@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHATML, CHATML_SPANS, chat, with_template
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer
 from pipeline.corpus.conversations import Conversation, Message, parse_conversation
 from pipeline.corpus.rows import ChatFormat, RowError, TemplateError, TokenRow, tokenize
 from pipeline.errors import DraftlineError
+from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template
 
 END = "<|im_end|>"
 HEADER = "<|im_start|>system\nYou are terse.<|im_end|>\n"
@@ -125,7 +125,10 @@ def test_an_answer_whose_first_token_swallows_the_prompts_last_is_refused_alone(
 
 
 NO_HEADER = CHATML.replace("{{ '<|im_start|>assistant\n' }}{% endif %}", "{% endif %}")
-NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"  # noqa: E501
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 HEADER_IN_SPAN = CHATML_SPANS.replace(
     "{{ '<|im_start|>assistant\n' }}{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
 )

@@ -1,0 +1,226 @@
+"""The target answers prompts in its own words, token for token, and one prompt's trouble stays its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import CorpusConfig, EngineConfig, TargetConfig
+from pipeline.corpus.build import build_corpus, read_rows
+from pipeline.corpus.conversations import parse_conversation, read_conversations
+from pipeline.corpus.regeneration import (
+    Regenerator,
+    ResponseSettings,
+    prompt_rows,
+    prompt_seed,
+    rows_of,
+    write_conversations,
+)
+from pipeline.corpus.rows import ChatFormat
+from pipeline.decoding import Completion, Request, RequestMetrics
+from pipeline.errors import ArtifactError, DraftlineError
+from tests.corpus.chats import chat, write_lines
+
+END = "<|im_end|>"
+SETTINGS = ResponseSettings(temperature=1.0, max_new_tokens=24, seed=7)
+TARGET = TargetConfig(path="tiny")
+
+
+@dataclass
+class ScriptedEngine:
+    """Stands where the engine does: `say` gives the tokens for a request (or raises); the engine's own limits hold."""
+
+    tokenizer: Any
+    say: Callable[[Request], list[int]]
+    max_context: int = 512
+
+    def __post_init__(self) -> None:
+        self.config = SimpleNamespace(max_context=self.max_context, max_requests=4)
+        self.target = SimpleNamespace(eos_ids=[2, 0], vocab_size=len(self.tokenizer))
+        self.seen: list[Request] = []
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        done = []
+        for request in requests:
+            self.seen.append(request)
+            ids = self.say(request)[: request.max_new_tokens]
+            reason = "stop" if ids and ids[-1] in request.stop_ids else "length"
+            done.append(Completion(request.id, ids, reason, RequestMetrics()))
+        return done
+
+
+def _regenerate(
+    path: Path, tokenizer, say: Callable[[Request], list[int]], target: TargetConfig = TARGET, **limits: int
+) -> tuple[list[dict[str, Any]], list[ScriptedEngine]]:
+    engines: list[ScriptedEngine] = []
+
+    def load() -> tuple[Any, Any]:
+        engines.append(ScriptedEngine(tokenizer, say, **limits))
+        return tokenizer, engines[-1]
+
+    rows = list(prompt_rows(path, []))
+    batch = {
+        "row": np.array([r["row"] for r in rows]),
+        "messages": np.array([r["messages"] for r in rows], dtype=object),
+        "source": np.array([r["source"] for r in rows], dtype=object),
+    }
+    answered = Regenerator(target, EngineConfig(), SETTINGS, path.parent, load=load)(batch)
+    return list(rows_of(answered)), engines
+
+
+def _asked(tokenizer, request: Request) -> str:
+    return tokenizer.decode(request.prompt_ids).split("user\n")[-1].split(END)[0]
+
+
+def _row(tokenizer, answered: dict[str, Any]):
+    conversation = parse_conversation({"messages": json.loads(answered["messages"])}, 1)
+    return ChatFormat(tokenizer).row(conversation)
+
+
+@pytest.mark.parametrize(
+    ("response", "keeps_ids", "reason"),
+    [
+        ("The answer is two." + END, False, "stop"),
+        ("The answer is " * 20, False, "length"),  # cut at 24 tokens
+        (["H", "e", "l", "l", "o", END], True, "stop"),  # spelled in letters: its text would be read as fewer tokens
+        (["    ", "return", END], True, "stop"),  # joins the generation prompt's newline
+        (["Hi", "<|im_start|>", "Hi", END], True, "stop"),  # a special token in the middle
+        (["caf", "Ã"], True, "length"),  # cut within a character
+        ("Bye" + "<|endoftext|>", False, "other_stop"),
+    ],
+)
+def test_the_row_holds_exactly_the_tokens_the_target_produced(tmp_path, tokenizer, response, keeps_ids, reason) -> None:
+    pieces = [response] if isinstance(response, str) else response
+    ids = [i for piece in pieces for i in _ids(tokenizer, piece)][:24]
+    path = write_lines(tmp_path / "ask.jsonl", [{"prompt": "Hi"}])
+    (answered,), _ = _regenerate(path, tokenizer, lambda _: ids)
+    assert (answered["error"], answered["finish_reason"]) == ("", reason)
+    message = json.loads(answered["messages"])[-1]
+    assert ("token_ids" in message) == keeps_ids
+    row = _row(tokenizer, answered)
+    produced = ids[:-1] if reason == "other_stop" else ids
+    assert row.input_ids[row.loss_mask].tolist() == produced
+    assert row.input_ids[: row.prompt_length].tolist() == ChatFormat(tokenizer).prompt_ids(
+        parse_conversation(chat("Hi", "x"), 1).messages[:1]
+    )
+    assert answered["response_tokens"] == len(ids) and answered["prompt_tokens"] == row.prompt_length
+
+
+def _ids(tokenizer, piece: str) -> list[int]:
+    known = tokenizer.convert_tokens_to_ids(piece)
+    return [known] if piece in tokenizer.get_vocab() else tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+
+def test_one_prompts_trouble_does_not_touch_the_others(tmp_path, chatml) -> None:
+    answer = chatml("It is so." + END)["input_ids"]
+
+    def say(request: Request) -> list[int]:
+        asked = _asked(chatml, request)
+        if asked == "crash":
+            raise RuntimeError("CUDA error: device-side assert")
+        return [2] if asked == "silence" else answer
+
+    prompts = ["fine", "crash", "spells " + END, "long " * 400, "silence", "fine too"]
+    path = write_lines(tmp_path / "ask.jsonl", [{"prompt": p} for p in prompts])
+    rows, engines = _regenerate(path, chatml, say)
+    assert [r["row"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert [r["error"] == "" for r in rows] == [True, False, False, False, False, True]
+    assert rows[1]["error"] == "RuntimeError: CUDA error: device-side assert"
+    assert "spells the special token" in rows[2]["error"]
+    assert "leaves no room for an answer in engine.max_context=512" in rows[3]["error"]
+    assert rows[4]["error"] == "the target's response is empty"
+    assert len(json.loads(rows[1]["messages"])) == 1
+    for row in (rows[0], rows[5]):
+        assert json.loads(row["messages"])[-1] == {"role": "assistant", "content": "It is so."}
+    # The batch failed once and the prompt failed alone: neither engine is used again.
+    assert len(engines) == 3
+
+
+def test_a_prompt_gets_its_own_seed_wherever_it_stands(tmp_path, chatml) -> None:
+    def seeds(prompts: list[str]) -> dict[str, int]:
+        path = write_lines(tmp_path / "ask.jsonl", [{"prompt": p} for p in prompts])
+        _, (engine,) = _regenerate(path, chatml, lambda _: chatml("Yes." + END)["input_ids"])
+        return {_asked(chatml, r): r.seed for r in engine.seen}
+
+    first, second = seeds(["one", "two", "three"]), seeds(["three", "four", "one"])
+    assert first["one"] == second["one"] and first["three"] == second["three"]
+    assert len({*first.values(), *second.values()}) == 4
+    assert all(0 <= s < 2**63 for s in first.values())
+    one = parse_conversation(chat("one", "x"), 1).messages[:1]
+    assert prompt_seed(0, one) != prompt_seed(1, one)
+
+
+def test_the_target_is_asked_as_it_will_be_served(tmp_path, chatml) -> None:
+    path = write_lines(
+        tmp_path / "ask.jsonl",
+        [{"prompt": "plain"}, {"messages": chat("own", "x", "again", system="Mine.")["messages"]}],
+    )
+    target = TargetConfig(path="tiny", system_prompt="Be brief.")
+    rows, (engine,) = _regenerate(path, chatml, lambda _: chatml("Yes." + END)["input_ids"], target, max_context=64)
+    assert [m["content"] for m in json.loads(rows[0]["messages"])] == ["Be brief.", "plain", "Yes."]
+    assert [m["content"] for m in json.loads(rows[1]["messages"])] == ["Mine.", "own", "x", "again", "Yes."]
+    for request, row in zip(engine.seen, rows, strict=True):
+        assert (request.temperature, request.top_k, request.top_p) == (1.0, 0, 1.0)
+        assert request.max_new_tokens == min(24, 64 - len(request.prompt_ids))
+        assert request.stop_ids == (0, 2)
+        assert chatml.decode(request.prompt_ids).endswith("<|im_start|>assistant\n")
+        assert row["prompt_tokens"] == len(request.prompt_ids)
+
+
+def _rows(n: int, failed: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    return [
+        {
+            "row": i,
+            "messages": json.dumps(chat(f"What is {i}?", f"It is {i}, I say.")["messages"]),
+            "source": "ask",
+            "finish_reason": "" if i in failed else "stop",
+            "error": "it broke" if i in failed else "",
+            "prompt_tokens": 10,
+            "response_tokens": 7,
+        }
+        for i in range(1, n + 1)
+    ]
+
+
+def test_the_file_is_the_same_in_whatever_order_answers_came_and_says_what_it_is(tmp_path) -> None:
+    path, info = tmp_path / "own.jsonl.zst", {"target": {"id": "tiny"}, "sampling": {"temperature": 1.0}}
+    manifest = write_conversations(path, _rows(40, failed=(3,)), info)
+    again = write_conversations(tmp_path / "b" / "own.jsonl.zst", reversed(_rows(40, failed=(3,))), info)
+    assert manifest == again == json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["counts"] == {"rows": 39, "failed": 1, "prompt_tokens": 390, "response_tokens": 273}
+    assert manifest["failed"] == [{"row": 3, "error": "it broke"}]
+    assert manifest["finish_reasons"] == {"stop": 39}
+    assert manifest["target"] == {"id": "tiny"}
+    talks = list(read_conversations(path, []))
+    assert len(talks) == 39
+    assert talks[2].messages[1].content == "It is 4, I say." and talks[2].source == "ask"
+
+
+def test_a_regenerated_file_becomes_a_corpus_and_an_altered_one_does_not(tmp_path, chatml) -> None:
+    path = tmp_path / "own.jsonl.zst"
+    write_conversations(path, _rows(60), {"target": {"id": "tiny"}})
+    config = CorpusConfig(source=str(path), heldout_fraction=0.2, min_loss_tokens=2)
+    manifest = build_corpus(config, chatml, None, tmp_path / "corpus")
+    assert manifest.info["regenerated_by"] == {"id": "tiny"}
+    rows = read_rows(tmp_path / "corpus", "train")
+    assert chatml.decode(rows[0].input_ids[rows[0].loss_mask]).endswith("I say." + END)
+    other = tmp_path / "other" / "own.jsonl.zst"
+    write_conversations(other, _rows(59), {})
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(ArtifactError, match="own.jsonl.zst was altered"):
+        build_corpus(config, chatml, None, tmp_path / "corpus")
+
+
+def test_no_answer_at_all_is_an_error_with_the_reason(tmp_path) -> None:
+    with pytest.raises(DraftlineError, match="No prompt was answered.*2 failed; the first: it broke"):
+        write_conversations(tmp_path / "own.jsonl.zst", _rows(2, failed=(1, 2)), {})
+    with pytest.raises(DraftlineError, match="written as .jsonl.zst"):
+        write_conversations(tmp_path / "own.jsonl", _rows(2), {})
+    assert not list(tmp_path.iterdir())
