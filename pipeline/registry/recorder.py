@@ -20,12 +20,15 @@ import os
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 # A tool that runs in other people's clusters doesn't report home from them; set it to false to allow it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
@@ -82,6 +85,7 @@ class Recorder:
                 self.client = MlflowClient(uri, uri)
                 self.experiment_id = self._experiment(experiment, (store.parent / "artifacts").as_uri())
         elif uri.startswith(("http://", "https://")):
+            _answers(uri)
             self.client = MlflowClient(uri, uri)
             try:
                 self.experiment_id = self._experiment(experiment, None)
@@ -266,6 +270,20 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
+
+
+def _answers(uri: str) -> None:
+    """Raises DraftlineError when no server listens: MLflow's own client would retry for minutes first."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers, if only to ask who we are
+    except OSError as e:
+        raise DraftlineError(
+            f"No MLflow server answers at tracking.uri={uri!r} ({getattr(e, 'reason', e)}). Start it, or leave "
+            "tracking.uri empty for a sqlite store under the output root."
+        ) from None
 
 
 def _quotable(name: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,10 @@ def recorder(tmp_path, empty_store) -> Recorder:
     place.mkdir()
     shutil.copy(empty_store, place / "mlflow.db")
     return Recorder(None, "tests", tmp_path)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -118,6 +118,11 @@ def test_a_store_that_would_fork_or_is_unknown_is_refused(uri, remedy):
         Recorder(uri, "tests")
 
 
+def test_a_server_that_does_not_answer_is_named_at_once(free_port):
+    with pytest.raises(DraftlineError, match=f"127.0.0.1:{free_port}.*Start it"):
+        Recorder(f"http://127.0.0.1:{free_port}", "tests")
+
+
 def test_a_run_name_that_would_break_the_search_is_refused(recorder):
     with pytest.raises(DraftlineError, match="it's"):
         recorder.parent("it's")
