@@ -1,0 +1,150 @@
+"""The engine's thread: takes requests from an event loop, steps while there is work, hands events back.
+
+The engine is not thread-safe, so everything that touches it (submit, cancel, step) runs here. Requests that arrive
+while a step runs join the next one: that is the continuous batching.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[StepEvent], None]
+
+
+class StepEngine(Protocol):
+    """What the loop needs of `pipeline.decoding.Engine`."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> bool: ...
+    def step(self) -> list[StepEvent]: ...
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own.
+
+    Attributes:
+        error: what ended the thread, if it died.
+    """
+
+    def __init__(self, engine: StepEngine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._listeners: dict[str, Listener] = {}
+        self._closing = False
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="draftline-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.error is None
+
+    @property
+    def active(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._listeners)
+
+    def submit(self, request: Request, listener: Listener) -> concurrent.futures.Future[None]:
+        """Hands a request to the engine.
+
+        Args:
+            listener: called in the engine's thread with each event of this request; it must not block.
+        Returns:
+            a future that is done when the engine has the request, or holds the engine's refusal (DraftlineError,
+            QueueFull).
+        """
+        accepted: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def do() -> None:
+            if not accepted.set_running_or_notify_cancel():
+                return  # the client went away before its turn came
+            if self.error is not None:
+                accepted.set_exception(RuntimeError(f"The engine stopped: {self.error!r}"))
+                return
+            self._listeners[request.id] = listener
+            try:
+                self._engine.submit(request)
+            except Exception as e:  # noqa: BLE001 - whatever it is, it belongs to this request's caller
+                del self._listeners[request.id]
+                accepted.set_exception(e)
+            else:
+                accepted.set_result(None)
+
+        self._post(do)
+        return accepted
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at the next step; its listener still gets the completion. Unknown ids are let pass."""
+        self._post(lambda: self._cancel(request_id))
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stops the thread; requests in flight end as cancelled."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            if self._thread.is_alive() and not self._closing:
+                self._commands.append(command)
+                self._changed.notify()
+                return
+        # Nobody takes commands any more: `submit` must still answer.
+        self.error = self.error or RuntimeError("it was closed")
+        command()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._commands or self._closing or self._engine.has_work):
+                        self._changed.wait()
+                    commands, self._commands = self._commands, []
+                    if self._closing:
+                        break
+                for command in commands:
+                    command()
+                if self._engine.has_work:
+                    for event in self._engine.step():
+                        self._tell(event)
+        except BaseException as e:
+            log.exception("The engine's thread died")
+            self.error = e
+        with self._changed:
+            self._closing = True
+            commands, self._commands = self._commands, []
+        self.error = self.error or RuntimeError("it was closed")
+        for command in commands:
+            command()
+        for request_id in list(self._listeners):
+            lost = Completion(request_id, [], "error", RequestMetrics(), f"The engine stopped: {self.error!r}")
+            self._tell(StepEvent(request_id, [], lost))
+
+    def _tell(self, event: StepEvent) -> None:
+        listener = self._listeners.get(event.request_id)
+        if event.finished is not None:
+            self._listeners.pop(event.request_id, None)
+        if listener is None:
+            return
+        try:
+            listener(event)
+        except Exception:  # one listener's fault must not end the others' requests
+            log.exception("The listener of request %s failed; the request is cancelled", event.request_id)
+            self._listeners.pop(event.request_id, None)
+            if event.finished is None:
+                self._engine.cancel(event.request_id)

@@ -1,0 +1,212 @@
+"""What a request may say, what it may not, and OpenAI's shapes of answers and errors.
+
+Nothing a client asks for is dropped silently: a field is honoured, accepted because it changes nothing, or refused
+with its name and value.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import nearest
+
+# Fields of the API that this server has one value for: accepted with that value only.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+}
+# Fields that never change the text.
+WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+                  "parallel_tool_calls"}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        kind = {429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def item(self) -> dict[str, Any]:
+        """The plain form in which a replica's answer carries it (see TargetReplica.generate)."""
+        return {
+            "kind": "error", "status": self.status, "message": self.message, "param": self.param, "code": self.code
+        }  # fmt: skip
+
+
+def unknown_model(name: str, known: list[str]) -> ApiError:
+    """404 that says what there is."""
+    names = ", ".join(repr(n) for n in known)
+    return ApiError(
+        404, f"The model {name!r} does not exist here; this server has {names}.", "model", "model_not_found"
+    )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+
+
+class Sampled(_Strict):
+    """Fields that both endpoints share."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def job(self) -> dict[str, Any]:
+        """The plain form that goes to the target's replica; an absent seed becomes a random one."""
+        return {
+            "model": self.model,
+            "temperature": 1.0 if self.temperature is None else float(self.temperature),
+            "top_p": 1.0 if self.top_p is None else float(self.top_p),
+            "top_k": self.top_k or 0,
+            "seed": secrets.randbits(62) if self.seed is None else self.seed & (2**63 - 1),
+            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
+            "max_tokens": self.max_tokens,
+        }
+
+
+class ChatRequest(Sampled):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    def job(self) -> dict[str, Any]:
+        job = super().job()
+        if self.max_completion_tokens is not None:
+            job["max_tokens"] = self.max_completion_tokens
+        job["messages"] = [(m.role, m.text()) for m in self.messages]
+        return job
+
+
+class CompletionRequest(Sampled):
+    prompt: str | list[int] | list[str]
+
+    def job(self) -> dict[str, Any]:
+        job = super().job()
+        job["prompt"] = self.prompt[0] if isinstance(self.prompt, list) and self._texts else self.prompt
+        # The API's own default for this endpoint.
+        job["max_tokens"] = 16 if self.max_tokens is None else self.max_tokens
+        return job
+
+    @property
+    def _texts(self) -> bool:
+        return bool(self.prompt) and isinstance(self.prompt[0], str)
+
+
+def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest | CompletionRequest:
+    """Reads a request body.
+
+    Raises:
+        ApiError: 400 with the field's name and value.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(400, f"The body is {_cut(body)}; it must be a JSON object.")
+    fields = {}
+    for name, value in body.items():
+        if name in FIXED:
+            if value is not None and value not in FIXED[name]:
+                only = f"only {FIXED[name][0]!r}" if FIXED[name] else "no value of it"
+                raise ApiError(400, f"{name} is {_cut(value)}; this server supports {only}.", name, "unsupported_value")
+        elif name not in WITHOUT_EFFECT:
+            fields[name] = value
+    unknown = sorted(set(fields) - set(kind.model_fields))
+    if unknown:
+        name = unknown[0]
+        hint = nearest(name, [*kind.model_fields, *FIXED])
+        raise ApiError(400, f"Unknown field {name} with value {_cut(fields[name])}.{hint}", name, "unknown_parameter")
+    try:
+        request = kind.model_validate(fields)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = _path(first["loc"])
+        if first["type"] == "missing":
+            raise ApiError(400, f"{name} is missing.", name, "missing_required_parameter") from None
+        what = _rule(first["msg"])
+        raise ApiError(400, f"{name} is {_cut(first['input'])}; it {what}.", name, "invalid_value") from None
+    _check_stop(request)
+    prompt = request.prompt if isinstance(request, CompletionRequest) else ""
+    if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str):
+        raise ApiError(400, f"prompt holds {len(prompt)} texts; send one request for each.", "prompt", "invalid_value")
+    return request
+
+
+def _check_stop(request: Sampled) -> None:
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stop) > 4:
+        raise ApiError(400, f"stop holds {len(stop)} strings; it must be 4 or fewer.", "stop", "invalid_value")
+    if "" in stop:
+        raise ApiError(400, "stop holds '', which every text contains; leave it out.", "stop", "invalid_value")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    # Pydantic appends the tried type for unions (`stop.str`); clients know the field only.
+    known = [p for p in location if isinstance(p, int) or not (p in ("str", "int") or p.startswith("list["))]
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in known).lstrip(".")
+
+
+def _rule(message: str) -> str:
+    text = message[0].lower() + message[1:]
+    return text.replace("input should be", "must be").replace("input should have", "must have")
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,229 @@
+"""The target's side of serving: text in, an engine that many requests share, text out, one item per engine step.
+
+Nothing here knows Ray or HTTP: `app.py` makes it a deployment, and a process of one's own can use it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import EngineConfig, TargetConfig
+from pipeline.corpus.conversations import Message
+from pipeline.corpus.rows import ChatFormat, TemplateError
+from pipeline.decoding.engine import Engine, QueueFull
+from pipeline.decoding.proposers import make_proposer
+from pipeline.decoding.request import Completion, Request, StepEvent
+from pipeline.errors import DraftlineError
+from pipeline.serving.engine_loop import EngineLoop
+from pipeline.serving.protocol import ApiError, unknown_model
+from pipeline.serving.text import TextStream
+from pipeline.target import load_target
+
+
+def build_engine(
+    target: TargetConfig, config: EngineConfig, cache_dir: Path | str, draft_dir: Path | str | None
+) -> Engine:
+    """Loads a target with its draft (None: plain decoding) and measures the step cost the scheduler needs.
+
+    Raises:
+        DraftlineError: a target or draft that is missing, damaged or doesn't fit.
+    """
+    loaded = load_target(target, Path(cache_dir))
+    if draft_dir is None:
+        return Engine(loaded, config)
+    from pipeline.drafts import load_draft
+
+    proposer = make_proposer(
+        "dspark",
+        load_draft(Path(draft_dir), loaded),
+        slots=config.max_requests,
+        capacity=config.max_context,
+        rule=config.rule,
+        pack=config.prepack,
+    )
+    engine = Engine(loaded, config, proposer)
+    if config.scheduler != "fixed":
+        engine.profile()
+    return engine
+
+
+class TargetReplica:
+    """One target with its draft, decoding the requests of all clients together.
+
+    Args:
+        engine: owned from now on; stepped by a thread of this object's.
+        model_name: the registered model's name, which clients may use beside the target's id.
+        draft_version: version of the draft in the registry, told with every answer.
+    """
+
+    def __init__(self, engine: Any, model_name: str | None = None, draft_version: str | None = None) -> None:
+        self._tokenizer = engine.target.tokenizer
+        self._id: str = engine.target.identity.id
+        self._context: int = engine.config.max_context
+        self._names = [self._id, *([model_name] if model_name else [])]
+        self._draft_version = draft_version
+        self._created = int(time.time())
+        self._draining = False
+        try:
+            self._chat: ChatFormat | None = ChatFormat(self._tokenizer)
+            self._no_chat = ""
+        except TemplateError as e:
+            self._chat, self._no_chat = None, str(e)
+        self._loop = EngineLoop(engine)
+
+    def describe(self) -> dict[str, Any]:
+        """Names that clients may ask for, the first being the target's id, and what serves them."""
+        return {
+            "names": self._names,
+            "created": self._created,
+            "max_context": self._context,
+            "draft_version": self._draft_version,
+        }
+
+    def health(self) -> dict[str, Any]:
+        """`status` is ok, draining or dead; `active` counts requests in flight."""
+        status = "dead" if not self._loop.alive else "draining" if self._draining else "ok"
+        return {"status": status, "active": self._loop.active, "draft_version": self._draft_version}
+
+    def check_health(self) -> None:
+        """Ray Serve's probe: raises when the engine's thread died, so that the replica is replaced."""
+        if not self._loop.alive:
+            raise RuntimeError(f"The engine's thread died: {self._loop.error!r}")
+
+    async def drain(self, timeout: float = 30.0) -> bool:
+        """Refuses new requests (503) and waits for those in flight; returns whether all of them ended in time."""
+        self._draining = True
+        ends = time.monotonic() + timeout
+        while self._loop.active and time.monotonic() < ends:
+            await asyncio.sleep(0.05)
+        return self._loop.active == 0
+
+    def close(self) -> None:
+        """Ends the engine's thread; requests in flight fail."""
+        self._loop.close()
+
+    async def generate(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Answers one request (`Sampled.job` of protocol.py); closing the iterator cancels it.
+
+        Yields:
+            `accepted` (model: the target's id, prompt_tokens) once the engine has it, then `text` (text), at most one per engine step, then
+            `done` (finish_reason, prompt_tokens, completion_tokens, draftline). Or `error` (status, message, param,
+            code), at the start or in place of `done`.
+        """
+        try:
+            request = self._request(job)
+        except ApiError as e:
+            yield e.item()
+            return
+        here = asyncio.get_running_loop()
+        events: asyncio.Queue[StepEvent] = asyncio.Queue()
+        done: Completion | None = None
+
+        def tell(event: StepEvent) -> None:
+            here.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            try:
+                await asyncio.wrap_future(self._loop.submit(request, tell))
+            except QueueFull as e:
+                yield ApiError(429, str(e), code="queue_full").item()
+                return
+            except DraftlineError as e:
+                yield ApiError(400, str(e), code="invalid_value").item()
+                return
+            except RuntimeError as e:
+                yield ApiError(503, str(e), code="engine_stopped").item()
+                return
+            yield {"kind": "accepted", "model": self._id, "prompt_tokens": len(request.prompt_ids)}
+            text = TextStream(self._decode, job["stop"])
+            while done is None:
+                event = await events.get()
+                done = event.finished
+                if piece := text.push(event.token_ids):
+                    yield {"kind": "text", "text": piece}
+                if text.stopped and done is None:
+                    self._loop.cancel(request.id)
+            if rest := text.finish():
+                yield {"kind": "text", "text": rest}
+            yield self._done(done, request, text.stopped)
+        finally:
+            if done is None:
+                self._loop.cancel(request.id)
+
+    def _request(self, job: dict[str, Any]) -> Request:
+        if self._draining:
+            raise ApiError(503, "The server is draining and takes no new requests.", code="draining")
+        if job["model"] not in self._names:
+            raise unknown_model(job["model"], self._names)
+        field = "messages" if "messages" in job else "prompt"
+        ids = self._chat_ids(job["messages"]) if "messages" in job else self._prompt_ids(job["prompt"])
+        room = self._context - len(ids)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"{field} is {len(ids)} tokens long; with the answer it must fit in {self._context} tokens.",
+                field,
+                "context_length_exceeded",
+            )
+        wanted = room if job["max_tokens"] is None else job["max_tokens"]
+        if wanted > room:
+            raise ApiError(
+                400,
+                f"max_tokens is {wanted}; {len(ids)} tokens of {field} leave {room} of the context of "
+                f"{self._context} tokens.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return Request(
+            prompt_ids=ids,
+            max_new_tokens=wanted,
+            temperature=job["temperature"],
+            top_k=job["top_k"],
+            top_p=job["top_p"],
+            seed=job["seed"],
+        )
+
+    def _chat_ids(self, messages: list[tuple[str, str]]) -> list[int]:
+        if self._chat is None:
+            raise ApiError(400, f"This target can't chat: {self._no_chat}", "messages", "no_chat_template")
+        if messages[-1][0] == "assistant":
+            raise ApiError(
+                400, "messages end with an assistant's turn; end with the user's.", "messages", "invalid_value"
+            )
+        try:
+            return self._chat.prompt_ids([Message(role, content) for role, content in messages])
+        except DraftlineError as e:
+            raise ApiError(400, str(e), "messages", "invalid_value") from None
+
+    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        ids = list(self._tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError(400, f"prompt is {prompt!r}; it must hold at least one token.", "prompt", "invalid_value")
+        return ids
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _done(self, done: Completion, request: Request, stopped: bool) -> dict[str, Any]:
+        if not stopped and done.finish_reason not in ("stop", "length"):
+            cause = done.error or "The request was cancelled by the server."
+            return ApiError(500 if done.finish_reason == "error" else 503, cause, code=done.finish_reason).item()
+        m = done.metrics
+        return {
+            "kind": "done",
+            "finish_reason": "stop" if stopped else done.finish_reason,
+            "prompt_tokens": len(request.prompt_ids),
+            "completion_tokens": len(done.token_ids),
+            "draftline": {
+                "tau": round(m.tau, 4),
+                "target_steps": m.target_steps,
+                "drafted": m.drafted,
+                "verified": m.verified,
+                "accepted": m.accepted,
+                "draft_version": self._draft_version,
+            },
+        }

@@ -1,0 +1,216 @@
+"""The HTTP surface through the official client, over an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import json
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+from tests.serving.fakes import FakeEngine, serving, until
+
+ASK = {"model": "fake/target", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+
+
+def events(url: str, path: str, body: dict) -> list[str]:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        return [block.removeprefix("data: ") for block in answer.read().decode().split("\n\n") if block]
+
+
+def test_models_are_the_target_and_its_registered_name():
+    with serving(FakeEngine(), model_name="draftline-fake", draft_version="3") as (url, _):
+        api = client(url)
+        assert [m.id for m in api.models.list()] == ["fake/target", "draftline-fake"]
+        assert api.models.retrieve("fake/target").draft_version == "3"
+        answer = api.chat.completions.create(**{**ASK, "model": "draftline-fake"})
+        assert answer.model == "fake/target"
+
+
+def test_a_chat_answer_has_text_usage_and_what_the_draft_was_worth():
+    with serving(FakeEngine("Hello, wörld!"), draft_version="3") as (url, _):
+        answer = client(url).chat.completions.create(**ASK)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.content == "Hello, wörld!"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 14
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 14
+    assert answer.draftline == {
+        "tau": 2.5, "target_steps": 2, "drafted": 6, "verified": 4, "accepted": 3, "draft_version": "3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 5])
+def test_a_stream_says_the_same_in_whole_characters_with_one_chunk_a_step(per_step):
+    text = "naïve 日本 🙂 end"
+    with serving(FakeEngine(text, per_step)) as (url, _):
+        chunks = list(client(url).chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
+    parts = [c.choices[0].delta.content for c in chunks[1:] if c.choices and c.choices[0].delta.content]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(parts) == text
+    assert not any("\ufffd" in p for p in parts)
+    assert len(parts) <= -(-len(text.encode()) // per_step)
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-2].draftline["tau"] == 2.5
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == len(text.encode())
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_the_stream_is_openais_to_the_letter():
+    with serving(FakeEngine("Hi", 2)) as (url, _):
+        got = events(url, "/v1/chat/completions", {**ASK, "stream": True})
+        plain = events(url, "/v1/completions", {"model": "fake/target", "prompt": "x", "stream": True})
+    assert got[-1] == plain[-1] == "[DONE]"
+    first, text, last = (json.loads(e) for e in got[:-1])
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert text["choices"][0]["delta"] == {"content": "Hi"}
+    assert "usage" not in text
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
+    assert [json.loads(e)["choices"][0]["text"] for e in plain[:-1]] == ["Hi", ""]
+    assert json.loads(plain[0])["object"] == "text_completion"
+
+
+def test_completions_take_text_or_token_ids_and_default_to_16_tokens():
+    engine = FakeEngine("x" * 40)
+    with serving(engine) as (url, _):
+        api = client(url)
+        answer = api.completions.create(model="fake/target", prompt="abc")
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("x" * 16, "length")
+        api.completions.create(model="fake/target", prompt=[5, 6], max_tokens=1)
+    assert engine.requests[1].prompt_ids == [5, 6]
+
+
+def test_sampling_fields_reach_the_engine():
+    engine = FakeEngine()
+    with serving(engine) as (url, _):
+        client(url).chat.completions.create(
+            **ASK, temperature=0.5, top_p=0.9, seed=7, max_tokens=5, extra_body={"top_k": 3}
+        )
+    r = engine.requests[0]
+    assert (r.temperature, r.top_p, r.top_k, r.seed, r.max_new_tokens) == (0.5, 0.9, 3, 7, 5)
+
+
+def test_a_stop_string_ends_the_text_and_the_engines_work():
+    engine = FakeEngine("one two three " + "x" * 200, per_step=4, delay=0.005)
+    with serving(engine) as (url, _):
+        api = client(url)
+        answer = api.chat.completions.create(**ASK, stop=[" three", "zzz"])
+        streamed = api.chat.completions.create(**ASK, stop=" three", stream=True)
+        text = "".join(c.choices[0].delta.content or "" for c in streamed)
+        assert len(engine.cancelled) == 2
+    assert answer.choices[0].message.content == text == "one two"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 40
+
+
+def test_requests_that_come_together_are_decoded_together():
+    engine = FakeEngine("x" * 60, per_step=2, delay=0.02)
+    with serving(engine) as (url, _), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        api = client(url)
+        answers = list(pool.map(lambda _: api.chat.completions.create(**ASK).choices[0].message.content, range(4)))
+    assert answers == ["x" * 60] * 4
+    assert engine.most_at_once == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "text"),
+    [
+        ({"n": 2}, 400, "n", "n is 2"),
+        ({"temperature": -1}, 400, "temperature", "-1"),
+        ({"model": "other"}, 404, "model", "'fake/target'"),
+        ({"max_tokens": 1000}, 400, "max_tokens", "1000"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, "messages", "256"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "messages", "<|im_end|>"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            400,
+            "messages",
+            "user",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_have_openais_shape_and_status(change, status, param, text, stream):
+    with serving(FakeEngine()) as (url, _), pytest.raises(openai.APIStatusError) as e:
+        client(url).chat.completions.create(**{**ASK, **change}, stream=stream)
+    assert e.value.status_code == status
+    assert set(e.value.body) == {"message", "type", "param", "code"}
+    assert e.value.param == param
+    assert text in e.value.body["message"]
+
+
+@pytest.mark.parametrize(("path", "body", "status"), [("/v1/nothing", b"{}", 404), ("/v1/completions", b"{", 400)])
+def test_wrong_paths_and_bodies_have_the_same_shape(path, body, status):
+    with serving(FakeEngine()) as (url, _), pytest.raises(urllib.error.HTTPError) as e:
+        urllib.request.urlopen(url + path, body, timeout=10)
+    assert e.value.code == status
+    assert "message" in json.load(e.value)["error"]
+
+
+def test_a_full_queue_is_429_and_a_draining_server_503():
+    engine = FakeEngine("x" * 200, per_step=1, delay=0.02, max_queue=1)
+    with serving(engine) as (url, replica):
+        api = client(url)
+        stream = api.chat.completions.create(**ASK, stream=True)
+        with pytest.raises(openai.RateLimitError) as e:
+            api.chat.completions.create(**ASK)
+        assert (e.value.code, e.value.response.headers["retry-after"]) == ("queue_full", "1")
+        stream.close()
+        until(lambda: not engine.running)
+        import asyncio
+
+        assert asyncio.run(replica.drain(5))
+        with pytest.raises(openai.InternalServerError, match="draining") as e:
+            api.chat.completions.create(**ASK)
+        assert e.value.status_code == 503
+        with pytest.raises(urllib.error.HTTPError) as health:
+            urllib.request.urlopen(f"{url}/healthz", timeout=10)
+        assert health.value.code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_the_engine(stream):
+    engine = FakeEngine("x" * 250, per_step=1, delay=0.02)
+    with serving(engine) as (url, _):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+        body = json.dumps({**ASK, "stream": stream, "max_tokens": 200})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        until(lambda: engine.running)
+        if stream:
+            connection.getresponse().read(10)
+        connection.close()
+        until(lambda: engine.cancelled and not engine.running, 3)
+
+
+def test_an_engine_that_dies_fails_its_requests_and_its_health():
+    engine = FakeEngine("x" * 250, per_step=1, delay=0.02)
+    with serving(engine) as (url, replica):
+        api = client(url)
+        replica.check_health()
+        stream = api.chat.completions.create(**ASK, stream=True)
+        next(iter(stream))
+        engine.fail = ValueError("weights on fire")
+        with pytest.raises(openai.APIError, match="weights on fire"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as e:
+            api.chat.completions.create(**ASK)
+        assert e.value.status_code == 503
+        with pytest.raises(RuntimeError, match="weights on fire"):
+            replica.check_health()
+        with pytest.raises(urllib.error.HTTPError) as health:
+            urllib.request.urlopen(f"{url}/healthz", timeout=10)
+        assert json.load(health.value)["status"] == "dead"

@@ -1,0 +1,86 @@
+"""Requests: what is taken, what is refused, and that the refusal names field and value."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def test_defaults_are_the_apis():
+    job = parse(ChatRequest, CHAT).job()
+    assert job["messages"] == [("user", "hi")]
+    assert (job["temperature"], job["top_p"], job["top_k"], job["max_tokens"], job["stop"]) == (1.0, 1.0, 0, None, [])
+    assert parse(CompletionRequest, {"model": "m", "prompt": "x"}).job()["max_tokens"] == 16
+
+
+def test_a_request_without_a_seed_gets_another_each_time():
+    assert parse(ChatRequest, CHAT).job()["seed"] != parse(ChatRequest, CHAT).job()["seed"]
+    assert parse(ChatRequest, {**CHAT, "seed": 7}).job()["seed"] == 7
+    assert parse(ChatRequest, {**CHAT, "seed": -1}).job()["seed"] == 2**63 - 1
+
+
+def test_all_fields_arrive():
+    fields = {"max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 1, "stop": "x", "n": 1, "user": "u"}
+    job = parse(ChatRequest, {**CHAT, **fields, "logprobs": None}).job()
+    assert (job["max_tokens"], job["temperature"], job["top_p"], job["top_k"], job["stop"]) == (3, 0.0, 0.5, 4, ["x"])
+    assert parse(ChatRequest, {**CHAT, "max_tokens": 3, "max_completion_tokens": 5}).job()["max_tokens"] == 5
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parse(ChatRequest, {**CHAT, "messages": [{"role": "user", "content": parts}]}).job()["messages"] == [
+        ("user", "ab")
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["x", ["x"], [1, 2]])
+def test_prompts_are_a_text_or_token_ids(prompt):
+    expected = "x" if prompt == ["x"] else prompt
+    assert parse(CompletionRequest, {"model": "m", "prompt": prompt}).job()["prompt"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "value"),
+    [
+        ({"n": 2}, "n", "2"),
+        ({"temperature": 3}, "temperature", "3"),
+        ({"temperature": "hot"}, "temperature", "'hot'"),
+        ({"top_p": 0}, "top_p", "0"),
+        ({"top_k": -1}, "top_k", "-1"),
+        ({"max_tokens": 0}, "max_tokens", "0"),
+        ({"max_completion_tokens": 2.5}, "max_completion_tokens", "2.5"),
+        ({"seed": "x"}, "seed", "'x'"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "5 strings"),
+        ({"stop": [""]}, "stop", "''"),
+        ({"stop": 3}, "stop", "3"),
+        ({"stream": "yes"}, "stream", "'yes'"),
+        ({"logprobs": True}, "logprobs", "True"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "0.5"),
+        ({"tools": [{"type": "function"}]}, "tools", "function"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+        ({"messages": []}, "messages", "[]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'robot'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "image_url"),
+        ({"temprature": 1}, "temprature", "Did you mean 'temperature'"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(change, param, value):
+    with pytest.raises(ApiError) as e:
+        parse(ChatRequest, {**CHAT, **change})
+    assert e.value.status == 400
+    assert e.value.body()["error"]["type"] == "invalid_request_error"
+    assert e.value.param is not None
+    assert e.value.param.startswith(param)
+    assert value in e.value.message
+
+
+def test_a_missing_field_and_a_body_that_is_no_object_are_named():
+    with pytest.raises(ApiError, match="messages is missing"):
+        parse(ChatRequest, {"model": "m"})
+    with pytest.raises(ApiError, match="JSON object"):
+        parse(ChatRequest, [1])
+    with pytest.raises(ApiError, match="2 texts"):
+        parse(CompletionRequest, {"model": "m", "prompt": ["a", "b"]})
