@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -179,7 +180,7 @@ def deploy(
         serve.run(app, name=serving.app_name, route_prefix=serving.route_prefix, logging_config=logs)
     except RuntimeError as e:
         cause = _why(serving.app_name) or str(e)
-        serve.delete(serving.app_name)
+        _remove(serving.app_name)
         raise DraftlineError(f"The application {serving.app_name!r} did not start: {cause}") from None
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return f"http://{shown}:{port}{serving.route_prefix.rstrip('/')}"
@@ -194,6 +195,10 @@ def undeploy(app_name: str, timeout: float = 30.0) -> None:
         return
     with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a dead replica has nothing to drain
         serve.get_deployment_handle(TARGET, app_name).drain.remote(timeout).result(timeout_s=timeout + 5)
+    _remove(app_name)
+
+
+def _remove(app_name: str) -> None:
     serve.delete(app_name)
     if not serve.status().applications:
         serve.shutdown()
@@ -249,5 +254,5 @@ def _why(app_name: str) -> str:
         return ""
     texts = [status.message, *(d.message for d in status.deployments.values())]
     lines = [line.strip() for t in texts for line in t.splitlines()]
-    errors = [line for line in lines if "Error" in line and ":" in line]
+    errors = [m.group(1) for line in lines if (m := re.match(r"[\w.]+(?:Error|Exception|Full): (.+)", line))]
     return errors[-1] if errors else next((t for t in reversed(texts) if t), "")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse, unknown_model
 
@@ -105,8 +105,10 @@ async def _collect(items: AsyncIterator[dict[str, Any]]) -> tuple[str, dict[str,
 async def _unless_gone(http: Request, work: Any) -> Any:
     """The result of `work`, or None when the client hung up first (then the work is cancelled)."""
 
+    receive = _until_gone(http.receive)
+
     async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
@@ -117,6 +119,18 @@ async def _unless_gone(http: Request, work: Any) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _until_gone(receive: Receive) -> Receive:
+    """`receive`, whose failure means that the client is gone: Serve raises where ASGI servers send a message."""
+
+    async def wrapped() -> Message:
+        try:
+            return await receive()
+        except Exception:  # noqa: BLE001 - Ray's error types are not known here
+            return {"type": "http.disconnect"}
+
+    return wrapped
 
 
 async def _events(items: AsyncIterator[dict[str, Any]], shape: _Shape, usage: bool) -> AsyncIterator[str]:
@@ -154,7 +168,7 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, _until_gone(receive), send)
         finally:
             with contextlib.suppress(RuntimeError):  # "already running": its consumer was cancelled and closes it
                 await self._source.aclose()
