@@ -32,12 +32,15 @@ class StepEngine(Protocol):
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
+    Args:
+        prepare: called first in that thread, for settings that belong to a thread.
     Attributes:
         error: what ended the thread, if it died.
     """
 
-    def __init__(self, engine: StepEngine) -> None:
+    def __init__(self, engine: StepEngine, prepare: Callable[[], None] | None = None) -> None:
         self._engine = engine
+        self._prepare = prepare
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._listeners: dict[str, Listener] = {}
@@ -110,6 +113,8 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            if self._prepare is not None:
+                self._prepare()
             while True:
                 with self._changed:
                     while not (self._commands or self._closing or self._engine.has_work):

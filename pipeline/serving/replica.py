@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.corpus.conversations import Message
 from pipeline.corpus.rows import ChatFormat, TemplateError
@@ -73,7 +75,10 @@ class TargetReplica:
             self._no_chat = ""
         except TemplateError as e:
             self._chat, self._no_chat = None, str(e)
-        self._loop = EngineLoop(engine)
+        # oneDNN asks OpenMP for its threads, whose number is each thread's own: the engine's thread would decode on the
+        # one that Ray's OMP_NUM_THREADS leaves it, at a third of the speed, whatever was set where it was built.
+        threads = engine.config.threads
+        self._loop = EngineLoop(engine, (lambda: torch.set_num_threads(threads)) if threads > 0 else None)
 
     def describe(self) -> dict[str, Any]:
         """Names that clients may ask for, the first being the target's id, and what serves them."""

@@ -48,7 +48,7 @@ class FakeEngine:
 
     def __init__(self, answer: str = "Hello!", per_step: int = 3, delay: float = 0.0, max_queue: int = 8) -> None:
         self.target = SimpleNamespace(tokenizer=byte_tokenizer(), identity=SimpleNamespace(id="fake/target"))
-        self.config = SimpleNamespace(max_context=256, max_requests=4)
+        self.config = SimpleNamespace(max_context=256, max_requests=4, threads=0)
         self.tokens = byte_tokenizer()(answer)["input_ids"]
         self.per_step, self.delay, self.max_queue = per_step, delay, max_queue
         self.running: dict[str, tuple[Request, list[int]]] = {}

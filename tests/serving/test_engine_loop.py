@@ -66,6 +66,14 @@ def test_a_submission_given_up_before_its_turn_never_starts():
     loop.close()
 
 
+def test_settings_of_a_thread_are_made_in_the_engines():
+    where = []
+    loop = EngineLoop(FakeEngine(), lambda: where.append(threading.current_thread().name))
+    loop.submit(Request([1], max_new_tokens=200), lambda _: None).result(5)
+    assert where == ["draftline-engine"]
+    loop.close()
+
+
 @pytest.mark.parametrize("fail", [True, False])
 def test_when_the_thread_ends_every_request_is_told(fail):
     engine = FakeEngine("x" * 100, delay=0.02)
