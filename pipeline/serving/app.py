@@ -16,14 +16,14 @@ import re
 import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 
 from pipeline.artifact import load
@@ -72,7 +72,7 @@ class HandleBackend:
             return {"status": "dead"}
 
     async def generate(self, job: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        response = self._handle.options(stream=True).generate.remote(job)
+        response = cast(DeploymentResponseGenerator[Any], self._handle.options(stream=True).generate.remote(job))
         ended = False
         try:
             async for item in response:
@@ -120,7 +120,6 @@ def application(
     ongoing = engine.max_requests + engine.max_queue + 16
     gpu = {"num_gpus": 1} if target.device.startswith("cuda") else {}
     replica = serve.deployment(
-        ServedTarget,
         name=TARGET,
         num_replicas=1,
         max_ongoing_requests=ongoing,
@@ -129,7 +128,7 @@ def application(
         graceful_shutdown_timeout_s=30,
         max_constructor_retry_count=1,
         ray_actor_options={"num_cpus": 1, **gpu},
-    ).bind(
+    )(ServedTarget).bind(
         dataclasses.asdict(target),
         dataclasses.asdict(engine),
         str(Path(cache_dir).absolute()),
@@ -138,8 +137,8 @@ def application(
         draft_version,
     )
     ingress = serve.deployment(
-        Ingress, name=INGRESS, num_replicas=1, max_ongoing_requests=2 * ongoing, ray_actor_options={"num_cpus": 0}
-    )
+        name=INGRESS, num_replicas=1, max_ongoing_requests=2 * ongoing, ray_actor_options={"num_cpus": 0}
+    )(Ingress)
     return ingress.bind(replica)
 
 
