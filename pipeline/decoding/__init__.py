@@ -1,0 +1,20 @@
+"""The speculative decoding engine (see engine.py): requests, slots, proposers, scheduling, verification."""
+
+from pipeline.decoding.engine import Engine, QueueFull, RoundTrace
+from pipeline.decoding.proposers import make_proposer
+from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent
+from pipeline.decoding.scheduler import make_scheduler
+from pipeline.decoding.step_cost import StepCost
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "QueueFull",
+    "Request",
+    "RequestMetrics",
+    "RoundTrace",
+    "StepCost",
+    "StepEvent",
+    "make_proposer",
+    "make_scheduler",
+]

@@ -1,0 +1,402 @@
+"""The speculative decoding engine: many requests, one ragged target step, exactly the target's distribution.
+
+    engine = Engine(load_target(...), EngineConfig(...), make_proposer("dspark", draft, ...))
+    for done in engine.generate([Request(prompt_ids, max_new_tokens=128)]):
+        ...
+
+A step schedules (prompt chunks and blocks to verify), runs the target once, and postprocesses (verify, commit,
+stop). Plain decoding is the same engine with the `none` proposer, so a baseline is never another program.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from draftline_kernels import Sampling, verify
+
+from pipeline.config import EngineConfig
+from pipeline.decoding.attention import Segment
+from pipeline.decoding.cache import SlotPool
+from pipeline.decoding.proposers import NoneProposer
+from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
+from pipeline.decoding.request import Completion, Request, Sequence, StepEvent
+from pipeline.decoding.runner import TargetRunner
+from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
+from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.errors import ConfigError, DraftlineError
+from pipeline.target import Target
+
+log = logging.getLogger(__name__)
+
+
+class QueueFull(DraftlineError):
+    """The engine's queue is at its bound; the client should retry later (HTTP 429)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundTrace:
+    """What happened to the blocks of one step (given to `Engine.on_round`).
+
+    request_ids of the B requests; raw_confidence float32[B, K] or None; lengths, accepted, counts: int64[B].
+    """
+
+    request_ids: list[str]
+    raw_confidence: torch.Tensor | None
+    lengths: torch.Tensor
+    accepted: torch.Tensor
+    counts: torch.Tensor
+
+
+class Engine:
+    """Decodes requests with speculative verification.
+
+    Args:
+        target: taken over by the engine (see TargetRunner).
+        config: sizes, scheduler, verification rule, threads.
+        proposer: the draft; None decodes plainly.
+        step_cost: a table measured earlier; otherwise `profile()` measures it when a scheduler first needs it.
+    Raises:
+        ConfigError: a rule and scheduler that are not exact together, unknown names.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: EngineConfig,
+        proposer: Proposer | None = None,
+        step_cost: StepCost | None = None,
+        *,
+        layer_ids: list[int] | None = None,
+    ) -> None:
+        if config.threads > 0 and target.device.type == "cpu":
+            torch.set_num_threads(config.threads)
+        self.target = target
+        self.config = config
+        self.proposer: Proposer = proposer or NoneProposer()
+        self.step_cost = step_cost
+        self.on_round: Callable[[RoundTrace], None] | None = None
+        taps = layer_ids if layer_ids is not None else self.proposer.layer_ids
+        self.runner = TargetRunner(target, config.max_requests, config.max_context, taps, pack=config.prepack)
+        self._slots = SlotPool(config.max_requests)
+        self._queue: collections.deque[Sequence] = collections.deque()
+        self._running: list[Sequence] = []
+        self._eos = frozenset(target.eos_ids)
+        self.set_schedule(config.scheduler, rule=config.rule)
+
+    # -- configuration between requests ---------------------------------------------------------------------------
+
+    def set_schedule(self, scheduler: str, length: int | None = None, rule: str | None = None) -> None:
+        """Chooses the prefix scheduler (and verification rule) for the steps to come.
+
+        Raises ConfigError for unknown names. A non-causal scheduler with the ratio rule is refused per request,
+        when one that samples is submitted: greedy decoding is exact under any schedule.
+        """
+        self.scheduler: PrefixScheduler = make_scheduler(scheduler, length)
+        rule = rule or self.config.rule
+        if rule not in ("coupled", "ratio"):
+            raise ConfigError(f"engine.rule={rule!r} is not one of coupled, ratio.")
+        self.rule = rule
+
+    def set_proposer(self, proposer: Proposer) -> None:
+        """Changes the draft while no request runs.
+
+        Raises DraftlineError when requests are running or the draft taps other layers than the engine captures.
+        """
+        if self.has_work:
+            raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
+        if proposer.layer_ids:
+            if self.runner.layer_ids and self.runner.layer_ids != proposer.layer_ids:
+                raise DraftlineError(
+                    f"The draft taps layers {proposer.layer_ids}, this engine captures {self.runner.layer_ids}."
+                )
+            self.runner.layer_ids = list(proposer.layer_ids)
+        self.proposer = proposer
+
+    def profile(self, path: Path | None = None) -> StepCost:
+        """Measures the step cost table while no request runs (and saves it to `path`)."""
+        if self._running:
+            raise DraftlineError("The step cost is measured while no request runs.")
+        block = max(self.proposer.block_size, 7) + 1
+        most = self.config.max_requests * block
+        grid = [t for t in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
+        room = self.config.max_context - block
+        contexts = sorted({min(64, room), min(512, room)})
+        self.step_cost = measure(lambda t, c: self.runner.time_step(t, c, block), grid, contexts)
+        if path is not None:
+            self.step_cost.save(path)
+        return self.step_cost
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue or self._running)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            DraftlineError: an invalid field, or sampling under a rule and scheduler that are not exact together.
+            QueueFull: `config.max_queue` requests are waiting.
+        """
+        request.check(self.target.vocab_size, self.config.max_context)
+        if request.temperature > 0 and self.rule == "ratio" and not self.scheduler.causal:
+            raise DraftlineError(
+                f"Request {request.id}: temperature {request.temperature} with engine.rule=ratio and "
+                f"engine.scheduler={self.scheduler.name} would not follow the target's distribution (the schedule sees "
+                "the tokens it decides on). Use engine.scheduler=early_stop or engine.rule=coupled."
+            )
+        if len(self._queue) >= self.config.max_queue:
+            raise QueueFull(
+                f"Request {request.id}: {len(self._queue)} requests are waiting, the most allowed "
+                f"(engine.max_queue={self.config.max_queue}). Try again later."
+            )
+        stop = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._eos)
+        sequence = Sequence(request, stop, list(request.prompt_ids))
+        sequence.metrics.prompt_tokens = len(request.prompt_ids)
+        self._queue.append(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request at the next step; returns whether it was known."""
+        for sequence in [*self._queue, *self._running]:
+            if sequence.request.id == request_id:
+                sequence.cancelled = True
+                return True
+        return False
+
+    def generate(
+        self, requests: Iterable[Request], on_event: Callable[[StepEvent], None] | None = None
+    ) -> list[Completion]:
+        """Decodes requests to their end, however many; completions come in the order of the requests."""
+        waiting = collections.deque(requests)
+        order = [r.id for r in waiting]
+        if len(set(order)) != len(order):
+            raise DraftlineError("Two requests have the same id; ids must be unique.")
+        done: dict[str, Completion] = {}
+        while waiting or self.has_work:
+            while waiting and len(self._queue) < self.config.max_queue:
+                self.submit(waiting.popleft())
+            for event in self.step():
+                if on_event:
+                    on_event(event)
+                if event.finished:
+                    done[event.request_id] = event.finished
+        return [done[i] for i in order]
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[StepEvent]:
+        """Advances every running request by one target step; returns what was emitted."""
+        events = self._reap()
+        self._admit()
+        if not self._running:
+            return events
+        decoding = [s for s in self._running if s.prefilled]
+        began = time.perf_counter()
+        proposal = self.proposer.propose(decoding) if decoding and self.proposer.block_size else None
+        drafted = time.perf_counter()
+        lengths = self._schedule(decoding, proposal)
+        segments, tokens, logit_rows, verifying, chunks = self._flatten(decoding, proposal, lengths)
+        taps, logits = self.runner.step(segments, tokens, logit_rows)
+        ended = time.perf_counter()
+        if proposal is not None:
+            self._learn_draft_cost(drafted - began)
+        for s in decoding:
+            s.metrics.draft_seconds += drafted - began
+            s.metrics.target_seconds += ended - drafted
+        events += self._postprocess(decoding, verifying, chunks, proposal, lengths, taps, logits)
+        return events
+
+    def _reap(self) -> list[StepEvent]:
+        events = []
+        for sequence in [*self._queue, *self._running]:
+            if sequence.cancelled:
+                if sequence in self._queue:
+                    self._queue.remove(sequence)
+                events.append(self._finish(sequence, [], "cancelled"))
+        return events
+
+    def _admit(self) -> None:
+        while self._queue and self._slots.free:
+            sequence = self._queue.popleft()
+            sequence.slot = self._slots.take()
+            sequence.admitted = time.perf_counter()
+            sequence.metrics.queue_seconds = sequence.admitted - sequence.submitted
+            self.proposer.admit(sequence)
+            self._running.append(sequence)
+
+    def _schedule(self, decoding: list[Sequence], proposal: Proposal | None) -> list[int]:
+        if proposal is None or not decoding:
+            return [0] * len(decoding)
+        limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
+        if self.scheduler.name == "fixed":
+            cost: StepCost | None = None
+        else:
+            cost = self.step_cost or self._default_cost()
+        context = sum(len(s.tokens) for s in decoding) // len(decoding)
+        return self.scheduler.lengths(proposal.confidence, cost, context, limits).tolist()  # type: ignore[arg-type]
+
+    def _default_cost(self) -> StepCost:
+        raise DraftlineError(
+            f"engine.scheduler={self.scheduler.name} needs the cost of a step: call Engine.profile() before the first "
+            "request, or pass a step cost measured earlier."
+        )
+
+    def _learn_draft_cost(self, seconds: float) -> None:
+        """Keeps a running mean of what drafting adds to a round; lengths are chosen with it in the denominator."""
+        if self.step_cost is not None:
+            old = self.step_cost.draft
+            self.step_cost.draft = seconds if old == 0 else old + 0.05 * (seconds - old)
+
+    def _flatten(
+        self, decoding: list[Sequence], proposal: Proposal | None, lengths: list[int]
+    ) -> tuple[list[Segment], list[int], list[int], list[tuple[Sequence, int]], list[Commit]]:
+        segments: list[Segment] = []
+        tokens: list[int] = []
+        logit_rows: list[int] = []
+        verifying: list[tuple[Sequence, int]] = []
+        chunks: list[Commit] = []
+        drafts = proposal.tokens.tolist() if proposal is not None else [[]] * len(decoding)
+        for s, draft, length in zip(decoding, drafts, lengths, strict=True):
+            first = len(tokens)
+            segments.append(Segment(s.slot, s.computed, length + 1))
+            tokens.append(s.tokens[-1])
+            tokens += draft[:length]
+            logit_rows += range(first, first + length + 1)
+            verifying.append((s, first))
+        budget = self.config.prefill_chunk
+        for s in self._running:
+            if s.prefilled or budget <= 0:
+                continue
+            count = min(budget, s.prompt_length - s.computed)
+            budget -= count
+            first = len(tokens)
+            segments.append(Segment(s.slot, s.computed, count))
+            tokens += s.tokens[s.computed : s.computed + count]
+            chunks.append(Commit(s, s.computed, slice(first, first + count)))
+            if s.computed + count == s.prompt_length:
+                logit_rows.append(first + count - 1)
+                verifying.append((s, -1))
+        return segments, tokens, logit_rows, verifying, chunks
+
+    def _postprocess(
+        self,
+        decoding: list[Sequence],
+        verifying: list[tuple[Sequence, int]],
+        chunks: list[Commit],
+        proposal: Proposal | None,
+        lengths: list[int],
+        taps: torch.Tensor | None,
+        logits: torch.Tensor,
+    ) -> list[StepEvent]:
+        for c in chunks:
+            c.sequence.computed += c.rows.stop - c.rows.start
+        commits = list(chunks)
+        events: list[StepEvent] = []
+        if verifying:
+            result = self._verify([s for s, _ in verifying], proposal, lengths, logits)
+            accepted, following, finite = (x.tolist() for x in (result.accepted, result.next_token, result.finite))
+            if self.on_round is not None and proposal is not None and decoding:
+                n = len(decoding)
+                self.on_round(
+                    RoundTrace(
+                        [s.request.id for s in decoding],
+                        proposal.raw_confidence,
+                        torch.tensor(lengths),
+                        result.accepted[:n].cpu(),
+                        proposal.counts,
+                    )
+                )
+            now = time.perf_counter()
+            emitted: list[tuple[Sequence, list[int], str | None]] = []
+            for i, (s, first) in enumerate(verifying):
+                length = lengths[i] if i < len(lengths) else 0
+                if not finite[i]:
+                    emitted.append((s, [], "error"))
+                    continue
+                draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < len(lengths) else []
+                if first >= 0:
+                    commits.append(Commit(s, s.computed, slice(first, first + accepted[i] + 1), length, accepted[i]))
+                    s.computed += accepted[i] + 1
+                    s.metrics.drafted += int(proposal.counts[i]) if proposal is not None else 0
+                new, reason = self._take(s, [*draft, following[i]])
+                if first >= 0:
+                    s.metrics.target_steps += 1
+                    s.metrics.decoded += len(new)
+                    s.metrics.record_round(length, accepted[i])
+                else:
+                    s.metrics.ttft = now - s.admitted
+                emitted.append((s, new, reason))
+            self.proposer.commit(commits, taps)
+            for s, new, reason in emitted:
+                if reason is not None:
+                    events.append(self._finish(s, new, reason))
+                else:
+                    events.append(StepEvent(s.request.id, new))
+        else:
+            self.proposer.commit(commits, taps)
+        return events
+
+    def _verify(self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: torch.Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        device = logits.device
+        prompts = len(sequences) - len(lengths)
+        sampling = Sampling.of(
+            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
+            device=device,
+        )
+        counts = torch.tensor(lengths + [0] * prompts, device=device)
+        cumulative = torch.zeros(len(sequences) + 1, dtype=torch.int64, device=device)
+        torch.cumsum(counts + 1, 0, out=cumulative[1:])
+        positions = torch.tensor([len(s.tokens) - 1 for s in sequences], device=device)
+        block = 0 if proposal is None else proposal.tokens.shape[1]
+        tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
+        draft_logits = None
+        if proposal is not None:
+            tokens[: len(lengths)] = proposal.tokens
+            if proposal.logits is not None and self.rule == "ratio":
+                draft_logits = logits.new_zeros(len(sequences), block, proposal.logits.shape[-1])
+                draft_logits[: len(lengths)] = proposal.logits
+        return verify(
+            logits,
+            tokens,
+            counts,
+            cumulative,
+            sampling,
+            positions,
+            rule=self.rule,
+            draft_logits=draft_logits,
+            d2t=None if proposal is None else proposal.d2t,
+        )
+
+    def _take(self, s: Sequence, new: list[int]) -> tuple[list[int], str | None]:
+        """Appends tokens up to the first stop; returns those taken and why the request ends, if it does."""
+        taken: list[int] = []
+        for token in new:
+            taken.append(token)
+            s.tokens.append(token)
+            if token in s.stop_ids:
+                return taken, "stop"
+            if len(s.tokens) - s.prompt_length >= s.request.max_new_tokens:
+                return taken, "length"
+        return taken, None
+
+    def _finish(self, s: Sequence, new: list[int], reason: str) -> StepEvent:
+        error = None
+        if reason == "error":
+            error = (
+                f"Request {s.request.id}: the target's logits at position {len(s.tokens)} are not finite "
+                f"(after {len(s.output)} tokens, step {s.metrics.target_steps}). Check the target's weights and dtype."
+            )
+        if s.slot >= 0:
+            self.proposer.release(s)
+            self._slots.give_back(s.slot)
+            self._running.remove(s)
+        s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
+        return StepEvent(s.request.id, new, Completion(s.request.id, s.output, reason, s.metrics, error))

@@ -1,0 +1,71 @@
+"""The contract between the engine and whatever proposes tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from pipeline.decoding.request import Sequence
+
+
+@dataclasses.dataclass
+class Proposal:
+    """One block per running request.
+
+    Attributes:
+        tokens: int64[B, K], target token ids; column k is drawn for position anchor + 1 + k.
+        counts: int64[B], how many leading columns are real (a request may have fewer than K).
+        confidence: float32[B, K], calibrated P(accepted | all before accepted).
+        raw_confidence: float32[B, K] logits before calibration, or None where the draft has no confidence head.
+        logits: float32[B, K, Vd], the transformed logits that the tokens were drawn from; None when each token is
+            certain (a one-hot draft) or was not drawn at random.
+        d2t: int64[Vd], target id of each draft token; None when Vd is the target's vocabulary.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    confidence: torch.Tensor
+    raw_confidence: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    d2t: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class Commit:
+    """Positions of one sequence that became part of its text, in order.
+
+    `start` is the absolute position of the first; `rows` selects their taps in the step's rows; `verified` and
+    `accepted` describe the round they came from (both 0 for prompt chunks).
+    """
+
+    sequence: Sequence
+    start: int
+    rows: slice
+    verified: int = 0
+    accepted: int = 0
+
+
+class Proposer(Protocol):
+    """Proposes a block per request; told of every position that becomes part of a text.
+
+    Attributes:
+        name: the draft's name in metrics.
+        block_size: K, most tokens per proposal (0: never proposes).
+        layer_ids: tapped target layers it needs (empty: none).
+    """
+
+    name: str
+    block_size: int
+    layer_ids: list[int]
+
+    def admit(self, sequence: Sequence) -> None: ...
+
+    def propose(self, sequences: list[Sequence]) -> Proposal: ...
+
+    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+        """Extends the draft's context; `taps` [T, L*D] are the step's rows."""
+        ...
+
+    def release(self, sequence: Sequence) -> None: ...

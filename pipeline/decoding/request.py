@@ -1,0 +1,172 @@
+"""What goes into the engine and what comes out: requests, completions, events, and their measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+from pipeline.errors import DraftlineError
+
+_ids = itertools.count()
+
+
+@dataclasses.dataclass
+class Request:
+    """One text to continue.
+
+    Attributes:
+        prompt_ids: tokens of the prompt, at least one.
+        max_new_tokens: most tokens to emit, a stop token included.
+        temperature: 0 decodes greedily (ties: lowest token id).
+        top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all).
+        seed: with it, a request gives the same text whatever it is batched with.
+        stop_ids: tokens that end the text (emitted as its last token); the target's eos tokens are added
+            unless `ignore_eos`.
+        max_draft: most draft tokens verified per round for this request (None: the draft's block size).
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_draft: int | None = None
+    id: str = dataclasses.field(default_factory=lambda: f"request-{next(_ids)}")
+
+    def check(self, vocab_size: int, max_context: int) -> None:
+        """Raises DraftlineError naming the first field whose value can't be served."""
+
+        def refuse(field: str, value: object, rule: str) -> None:
+            raise DraftlineError(f"Request {self.id}: {field} is {value!r}; it must be {rule}.")
+
+        if not self.prompt_ids:
+            refuse("prompt_ids", self.prompt_ids, "at least one token")
+        bad = [t for t in self.prompt_ids if not 0 <= t < vocab_size]
+        if bad:
+            refuse("prompt_ids", bad[0], f"a token id of the target, 0 to {vocab_size - 1}")
+        if self.max_new_tokens < 1:
+            refuse("max_new_tokens", self.max_new_tokens, "1 or more")
+        if len(self.prompt_ids) + self.max_new_tokens > max_context:
+            refuse(
+                "prompt_ids + max_new_tokens",
+                f"{len(self.prompt_ids)} + {self.max_new_tokens}",
+                f"at most the engine's context of {max_context} tokens (engine.max_context)",
+            )
+        if not 0.0 <= self.temperature < 100.0:
+            refuse("temperature", self.temperature, "from 0 to 100")
+        if self.top_k < 0:
+            refuse("top_k", self.top_k, "0 (off) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            refuse("top_p", self.top_p, "above 0 and at most 1")
+        if self.max_draft is not None and self.max_draft < 0:
+            refuse("max_draft", self.max_draft, "0 or more")
+
+
+@dataclasses.dataclass
+class RequestMetrics:
+    """What decoding one request cost and what its draft was worth.
+
+    `target_steps` counts decoding steps of the target (prefill excluded) and `decoded` the tokens they emitted,
+    so `tau` is the acceptance length with the bonus token. `drafted` counts proposed tokens, `verified` those the
+    scheduler sent to the target, `accepted` those that the target confirmed. Position 0 of the lists is the token
+    right after the anchor; `offered[k]` counts rounds in which position k was verified after all before it were
+    accepted, so `accepted_at[k] / offered[k]` is the conditional acceptance. Times are wall seconds; in a batch,
+    `draft_seconds` and `target_seconds` are those of the shared steps.
+    """
+
+    prompt_tokens: int = 0
+    target_steps: int = 0
+    decoded: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    offered: list[int] = dataclasses.field(default_factory=list)
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    queue_seconds: float = 0.0
+    ttft: float = 0.0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    target_seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Acceptance length: tokens emitted per decoding step of the target (1.0 for plain decoding)."""
+        return self.decoded / self.target_steps if self.target_steps else 1.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds from the first token to the last."""
+        return self.seconds - self.ttft
+
+    def record_round(self, length: int, accepted: int) -> None:
+        """Adds a round that verified `length` draft tokens and accepted the first `accepted`."""
+        self.lengths.append(length)
+        self.verified += length
+        self.accepted += accepted
+        while len(self.offered) < length:
+            self.offered.append(0)
+            self.accepted_at.append(0)
+        for k in range(min(length, accepted + 1)):
+            self.offered[k] += 1
+            self.accepted_at[k] += k < accepted
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished request. `finish_reason`: stop, length, cancelled or error (then `error` says why)."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEvent:
+    """Tokens that one step emitted for one request, and its completion if the step finished it."""
+
+    request_id: str
+    token_ids: list[int]
+    finished: Completion | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """The engine's own state of a request: its tokens, its KV slot and how much of it is computed.
+
+    Invariant while decoding: `computed == len(tokens) - 1`: the last token is the anchor, whose KV is not cached.
+    """
+
+    request: Request
+    stop_ids: frozenset[int]
+    tokens: list[int]
+    slot: int = -1
+    computed: int = 0
+    metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def prefilled(self) -> bool:
+        return self.computed >= self.prompt_length
+
+    @property
+    def draft_limit(self) -> int:
+        """Most draft tokens worth verifying: one emitted token is always the target's own."""
+        left = self.request.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
+        return left if self.request.max_draft is None else min(left, self.request.max_draft)

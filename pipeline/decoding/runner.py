@@ -1,0 +1,99 @@
+"""One ragged step of the target: tokens of many requests in, hidden states, taps and logits out."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from pipeline.decoding.attention import NAME, Segment, StepLayout
+from pipeline.decoding.cache import KVCache
+from pipeline.decoding.prepack import available, prepack
+from pipeline.errors import DraftlineError
+from pipeline.target import Target, TapCapture
+
+
+class TargetRunner:
+    """Runs the frozen target over flattened steps, with a KV slot per request.
+
+    The target's module is taken over: its attention is switched to the engine's and, on CPU in fp32, its linear
+    layers are replaced by prepacked ones.
+
+    Args:
+        slots: most requests at once. capacity: most positions per request.
+        layer_ids: tapped decoder layers (empty: no taps).
+        pack: prepack linears (CPU, fp32).
+    """
+
+    def __init__(
+        self, target: Target, slots: int, capacity: int, layer_ids: list[int] | None = None, *, pack: bool = True
+    ) -> None:
+        config = target.model.config
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and capacity > limit:
+            raise DraftlineError(
+                f"engine.max_context={capacity} is beyond the target's {limit} positions; set it to {limit} or less."
+            )
+        self.target = target
+        self.layer_ids = list(layer_ids or [])
+        self.groups = heads // kv_heads
+        self.cache = KVCache(target.num_layers, slots, kv_heads, capacity, head_dim, target.dtype, target.device)
+        target.model.set_attn_implementation(NAME)
+        self.packed = 0
+        if pack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
+            self.packed = prepack(target.model)
+        self.family = target.family
+
+    @torch.inference_mode()
+    def step(
+        self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Runs T tokens.
+
+        Args:
+            segments: whose tokens they are, in order. token_ids: T ids.
+            logit_rows: rows (0..T-1) that need logits.
+        Returns:
+            taps [T, L*D] or None, and logits [len(logit_rows), V] (softcapped where the family does so).
+        """
+        layout = StepLayout(segments, self.cache, self.groups)
+        ids = torch.tensor([token_ids], device=self.target.device)
+        backbone = self.target.model.get_decoder()
+
+        def forward() -> torch.Tensor:
+            return backbone(
+                input_ids=ids, position_ids=layout.positions[None], use_cache=False, draftline_layout=layout
+            ).last_hidden_state[0]
+
+        taps = None
+        if self.layer_ids:
+            with TapCapture(self.family, self.layer_ids) as capture:
+                hidden = forward()
+            taps = capture.taps()
+            taps = taps[0] if taps.dim() == 3 else taps
+        else:
+            hidden = forward()
+        if len(logit_rows) != hidden.shape[0]:
+            hidden = hidden[torch.tensor(logit_rows, dtype=torch.int64, device=hidden.device)]
+        logits = self.target.model.get_output_embeddings()(hidden)
+        if self.family.logit_softcap:
+            logits = torch.tanh(logits / self.family.logit_softcap) * self.family.logit_softcap
+        return taps, logits
+
+    def time_step(self, tokens: int, context: int, per_request: int) -> float:
+        """Seconds of a step over `tokens` tokens of ceil(tokens / per_request) requests at `context` tokens each.
+
+        Uses the lowest slots and scribbles over them: for profiling while no request runs.
+        """
+        segments, left, slot = [], tokens, 0
+        while left:
+            count = min(left, per_request)
+            segments.append(Segment(slot, context, count))
+            left, slot = left - count, slot + 1
+        ids = [7 % self.target.vocab_size] * tokens
+        began = time.perf_counter()
+        self.step(segments, ids, list(range(tokens)))
+        return time.perf_counter() - began
