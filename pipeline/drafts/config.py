@@ -1,0 +1,114 @@
+"""What a draft is: its architecture, in plain values that travel in its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """A block drafter (DSpark). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
+
+    Attributes:
+        algorithm: dspark.
+        block_size: K; slot k predicts token anchor + k + 1 (`sample_from_anchor`), so K tokens per block.
+        num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
+        hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
+            layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
+        qk_norm: RMSNorm on queries and keys.
+        mask_token_id: fills slots 1..K-1; must be an embedding row that no text uses.
+        markov_rank: r of the Markov head. markov_head_type: none or vanilla.
+        enable_confidence_head, confidence_head_with_markov: the confidence head and whether it sees the Markov
+            embedding of the token before.
+        draft_vocab_size: Vd, most frequent tokens of the corpus (0: the target's whole vocabulary).
+    """
+
+    algorithm: str = "dspark"
+    block_size: int = 7
+    num_layers: int = 2
+    target_layer_ids: list[int] = dataclasses.field(default_factory=list)
+    hidden_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    rope_theta: float = 0.0
+    rms_norm_eps: float = 0.0
+    qk_norm: bool = True
+    sample_from_anchor: bool = True
+    mask_token_id: int = -1
+    markov_rank: int = 256
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    draft_vocab_size: int = 0
+
+    @property
+    def has_markov(self) -> bool:
+        return self.markov_head_type != "none" and self.markov_rank > 0
+
+
+def default_layer_ids(num_layers: int, count: int = 5) -> list[int]:
+    """Evenly spaced layers from 1 to n-3 (36 layers: [1, 9, 17, 25, 33])."""
+    last = max(1, num_layers - 3)
+    count = min(count, last)
+    if count == 1:
+        return [last]
+    return sorted({round(1 + i * (last - 1) / (count - 1)) for i in range(count)})
+
+
+def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> DraftConfig:
+    """Fills what the config leaves to the target.
+
+    Args:
+        target_config: the target's transformers text config.
+        unused_token: an embedding row that no text uses, for `mask_token_id` -1.
+    Raises:
+        ConfigError: values that can't fit the target.
+    """
+    heads = target_config.num_attention_heads
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"The target's rope type is {rope['rope_type']!r}; drafts support 'default' only. Set draft.rope_theta is "
+            "not enough: choose another target."
+        )
+    full = dataclasses.replace(
+        config,
+        hidden_size=config.hidden_size or target_config.hidden_size,
+        num_heads=config.num_heads or heads,
+        num_kv_heads=config.num_kv_heads or getattr(target_config, "num_key_value_heads", None) or heads,
+        head_dim=config.head_dim or getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        intermediate_size=config.intermediate_size or target_config.intermediate_size,
+        rope_theta=config.rope_theta or float(rope.get("rope_theta", 1e4)),
+        rms_norm_eps=config.rms_norm_eps or target_config.rms_norm_eps,
+        target_layer_ids=config.target_layer_ids or default_layer_ids(target_config.num_hidden_layers),
+        mask_token_id=config.mask_token_id if config.mask_token_id >= 0 else unused_token,
+    )
+    check(full, target_config.hidden_size, target_config.vocab_size, target_config.num_hidden_layers)
+    return full
+
+
+def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: int) -> None:
+    """Raises ConfigError naming the field of a resolved config that can't work with such a target."""
+    if config.hidden_size != hidden_size:
+        raise ConfigError(
+            f"draft.hidden_size={config.hidden_size}, but the target's embedding, which the draft borrows, has "
+            f"{hidden_size}. Leave it 0."
+        )
+    if not 0 <= config.mask_token_id < vocab_rows:
+        raise ConfigError(f"draft.mask_token_id={config.mask_token_id} is outside the {vocab_rows} embedding rows.")
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(f"draft.num_heads={config.num_heads} must be a multiple of {config.num_kv_heads} KV heads.")
+    if config.draft_vocab_size > vocab_rows:
+        raise ConfigError(
+            f"draft.draft_vocab_size={config.draft_vocab_size} is above the target's {vocab_rows} tokens; use 0 for all."
+        )
+    if not config.sample_from_anchor:
+        raise ConfigError("draft.sample_from_anchor=false (DFlash's slot layout) is not in this version; use true.")
+    bad = [i for i in config.target_layer_ids if not 0 <= i < num_layers]
+    if bad:
+        raise ConfigError(f"draft.target_layer_ids holds {bad[0]}; the target's layers are 0 to {num_layers - 1}.")

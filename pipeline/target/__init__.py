@@ -1,0 +1,18 @@
+"""The frozen target: obtaining it, its identity, its family, its taps."""
+
+from pipeline.target.families import Family, family_of
+from pipeline.target.loading import Target, TargetIdentity, load_target, load_tokenizer
+from pipeline.target.obtain import obtain
+from pipeline.target.taps import TapCapture, validate_layer_ids
+
+__all__ = [
+    "Family",
+    "TapCapture",
+    "Target",
+    "TargetIdentity",
+    "family_of",
+    "load_target",
+    "load_tokenizer",
+    "obtain",
+    "validate_layer_ids",
+]

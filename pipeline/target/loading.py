@@ -1,0 +1,166 @@
+"""Loading a target and proving which one it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from pipeline.artifact import digest_json, sha256_file, write_json
+from pipeline.errors import DraftlineError
+from pipeline.target.families import Family, family_of
+from pipeline.target.obtain import obtain
+
+if TYPE_CHECKING:
+    from pipeline.config import TargetConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetIdentity:
+    """Which target something belongs to.
+
+    weight_digest: over the safetensors files; tokenizer_digest: over the tokenizer's files and chat template;
+    revision: the configured one, or the first 12 digits of the weight digest.
+    """
+
+    id: str
+    revision: str
+    weight_digest: str
+    tokenizer_digest: str
+
+    def as_dict(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+class Target:
+    """A frozen causal language model with its tokenizer and identity."""
+
+    def __init__(self, model: Any, tokenizer: Any, identity: TargetIdentity) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.identity = identity
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.model)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Embedding rows (may exceed the tokenizer's tokens)."""
+        return int(self.family.embed_tokens.weight.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.family.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.family.embed_tokens.weight.dtype
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a text: the generation config's, else the config's, else the tokenizer's."""
+        for source in (self.model.generation_config, self.model.config, self.tokenizer):
+            eos = getattr(source, "eos_token_id", None)
+            if eos is not None:
+                return sorted(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+        return []
+
+    @cached_property
+    def unused_token(self) -> int:
+        """A token id that no text of the target contains: the highest embedding row outside its special eos/bos,
+        preferring padded rows, then reserved special tokens."""
+        used = {*self.eos_ids, self.tokenizer.bos_token_id}
+        if self.vocab_size > len(self.tokenizer):
+            return self.vocab_size - 1
+        special = [i for i in self.tokenizer.all_special_ids if i not in used]
+        if special:
+            return int(min(special))
+        return 0
+
+
+def load_tokenizer(config: TargetConfig, cache_dir: Path) -> Any:
+    """The target's tokenizer, with the configured chat template if there is one.
+
+    Raises:
+        DraftlineError: no tokenizer there, or the template file is missing.
+    """
+    path = obtain(config, cache_dir)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise DraftlineError(f"{path} has no tokenizer that transformers can load: {_first_line(e)}") from None
+    if config.chat_template:
+        file = Path(config.chat_template)
+        if not file.is_file():
+            raise DraftlineError(f"target.chat_template={config.chat_template} is not a file.")
+        tokenizer.chat_template = file.read_text()
+    return tokenizer
+
+
+def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) -> TargetIdentity:
+    """The identity alone, without loading weights (digests are kept in `cache_dir`, keyed by size and time)."""
+    path = obtain(config, cache_dir)
+    tokenizer = tokenizer or load_tokenizer(config, cache_dir)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise DraftlineError(f"{path} has no .safetensors file; convert the target's weights to safetensors first.")
+    digest = digest_json([_cached_digest(f, Path(cache_dir)) for f in weights])
+    files = [sha256_file(path / f) for f in _TOKENIZER_FILES if (path / f).is_file()]
+    tokens = digest_json([files, tokenizer.chat_template])
+    name = config.path if not Path(config.path).is_dir() else Path(config.path).name
+    return TargetIdentity(name, config.revision or digest[:12], digest, tokens)
+
+
+def load_target(config: TargetConfig, cache_dir: Path) -> Target:
+    """Loads the target as configured.
+
+    Raises:
+        DraftlineError: it is missing, unreadable, or of a family that is not supported.
+    """
+    path = obtain(config, cache_dir)
+    tokenizer = load_tokenizer(config, cache_dir)
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise DraftlineError(f"target.device={config.device!r}, but this process sees no GPU. Use target.device=cpu.")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    except (OSError, ValueError) as e:
+        raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
+    target = Target(model.to(config.device), tokenizer, load_identity(config, cache_dir, tokenizer))
+    _ = target.family
+    return target
+
+
+def _cached_digest(file: Path, cache_dir: Path) -> str:
+    stat = file.stat()
+    key = digest_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns])[:24]
+    memo = cache_dir / "digests" / f"{key}.json"
+    if memo.is_file():
+        return str(json.loads(memo.read_text())["sha256"])
+    digest = sha256_file(file)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memo, {"sha256": digest, "file": file.name})
+    return digest
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
