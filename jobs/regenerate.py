@@ -1,0 +1,118 @@
+"""Answers prompts with the target itself: the corpus a draft should learn from.
+
+ray job submit --working-dir . -- python jobs/regenerate.py experiment=demo corpus.regenerate.limit=0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.artifact import digest_json, sha256_file, write_json
+from pipeline.config import EngineConfig, PipelineConfig, TargetConfig
+from pipeline.corpus.conversations import Quarantined
+from pipeline.corpus.regeneration import Regenerator, ResponseSettings, prompt_rows, rows_of, write_conversations
+from pipeline.errors import DraftlineError
+from pipeline.target.loading import load_identity
+
+
+class RegenerationActor:
+    """Answers one chunk of prompts per call and leaves it on disk; a chunk found there is not answered again."""
+
+    def __init__(
+        self, target: TargetConfig, engine: EngineConfig, settings: ResponseSettings, cache: str, parts: str
+    ) -> None:
+        self.engine, self.parts = engine, Path(parts)
+        self.regenerator = Regenerator(target, engine, settings, cache)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        # Ray Data may call from another thread than the constructor's, and torch counts threads per caller.
+        torch.set_num_threads(self.engine.threads)
+        chunk = int(batch["chunk"][0])
+        rows = json.loads(batch["rows"][0])
+        columns = {name: np.array([r[name] for r in rows], dtype=object) for name in ("messages", "source")}
+        answered = list(rows_of(self.regenerator({"row": np.array([r["row"] for r in rows]), **columns})))
+        write_json(self.parts / f"chunk-{chunk:05d}.json", answered)
+        tokens = sum(r["response_tokens"] for r in answered)
+        return {"chunk": np.array([chunk]), "tokens": np.array([tokens])}
+
+
+def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
+    """Regenerates `config.corpus.regenerate.prompts` into `out` (a .jsonl.zst with manifest.json beside it).
+
+    Interrupted, it goes on with the chunks that are missing. Needs Ray to be initialised.
+    """
+    import ray
+
+    ask = config.corpus.regenerate
+    settings = ResponseSettings(ask.temperature, ask.top_k, ask.top_p, ask.max_new_tokens, ask.seed)
+    target = dataclasses.replace(config.target, dtype=ask.dtype)
+    engine = dataclasses.replace(
+        config.engine, max_requests=ask.concurrency, threads=ask.threads, max_queue=4 * ask.concurrency
+    )
+    quarantine: list[Quarantined] = []
+    rows = list(prompt_rows(ask.prompts, quarantine, ask.limit))
+    for bad in quarantine:
+        print(f"regenerate: row {bad.row} of {ask.prompts} left out: {bad.reason}", flush=True)
+    if not rows:
+        raise DraftlineError(f"corpus.regenerate.prompts={ask.prompts} holds no usable prompt.")
+    info = {
+        "target": load_identity(target, config.cache).as_dict(),
+        "sampling": {**dataclasses.asdict(settings), "dtype": ask.dtype},
+        "prompts": {"file": Path(ask.prompts).name, "sha256": sha256_file(Path(ask.prompts)), "rows": len(rows)},
+        "quarantined": len(quarantine),
+    }
+    key = digest_json(info)
+    parts = out.parent / f".{out.name}.parts-{key[:12]}"
+    parts.mkdir(parents=True, exist_ok=True)
+    per_chunk = 2 * ask.concurrency
+    chunks = [
+        {"chunk": n, "rows": json.dumps(rows[i : i + per_chunk])}
+        for n, i in enumerate(range(0, len(rows), per_chunk))
+        if not (parts / f"chunk-{n:05d}.json").is_file()
+    ]
+    total = -(-len(rows) // per_chunk)
+    print(f"regenerate: {len(rows)} prompts in {total} chunks, {total - len(chunks)} done before", flush=True)
+    if chunks:
+        answered = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+            RegenerationActor,
+            batch_size=1,
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=ask.actors),
+            fn_constructor_args=(target, engine, settings, str(config.cache), str(parts)),
+        )
+        began, tokens = time.monotonic(), 0
+        for n, row in enumerate(answered.iter_rows(), start=1):
+            tokens += row["tokens"]
+            spent = time.monotonic() - began
+            left = spent / n * (len(chunks) - n)
+            print(
+                f"regenerate: chunk {n}/{len(chunks)}, {tokens} tokens, {tokens / spent:.0f}/s, {left:.0f} s left",
+                flush=True,
+            )
+    done = [r for n in range(total) for r in json.loads((parts / f"chunk-{n:05d}.json").read_text())]
+    manifest = write_conversations(out, done, info)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    return manifest
+
+
+def main(config: PipelineConfig) -> None:
+    out = config.run_dir / "regenerated" / "conversations.jsonl.zst"
+    manifest = regenerate(config, out)
+    print(f"regenerate: {manifest['counts']} -> {out}")
+
+
+if __name__ == "__main__":
+    from pipeline.entry import run
+
+    sys.exit(run(main, name="regenerate"))

@@ -1,0 +1,172 @@
+"""Decoding with a DSpark draft: context keys grow with accepted taps, a block is drafted for all requests at once.
+
+Letters: B requests, K block size, G query heads per KV head, n context positions, d head dim, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from draftline_kernels import Sampling, draw, proposal_stream, transform
+
+from pipeline.decoding.cache import KVCache
+from pipeline.decoding.prepack import PackedLinear, available, prepack
+from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.drafts.dspark import DSparkDraft
+
+
+class DSparkProposer:
+    """Proposes blocks with a DSparkDraft.
+
+    Args:
+        draft: not modified; the proposer works on a copy whose linears may be prepacked.
+        slots, capacity: the engine's max_requests and max_context.
+        rule: verification rule, which decides the noise that tokens are drawn with.
+        pack: prepack linears (CPU, fp32).
+    """
+
+    name = "dspark"
+
+    def __init__(
+        self, draft: DSparkDraft, *, slots: int, capacity: int, rule: str = "coupled", pack: bool = True
+    ) -> None:
+        shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
+        self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
+        c = self.config = draft.config
+        self.block_size = c.block_size
+        self.layer_ids = list(c.target_layer_ids)
+        self.rule = rule
+        self.device = draft.embed.device
+        # Slots of a block are written behind the context and overwritten by the next commit.
+        self.cache = KVCache(
+            c.num_layers,
+            slots,
+            c.num_kv_heads,
+            capacity + c.block_size,
+            c.head_dim,
+            draft.lm_rows.dtype,
+            self.device,
+        )
+        self._lm_head = None
+        if pack and self.device.type == "cpu" and draft.lm_rows.dtype == torch.float32 and available():
+            prepack(self.draft)
+            self._lm_head = PackedLinear(draft.lm_rows)
+        self._length: dict[int, int] = {}
+
+    def admit(self, sequence: Sequence) -> None:
+        self._length[sequence.slot] = 0
+
+    def release(self, sequence: Sequence) -> None:
+        self._length.pop(sequence.slot, None)
+
+    @torch.inference_mode()
+    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+        if not commits:
+            return
+        if taps is None:
+            raise RuntimeError("the DSpark proposer needs taps; the engine captured none")
+        rows, positions, slots = [], [], []
+        for c in commits:
+            count = c.rows.stop - c.rows.start
+            slot = c.sequence.slot
+            if self._length[slot] != c.start:
+                raise RuntimeError(f"draft context of slot {slot} ends at {self._length[slot]}, commit is at {c.start}")
+            self._length[slot] += count
+            rows += range(c.rows.start, c.rows.stop)
+            positions += range(c.start, c.start + count)
+            slots += [slot] * count
+        whole = len(rows) == taps.shape[0]
+        chosen = taps if whole else taps[torch.tensor(rows, device=taps.device)]
+        at = torch.tensor(positions, device=self.device)
+        where = torch.tensor(slots, device=self.device)
+        context = self.draft.context(chosen.to(self.draft.lm_rows.dtype))
+        for i, (k, v) in enumerate(self.draft.context_kv(context, at)):
+            self.cache.write(i, where, at, k, v)
+
+    @torch.inference_mode()
+    def propose(self, sequences: list[Sequence]) -> Proposal:
+        batch, block = len(sequences), self.block_size
+        anchors = torch.tensor([len(s.tokens) - 1 for s in sequences], device=self.device)
+        anchor_tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
+        hidden = self.draft.blocks(anchor_tokens, anchors, self._attend(sequences))
+        base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
+        base = base.view(batch, block, -1)
+        sampling = Sampling.of(
+            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
+            device=self.device,
+        )
+        keep = self.rule == "ratio" and not sampling.greedy
+        kept = torch.empty_like(base) if keep else None
+        d2t = self.draft.d2t
+        previous = anchor_tokens
+        columns, seen = [], []
+        for k in range(block):
+            logits = base[:, k] + self.draft.markov_bias(previous)
+            seen.append(previous)
+            if sampling.greedy:
+                previous = d2t[logits.argmax(-1)]
+            else:
+                logits = transform(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+                if kept is not None:
+                    kept[:, k] = logits
+                previous = draw(
+                    logits,
+                    sampling.seed,
+                    anchors + 1 + k,
+                    d2t,
+                    temperature=sampling.temperature,
+                    stream=proposal_stream(self.rule),
+                    anchor=anchors if self.rule == "ratio" else None,
+                )
+            columns.append(previous)
+        raw = self.draft.confidence(hidden.view(batch, block, -1), torch.stack(seen, 1))
+        if raw is None:
+            confidence = torch.full((batch, block), 0.5)
+        else:
+            raw = raw.float()
+            confidence = torch.sigmoid(raw / self.draft.temperatures)
+        return Proposal(
+            torch.stack(columns, 1),
+            torch.full((batch,), block, dtype=torch.int64),
+            confidence,
+            raw,
+            kept,
+            d2t,
+        )
+
+    def _attend(self, sequences: list[Sequence]):  # type: ignore[no-untyped-def]
+        c = self.config
+        groups, block = c.num_heads // c.num_kv_heads, c.block_size
+        slots = [s.slot for s in sequences]
+        lengths = [self._length[s] for s in slots]
+        low, high, end = min(slots), max(slots) + 1, max(lengths) + block
+        index = torch.tensor(slots, device=self.device).repeat_interleave(block)
+        offsets = torch.tensor([n + j for n in lengths for j in range(block)], device=self.device)
+        row = torch.tensor([s - low for s in slots], device=self.device)
+        mask = None
+        if len(slots) > 1:
+            visible = torch.zeros(high - low, 1, 1, end, dtype=torch.bool, device=self.device)
+            visible[..., 0] = True
+            limit = torch.tensor([n + block for n in lengths], device=self.device)
+            visible[row, 0, 0] = torch.arange(end, device=self.device) < limit[:, None]
+            mask = visible.expand(-1, 1, groups * block, -1)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.cache.write(layer, index, offsets, k, v)
+            grid = q.view(len(slots), block, c.num_kv_heads, groups, c.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            if high - low != len(slots) or slots != sorted(slots):
+                full = q.new_zeros(high - low, *grid.shape[1:])
+                full[row] = grid
+                grid = full
+            out = F.scaled_dot_product_attention(
+                grid, self.cache.k[layer, low:high, :, :end], self.cache.v[layer, low:high, :, :end], attn_mask=mask
+            )
+            if out.shape[0] != len(slots) or slots != sorted(slots):
+                out = out[row]
+            out = out.unflatten(2, (groups, block)).permute(0, 3, 1, 2, 4)
+            return out.reshape(-1, c.num_heads, c.head_dim)
+
+        return attend

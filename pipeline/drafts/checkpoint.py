@@ -1,0 +1,118 @@
+"""Draft checkpoints: artifacts of kind "draft" that state which target they belong to, and prove it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline import artifact
+from pipeline.drafts.config import DraftConfig, check
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.target import Target
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def make_draft(config: DraftConfig, target: Target, d2t: torch.Tensor) -> DSparkDraft:
+    """A freshly initialised draft of a resolved config, borrowing the target's embedding and lm_head."""
+    family = target.family
+    head = getattr(family.lm_head, "weight", None)
+    if head is None:
+        raise ArtifactError("The target's lm_head was prepacked; make the draft before the engine takes the target.")
+    return DSparkDraft(
+        config,
+        family.embed_tokens.weight,
+        head,
+        d2t,
+        embed_scale=family.embed_scale,
+        logit_softcap=family.logit_softcap,
+    )
+
+
+def save_draft(
+    out: Path | str,
+    draft: DSparkDraft,
+    *,
+    target: dict[str, str],
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    state: Mapping[str, torch.Tensor] | None = None,
+    info: dict[str, Any] | None = None,
+) -> artifact.Manifest:
+    """Writes a draft artifact: `model.safetensors` (fp32, nothing borrowed) and `config.json`.
+
+    Args:
+        target: identity of the target. config, inputs: of the stage, for the manifest.
+        state: tensors to write instead of the module's own.
+    """
+    tensors = dict(state or draft.trainable_state())
+    with artifact.create(out, "draft", config=config, inputs=inputs, target=target) as staging:
+        save_file(
+            {
+                n: t.detach().to("cpu", t.dtype if t.dtype == torch.int64 else torch.float32).contiguous()
+                for n, t in tensors.items()
+            },
+            staging.path / WEIGHTS,
+        )
+        artifact.write_json(staging.path / CONFIG, dataclasses.asdict(draft.config))
+        staging.counts["parameters"] = sum(p.numel() for p in draft.parameters())
+        staging.info.update(info or {})
+    return artifact.load(out, "draft", verify=False)
+
+
+def load_draft(path: Path | str, target: Target) -> DSparkDraft:
+    """Loads a draft for a target.
+
+    Raises:
+        ArtifactError: damaged, made for another target, or not fitting it; the message lists every difference.
+    """
+    path = Path(path)
+    manifest = artifact.load(path, "draft")
+    mine, theirs = target.identity.as_dict(), manifest.target or {}
+    differing = [
+        f"{key}: the draft's is {theirs.get(key)!r}, the target's is {mine[key]!r}"
+        for key in ("weight_digest", "tokenizer_digest", "revision")
+        if theirs.get(key) != mine[key]
+    ]
+    if differing:
+        raise ArtifactError(
+            f"The draft at {path} belongs to another target. " + "; ".join(differing) + ". Train a draft for this one."
+        )
+    try:
+        raw = json.loads((path / CONFIG).read_text())
+        config = DraftConfig(**raw)
+        tensors = load_file(path / WEIGHTS)
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
+        raise ArtifactError(f"The draft at {path} can't be read: {e}") from None
+    try:
+        check(config, target.hidden_size, target.vocab_size, target.num_layers)
+    except ConfigError as e:
+        raise ArtifactError(f"The draft at {path} does not fit the target. {e}") from None
+    d2t = tensors.get("d2t")
+    if d2t is None or d2t.dim() != 1 or not len(d2t) or bool((d2t.diff() <= 0).any()):
+        raise ArtifactError(f"The draft at {path} has no ascending draft vocabulary (tensor d2t).")
+    if int(d2t[0]) < 0 or int(d2t[-1]) >= target.vocab_size:
+        raise ArtifactError(
+            f"The draft at {path} has token {int(d2t[-1])} in its vocabulary; the target has {target.vocab_size} tokens."
+        )
+    draft = make_draft(config, target, d2t)
+    own = draft.state_dict()
+    problems = [f"{n} is missing" for n in own.keys() - tensors.keys()]
+    problems += [f"{n} is unknown" for n in tensors.keys() - own.keys()]
+    problems += [
+        f"{n} has shape {list(tensors[n].shape)}, the config gives {list(own[n].shape)}"
+        for n in own.keys() & tensors.keys()
+        if own[n].shape != tensors[n].shape
+    ]
+    if problems:
+        raise ArtifactError(f"The draft at {path} does not match its config: " + "; ".join(sorted(problems)) + ".")
+    draft.load_state_dict(tensors)
+    return draft.to(target.device).eval()

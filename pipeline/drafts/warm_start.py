@@ -1,0 +1,73 @@
+"""Warm starts: what a draft can know before its first training step."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.target.families import Family
+
+
+@torch.no_grad()
+def layers_from_target(draft: DSparkDraft, family: Family) -> None:
+    """Copies the target's last layers and final norm into the draft, and lets the context pass the last tap.
+
+    Draft layer i takes the weights of target layer n - num_layers + i. `fc` starts as the identity on the last tap,
+    and `hidden_norm` with the first copied layer's input norm, so that context keys and values start as what
+    those target layers would compute. Tensors of another shape (or absent, as q_norm) keep their initialisation.
+    """
+    last = len(family.layers)
+    for i, layer in enumerate(draft.layers):
+        source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
+        for name, weight in layer.named_parameters():
+            if name in source and source[name].shape == weight.shape:
+                weight.copy_(source[name])
+    draft.norm.weight.copy_(family.final_norm.weight)
+    first = family.layers[last - draft.config.num_layers]
+    draft.hidden_norm.weight.copy_(first.input_layernorm.weight)
+    size = draft.config.hidden_size
+    draft.fc.weight.mul_(0.1)
+    draft.fc.weight[:, -size:] += torch.eye(size)
+
+
+@torch.no_grad()
+def markov_from_bigrams(
+    draft: DSparkDraft, pairs: tuple[torch.Tensor, torch.Tensor], *, smoothing: float = 4.0, seed: int = 0
+) -> None:
+    """Sets the Markov head to a low-rank fit of the corpus' bigram log-ratios, in closed form.
+
+    The matrix M[x, y] = log((c(x, y) + s * p(y)) / ((c(x) + s) * p(y))) over pairs that occur (0 elsewhere) says how
+    much more likely y is after x than anywhere. Its truncated SVD of the head's rank gives W1 and W2.
+
+    Args:
+        pairs: (previous, next) int64[n] target ids; a next token outside the draft vocabulary is skipped.
+        smoothing: s, pseudo-count of the unigram distribution.
+    """
+    head = draft.markov_head
+    if head is None:
+        return
+    previous, following = pairs
+    draft_size = draft.d2t.shape[0]
+    t2d = torch.full((int(draft.embed.shape[0]),), -1, dtype=torch.int64)
+    t2d[draft.d2t] = torch.arange(draft_size)
+    column = t2d[following]
+    inside = column >= 0
+    rows, row = previous[inside].unique(return_inverse=True)
+    column = column[inside]
+    key, count = (row * draft_size + column).unique(return_counts=True)
+    r, c = key // draft_size, key % draft_size
+    total = torch.zeros(rows.shape[0]).index_add_(0, r, count.float())
+    p = torch.zeros(draft_size).index_add_(0, c, count.float()) / count.sum()
+    value = ((count + smoothing * p[c]) / ((total[r] + smoothing) * p[c])).log().clamp(min=0)
+    # Rare rows are mostly noise; their evidence is weighed down.
+    value = value * (total[r] / (total[r] + smoothing)).sqrt()
+    matrix = torch.sparse_coo_tensor(torch.stack((r, c)), value, (rows.shape[0], draft_size)).coalesce()
+    rank = min(draft.config.markov_rank, *matrix.shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(matrix, q=rank, niter=4)
+    scale = s.sqrt()
+    head.markov_w1.weight.zero_()
+    head.markov_w1.weight[rows, :rank] = u * scale
+    head.markov_w2.weight.zero_()
+    head.markov_w2.weight[:, :rank] = v * scale
