@@ -1,0 +1,1 @@
+"""Draft training: anchors, objectives, the step, and the Ray Train + DeepSpeed loop around it."""

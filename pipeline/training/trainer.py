@@ -1,0 +1,119 @@
+"""Sharded draft training on Ray Train (V2) with DeepSpeed.
+
+train(config, features_dir=..., corpus_dir=..., out=...) returns the manifest of a draft artifact. The same call after
+an interruption goes on from the last checkpoint; after success it returns what is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.config import PipelineConfig, to_plain
+from pipeline.errors import ConfigError, DraftlineError
+from pipeline.target import load_tokenizer
+from pipeline.target.loading import load_identity
+from pipeline.training.worker import WorkerPlan, train_worker
+
+
+def stage_config(config: PipelineConfig) -> dict[str, Any]:
+    """The settings that decide what training produces (where it runs and how often it reports do not)."""
+    trainer = to_plain(config.trainer)
+    for name in ("checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu"):
+        trainer.pop(name)
+    return {"trainer": trainer, "draft": to_plain(config.draft), "deepspeed": config.deepspeed}
+
+
+def train(
+    config: PipelineConfig,
+    *,
+    features_dir: Path | None,
+    corpus_dir: Path,
+    out: Path,
+    run_dir: Path,
+    cache_dir: Path,
+) -> artifact.Manifest:
+    """Trains a draft; Ray must be initialised.
+
+    Args:
+        features_dir: a features artifact; None streams features from extraction (features.mode=stream).
+        out: the draft artifact. run_dir: checkpoints and `train/history.jsonl`.
+    Raises:
+        DraftlineError: training failed; ConfigError: a DeepSpeed config that can't be used.
+    """
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
+    inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
+    if features_dir is not None:
+        inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
+    plain = stage_config(config)
+    if (done := artifact.current(out, "draft", config=plain, inputs=inputs)) is not None:
+        return done
+    tokenizer = load_tokenizer(config.target, cache_dir)
+    identity = load_identity(config.target, cache_dir, tokenizer)
+    key = artifact.digest_json([plain, inputs, identity.as_dict()])[:12]
+    storage = Path(run_dir) / "train"
+    plan = WorkerPlan(
+        target=to_plain(config.target),
+        draft=to_plain(config.draft),
+        trainer=to_plain(config.trainer),
+        features=to_plain(config.features),
+        deepspeed=config.deepspeed,
+        cache_dir=str(cache_dir),
+        corpus_dir=str(corpus_dir),
+        features_dir=str(features_dir) if features_dir is not None else "",
+        out=str(out),
+        history=str(storage / f"history-{key}.jsonl"),
+        manifest_config=plain,
+        inputs=inputs,
+    )
+    datasets = None
+    if features_dir is None:
+        from pipeline.features.stream import feature_stream
+
+        datasets = {"train": feature_stream(config.features, config.target, corpus_dir, cache_dir)}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=dataclasses.asdict(plan),
+        torch_config=TorchConfig(backend="nccl" if config.trainer.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=config.trainer.use_gpu),
+        run_config=RunConfig(
+            name=f"draft-{key}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+        datasets=datasets,
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        cause = _user_error(e)
+        raise DraftlineError(f"Training failed: {cause}") from (None if cause else e)
+    return artifact.load(out, "draft", verify=False)
+
+
+def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:
+    """The reported metrics of the run that made a draft, in order of steps."""
+    key = artifact.digest_json([manifest.config, manifest.inputs, manifest.target])[:12]
+    file = Path(run_dir) / "train" / f"history-{key}.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _user_error(e: BaseException) -> str:
+    """The DraftlineError that a worker raised, else the failure's own words."""
+    for text in (str(e), *(str(f) for f in getattr(e, "worker_failures", {}).values())):
+        for line in reversed(text.splitlines()):
+            if "Error: " in line and line.startswith("pipeline.errors."):
+                return line.split("Error: ", 1)[1]
+    return str(e)
