@@ -192,14 +192,13 @@ class TrainStep:
         at = b.anchors[:, None] + torch.arange(b.supervised.shape[1])
         return row.last_hidden[at.clamp(max=len(row.input_ids) - 1)]
 
-    def _target_scores(self, row: Row, b: Blocks) -> tuple[Tensor, Tensor]:
-        """Of the target's logits over V at the position before each label: log-sum-exp float32[A, K], and the draft
-        id of the largest int64[A, K] (-1 outside the draft vocabulary). Computed once per row, kept."""
+    def scores(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Of the target's logits over V at every position before a supervised token: log-sum-exp float32[S], and
+        the draft id of the largest int64[S] (-1 outside the draft vocabulary). Computed once per row, then kept."""
         known = self._scored.get(row.sample_id)
         if known is None:
             normaliser = torch.zeros(len(row.input_ids))
             best = torch.full((len(row.input_ids),), -1)
-            # Position i scores token i + 1, so the states before supervised labels are those before the mask.
             needed = F.pad(row.loss_mask[1:], (0, 1)).nonzero().squeeze(-1)
             for part in needed.split(128):
                 logits = (row.last_hidden[part].to(self.compute) @ self.lm_head.T).float()
@@ -208,9 +207,14 @@ class TrainStep:
                 normaliser[part] = logits.logsumexp(-1)
                 best[part] = self.t2d[logits.argmax(-1)]
             known = self._scored[row.sample_id] = normaliser, best
+        return known
+
+    def _target_scores(self, row: Row, b: Blocks) -> tuple[Tensor, Tensor]:
+        """`scores` at the position before each label: [A, K] each."""
         at = b.anchors[:, None] + torch.arange(b.supervised.shape[1])
         at = at.clamp(max=len(row.input_ids) - 1)
-        return known[0][at], known[1][at]
+        normaliser, best = self.scores(row)
+        return normaliser[at], best[at]
 
     def _metrics(self, supervised: Tensor, keep: Tensor, acceptance: Tensor, agree: Tensor, loss: float) -> StepMetrics:
         grid = torch.zeros(supervised.numel(), dtype=torch.float64)

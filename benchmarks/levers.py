@@ -1,0 +1,168 @@
+"""What each training lever buys: held-out greedy tau after the same seconds of training, one lever at a time.
+
+python benchmarks/levers.py --rows 300 --seconds 90 --json levers.json
+
+Trains the demo's draft in this process (no Ray, no DeepSpeed) on features of SmolLM2-135M's own responses, and
+scores blocks of held-out rows: the corpus is greedy, so the teacher-forced agreement of a block is what greedy
+decoding would accept. Every variant sees the same rows in the same order for the same wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pipeline.config import CorpusConfig, TargetConfig, TrainerConfig, WarmStartConfig
+from pipeline.corpus.build import build_corpus, read_rows
+from pipeline.drafts.config import DraftConfig
+from pipeline.target import TapCapture, load_target
+from pipeline.training.step import StepMetrics, TrainStep, Weights
+from pipeline.training.worker import build_draft, learning_rate, rows_of_step
+
+BASE: dict[str, Any] = {
+    "draft": {"block_size": 5, "num_layers": 2, "markov_rank": 64, "draft_vocab_size": 4096, "qk_norm": False},
+    "trainer": {"lr": 1e-3, "num_anchors": 64, "sequences_per_step": 4, "autocast": "bfloat16", "warmup_steps": 20},
+    "warm": {"layers": True, "markov": True},
+}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "base": {},
+    "cold layers": {"warm": {"layers": False}},
+    "cold markov": {"warm": {"markov": False}},
+    "1 layer": {"draft": {"num_layers": 1}},
+    "3 layers": {"draft": {"num_layers": 3}},
+    "qk norm": {"draft": {"qk_norm": True}},
+    "vocabulary 8192": {"draft": {"draft_vocab_size": 8192}},
+    "24 anchors": {"trainer": {"num_anchors": 24}},
+    "lr 2e-3": {"trainer": {"lr": 2e-3}},
+    "lr 5e-4": {"trainer": {"lr": 5e-4}},
+    "fp32": {"trainer": {"autocast": ""}},
+    "block 7": {"draft": {"block_size": 7}},
+    "3 taps": {"draft": {"target_layer_ids": [8, 18, 28]}},
+    "last taps": {"draft": {"target_layer_ids": [1, 10, 19, 27, 29]}},
+}
+
+
+def features(target: Any, rows: list[Any], layer_ids: list[int]) -> list[Any]:
+    """Feature rows in memory, bf16."""
+    out = []
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.as_tensor(row.input_ids).long()
+            with TapCapture(target.family, layer_ids) as capture:
+                hidden = target.family.backbone(ids[None], use_cache=False).last_hidden_state[0]
+            mask = torch.as_tensor(row.loss_mask)
+            taps = capture.taps()[0].bfloat16()
+            out.append(
+                SimpleNamespace(
+                    sample_id=row.sample_id, input_ids=ids, loss_mask=mask, taps=taps, last_hidden=hidden.bfloat16()
+                )
+            )
+    return [SimpleNamespace(**{k: v.clone() if torch.is_tensor(v) else v for k, v in vars(r).items()}) for r in out]
+
+
+def score(step: TrainStep, rows: list[Any]) -> dict[str, float]:
+    """Teacher-forced metrics on held-out rows."""
+    total: StepMetrics | None = None
+    with torch.no_grad():
+        for i in range(0, len(rows), 4):
+            _, m = step(rows[i : i + 4], 0)
+            if total is None:
+                total = m
+            else:
+                for f in dataclasses.fields(m):
+                    setattr(total, f.name, getattr(total, f.name) + getattr(m, f.name))
+    assert total is not None
+    return total.summary()
+
+
+def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: dict, seconds: float) -> dict:  # type: ignore[type-arg]
+    draft_config = DraftConfig(**{**BASE["draft"], **variant.get("draft", {})})
+    warm = WarmStartConfig(**{**BASE["warm"], **variant.get("warm", {})})
+    config = TrainerConfig(**{**BASE["trainer"], **variant.get("trainer", {})}, warm_start=warm, steps=10**6)
+    draft = build_draft(draft_config, config, target, corpus)
+    step = TrainStep(
+        draft,
+        target.family.lm_head.weight.float(),
+        Weights(),
+        num_anchors=config.num_anchors,
+        seed=0,
+        autocast=torch.bfloat16 if config.autocast else None,
+    )
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for row in (*train, *held):
+        step.scores(row)
+    n, began, anchors, planned = 0, time.perf_counter(), 0.0, 10**6
+    while (spent := time.perf_counter() - began) < seconds and n < planned:
+        if n == 8:
+            planned = int(8 * seconds / spent)
+        batch = [train[i] for i in rows_of_step(n, len(train), config.sequences_per_step, 0)]
+        rate = learning_rate(n, dataclasses.replace(config, steps=planned))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, metrics = step(batch, n)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        anchors += float(metrics.count[0])
+        n += 1
+    result = score(step, held)
+    seen = score(step, train[:40])
+    return {
+        "steps": n,
+        "anchors_per_second": anchors / (time.perf_counter() - began),
+        "tau_heldout": result["tau_greedy"],
+        "tau_expected": result["tau"],
+        "tau_train": seen["tau_greedy"],
+        "agreement": [round(v, 3) for k, v in result.items() if k.startswith("agreement_")],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="pipeline/corpus/demo/demo.jsonl.zst")
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--variants", default="")
+    parser.add_argument("--cache", default=".cache/draftline")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    target = load_target(TargetConfig(dtype="bfloat16"), Path(args.cache))
+    corpus = Path(args.cache) / "levers-corpus"
+    build_corpus(
+        CorpusConfig(source=args.source, max_rows=args.rows), target.tokenizer, target.identity.as_dict(), corpus
+    )
+    names = [v.strip() for v in args.variants.split(",") if v.strip()] or list(VARIANTS)
+    results: dict[str, Any] = {}
+    cached: dict[str, tuple[list[Any], list[Any]]] = {}
+    print(f"{'variant':<18}{'steps':>6}{'anchors/s':>11}{'tau held':>10}{'expected':>10}{'tau train':>11}  agreement")
+    for name in names:
+        ids = VARIANTS[name].get("draft", {}).get("target_layer_ids") or [1, 8, 14, 20, 27]
+        variant = {**VARIANTS[name], "draft": {**VARIANTS[name].get("draft", {}), "target_layer_ids": ids}}
+        if str(ids) not in cached:
+            cached.clear()
+            cached[str(ids)] = (
+                features(target, read_rows(corpus, "train"), ids),
+                features(target, read_rows(corpus, "heldout"), ids),
+            )
+        r = results[name] = run(target, corpus, *cached[str(ids)], variant, args.seconds)
+        print(
+            f"{name:<18}{r['steps']:>6}{r['anchors_per_second']:>11.0f}{r['tau_heldout']:>10.3f}"
+            f"{r['tau_expected']:>10.3f}{r['tau_train']:>11.3f}  {r['agreement']}",
+            flush=True,
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"settings": vars(args), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
