@@ -1,0 +1,223 @@
+"""Greedy text equals transformers' own generate, whatever drafts, batches, chunks or schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import EngineConfig, TargetConfig
+from pipeline.decoding import Engine, QueueFull, Request, StepCost, make_proposer
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.errors import ConfigError, DraftlineError
+from pipeline.target import Target, load_target
+from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
+
+PROMPTS = ["What is the sum?", "Hello", "Explain why the sky is blue in one sentence, please", "a b a b a b", "def add"]
+LONG = 160
+
+
+def prompt_ids(target: Target) -> list[list[int]]:
+    return [
+        target.tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False
+        )
+        for p in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+    """transformers' own greedy text."""
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    out = []
+    for ids in prompt_ids(target):
+        with torch.inference_mode():
+            text = target.model.generate(torch.tensor([ids]), max_new_tokens=LONG, do_sample=False)
+        out.append(text[0, len(ids) :].tolist())
+    assert len(set(map(tuple, out))) == len(out)
+    return out
+
+
+def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:  # noqa: F811
+    config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "prefill_chunk": 7, **settings})
+    engine = Engine(
+        target, config, step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]), layer_ids=draft.config.target_layer_ids
+    )
+    options = {"slots": 3, "capacity": 512, "rule": rule} if name == "dspark" else {}
+    engine.set_proposer(make_proposer(name, draft, **options))
+    return engine
+
+
+@pytest.mark.parametrize("scheduler", ["global", "early_stop", "fixed"])
+@pytest.mark.parametrize("name", ["none", "ngram", "dspark"])
+def test_greedy_text_is_the_targets(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+    name: str,
+    scheduler: str,
+) -> None:
+    engine = engine_for(tiny, draft, name)
+    engine.set_schedule(scheduler)
+    done = engine.generate([Request(i, max_new_tokens=LONG) for i in prompt_ids(tiny)])
+    assert [d.token_ids for d in done] == expected
+    assert all(d.metrics.decoded == len(d.token_ids) - 1 for d in done)
+    if name == "none":
+        assert all(d.metrics.tau == 1.0 for d in done)
+
+
+def test_a_perfect_draft_is_accepted_whole(tiny: Target, draft: DSparkDraft, expected: list[list[int]]) -> None:  # noqa: F811
+    """A proposer that knows the text gets tau = K + 1: nothing right is rejected."""
+    engine = engine_for(tiny, draft, "ngram")
+    ids = prompt_ids(tiny)[0]
+    proposer = make_proposer("ngram", block_size=4)
+
+    def propose(sequences: list[Any]) -> Any:
+        from pipeline.decoding.proposers import Proposal
+
+        at = len(sequences[0].tokens) - len(ids)
+        block = torch.tensor([(expected[0][at : at + 4] + [0] * 4)[:4]])
+        return Proposal(block, torch.tensor([4]), torch.ones(1, 4))
+
+    proposer.propose = propose  # type: ignore[method-assign]
+    engine.set_proposer(proposer)
+    engine.set_schedule("fixed")
+    (done,) = engine.generate([Request(ids, max_new_tokens=101)])
+    assert done.token_ids == expected[0][:101]
+    assert done.metrics.tau == 5.0 and done.metrics.target_steps == 20
+
+
+@pytest.mark.parametrize("name", ["none", "ngram", "dspark"])
+def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, draft: DSparkDraft, name: str) -> None:  # noqa: F811
+    """Alone or batched, plain or drafted, long blocks or scheduled ones: the same sampled text."""
+    ids = prompt_ids(tiny)
+    ask = {"max_new_tokens": 50, "temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 11}
+    plain = engine_for(tiny, draft, "none")
+    alone = [plain.generate([Request(i, **ask)])[0].token_ids for i in ids]  # type: ignore[arg-type]
+    plain.set_proposer(make_proposer(name, draft, **({"slots": 3, "capacity": 512} if name == "dspark" else {})))
+    for scheduler in ("global", "fixed"):
+        plain.set_schedule(scheduler)
+        batch = plain.generate([Request(i, **ask) for i in ids])  # type: ignore[arg-type]
+        assert [b.token_ids for b in batch] == alone
+    assert len(set(map(tuple, alone))) == len(alone)
+
+
+def test_draft_context_is_the_training_forwards(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+    """The draft sees in decoding what it sees in training: its first block's tokens are the training forward's."""
+    from pipeline.target import TapCapture
+    from pipeline.training.step import block_attention
+
+    ids = prompt_ids(tiny)[2]
+    with torch.inference_mode():
+        with TapCapture(tiny.family, draft.config.target_layer_ids) as capture:
+            logits = tiny.model(torch.tensor([ids])).logits[0, -1]
+        anchor, token = len(ids), int(logits.argmax())
+        kv = draft.context_kv(draft.context(capture.taps()[0]), torch.arange(len(ids)))
+        hidden = draft.blocks(
+            torch.tensor([token]),
+            torch.tensor([anchor]),
+            lambda i, q, k, v: block_attention(q, k, v, kv[i], [anchor], [1], [torch.zeros(4, anchor)], 4),
+        )
+        wanted, previous = [], torch.tensor([token])
+        for k in range(4):
+            previous = draft.d2t[(draft.logits(hidden[k : k + 1]) + draft.markov_bias(previous)).argmax(-1)]
+            wanted.append(int(previous))
+    engine = engine_for(tiny, draft, "dspark")
+    engine.set_schedule("fixed")
+    seen: list[list[int]] = []
+    inner = engine.proposer.propose
+
+    def watch(sequences: list[Any]) -> Any:
+        proposal = inner(sequences)
+        seen.append(proposal.tokens[0].tolist())
+        return proposal
+
+    engine.proposer.propose = watch  # type: ignore[method-assign]
+    engine.generate([Request(ids, max_new_tokens=8)])
+    assert seen[0] == wanted
+
+
+def test_a_stop_token_ends_the_text_inside_a_block(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+) -> None:
+    stop = expected[3][20]
+    cut = expected[3].index(stop) + 1
+    engine = engine_for(tiny, draft, "ngram")
+    (done,) = engine.generate([Request(prompt_ids(tiny)[3], max_new_tokens=LONG, stop_ids=(stop,))])
+    assert done.token_ids == expected[3][:cut] and done.finish_reason == "stop"
+
+
+def test_cancelled_requests_end_and_give_their_slot_back(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+    engine = engine_for(tiny, draft, "dspark")
+    requests = [Request(i, max_new_tokens=100) for i in prompt_ids(tiny)]
+    for r in requests:
+        engine.submit(r)
+    for _ in range(8):
+        engine.step()
+    assert engine.cancel(requests[0].id) and engine.cancel(requests[4].id) and not engine.cancel("nobody")
+    finished = {}
+    while engine.has_work:
+        finished |= {e.request_id: e.finished for e in engine.step() if e.finished}
+    assert finished[requests[0].id].finish_reason == "cancelled"
+    assert finished[requests[4].id].token_ids == []
+    assert engine._slots.free == 3 and not engine._slots.used
+
+
+def test_not_finite_logits_fail_one_request_only(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+) -> None:
+    engine = engine_for(tiny, draft, "none")
+    good, bad = Request(prompt_ids(tiny)[0], max_new_tokens=20), Request([5, 6, 7], max_new_tokens=20)
+    inner = engine.runner.step
+
+    def poison(segments: list[Any], tokens: list[int], rows: list[int]) -> Any:
+        taps, logits = inner(segments, tokens, rows)
+        logits = logits.clone()
+        if len(segments) == 2 and segments[1].count == 1:
+            logits[-1] = float("nan")
+        return taps, logits
+
+    engine.runner.step = poison  # type: ignore[method-assign]
+    done = engine.generate([good, bad])
+    assert done[0].token_ids == expected[0][:20]
+    assert done[1].finish_reason == "error" and "not finite" in (done[1].error or "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_ids", []),
+        ("prompt_ids", [9999]),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 600),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_k", -2),
+        ("max_draft", -1),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(tiny: Target, draft: DSparkDraft, field: str, value: Any) -> None:  # noqa: F811
+    engine = engine_for(tiny, draft, "none")
+    with pytest.raises(DraftlineError, match=field):
+        engine.submit(Request(**{"prompt_ids": [5], field: value}))
+
+
+def test_a_full_queue_and_an_inexact_schedule_are_refused(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+    engine = engine_for(tiny, draft, "none", max_queue=1)
+    engine.submit(Request([5]))
+    with pytest.raises(QueueFull, match="max_queue=1"):
+        engine.submit(Request([5]))
+    engine = engine_for(tiny, draft, "dspark", rule="ratio")
+    engine.set_schedule("global", rule="ratio")
+    with pytest.raises(DraftlineError, match="early_stop"):
+        engine.submit(Request([5], temperature=1.0))
+    engine.submit(Request([5]))
+    with pytest.raises(ConfigError, match="Did you mean 'early_stop'"):
+        engine.set_schedule("earlystop")

@@ -1,0 +1,88 @@
+"""The prefix scheduler maximises tokens per second over whole prefixes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.decoding.cache import SlotPool
+from pipeline.decoding.scheduler import make_scheduler
+from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.errors import ArtifactError
+
+
+class Table:
+    def __init__(self, *seconds: float) -> None:
+        self.table = seconds
+
+    def seconds(self, tokens: int, context: int) -> float:
+        return self.table[tokens - 1]
+
+
+def _rate(confidence: list[list[float]], lengths: tuple[int, ...], cost: Table) -> float:
+    emitted = float(len(lengths))
+    for row, n in zip(confidence, lengths, strict=True):
+        survival = 1.0
+        for c in row[:n]:
+            survival *= c
+            emitted += survival
+    return emitted / cost.seconds(len(lengths) + sum(lengths), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0.01, 0.99), min_size=3, max_size=3), min_size=1, max_size=3),
+    st.lists(st.floats(0.01, 1.0), min_size=12, max_size=12),
+)
+def test_global_search_finds_the_best_prefixes(confidence: list[list[float]], steps: list[float]) -> None:
+    cost = Table(*itertools.accumulate(steps, initial=1.0))
+    lengths = make_scheduler("global").lengths(torch.tensor(confidence, dtype=torch.float64), cost)
+    best = max(_rate(confidence, c, cost) for c in itertools.product(range(4), repeat=len(confidence)))
+    assert _rate(confidence, tuple(lengths.tolist()), cost) == pytest.approx(best)
+
+
+def test_early_stop_stops_at_the_first_token_that_does_not_pay() -> None:
+    confidence = torch.tensor([[0.9, 0.1, 0.9]])
+    assert make_scheduler("early_stop").lengths(confidence, Table(1.0, 1.1, 2.0, 2.0)).tolist() == [1]
+
+
+def test_a_costly_step_means_plain_decoding() -> None:
+    assert make_scheduler("global").lengths(torch.full((4, 3), 0.9), Table(*range(1, 20))).tolist() == [0, 0, 0, 0]
+
+
+def test_limits_hold() -> None:
+    flat = Table(*[1.0] * 20)
+    limits = torch.tensor([0, 2, -1])
+    for name in ("global", "early_stop", "fixed"):
+        assert make_scheduler(name).lengths(torch.full((3, 3), 0.9), flat, 0, limits).tolist() == [0, 2, 0]
+
+
+def test_step_cost_interpolates_survives_the_disk_and_refuses_garbage(tmp_path: Path) -> None:
+    cost = measure(lambda tokens, context: tokens * 1.0 + context / 100, [1, 4, 8], [0, 128], repeats=3)
+    assert cost.seconds(2, 0) == pytest.approx(2.0)
+    assert cost.seconds(4, 64) == pytest.approx(4.64)
+    assert cost.seconds(16, 0) == pytest.approx(16.0)
+    cost.save(tmp_path / "cost.json")
+    assert StepCost.load(tmp_path / "cost.json").table == cost.table
+    (tmp_path / "cost.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="step cost"):
+        StepCost.load(tmp_path / "cost.json")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.booleans(), max_size=60))
+def test_no_slot_is_lost_or_used_twice(moves: list[bool]) -> None:
+    pool, held = SlotPool(4), []
+    for take in moves:
+        if take and pool.free:
+            held.append(pool.take())
+        elif held:
+            pool.give_back(held.pop(0))
+        assert len(set(held)) == len(held) and pool.used == set(held) and pool.free == 4 - len(held)
+    with pytest.raises(AssertionError):
+        pool.give_back(99)

@@ -1,0 +1,116 @@
+"""A saved draft comes back the same, and one that can't fit says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifact import MANIFEST
+from pipeline.drafts.checkpoint import CONFIG, load_draft, save_draft
+from pipeline.drafts.config import DraftConfig, default_layer_ids, resolve
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.vocabulary import choose_vocabulary
+from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
+from pipeline.errors import ArtifactError, ConfigError, DraftlineError
+from pipeline.target import Target
+
+
+def _save(path: Path, draft: DSparkDraft, target: Target, identity: dict[str, str] | None = None) -> Path:
+    save_draft(path, draft, target=identity or target.identity.as_dict(), config={}, inputs={})
+    return path
+
+
+def test_a_draft_survives_the_round_trip(tmp_path: Path, draft: DSparkDraft, tiny: Target) -> None:
+    draft.temperatures.mul_(1.5)
+    again = load_draft(_save(tmp_path / "draft", draft, tiny), tiny)
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert again.config == draft.config
+
+
+def test_nothing_borrowed_is_stored(draft: DSparkDraft) -> None:
+    assert not {"embed", "lm_rows"} & set(draft.state_dict())
+
+
+def test_a_draft_of_another_target_is_refused_naming_what_differs(
+    tmp_path: Path, draft: DSparkDraft, tiny: Target
+) -> None:
+    other = {**tiny.identity.as_dict(), "tokenizer_digest": "f" * 64}
+    with pytest.raises(ArtifactError, match="tokenizer_digest"):
+        load_draft(_save(tmp_path / "draft", draft, tiny, other), tiny)
+
+
+def test_an_altered_weight_file_is_refused(tmp_path: Path, draft: DSparkDraft, tiny: Target) -> None:
+    path = _save(tmp_path / "draft", draft, tiny)
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ArtifactError, match="altered"):
+        load_draft(path, tiny)
+
+
+def test_a_config_that_does_not_match_the_tensors_is_refused_tensor_by_tensor(
+    tmp_path: Path, draft: DSparkDraft, tiny: Target
+) -> None:
+    path = _save(tmp_path / "draft", draft, tiny)
+    raw = json.loads((path / CONFIG).read_text())
+    raw["markov_rank"] = 16
+    (path / CONFIG).write_text(json.dumps(raw))
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["files"][CONFIG]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"markov_head.markov_w1.weight has shape \[384, 8\], the config gives"):
+        load_draft(path, tiny)
+
+
+def test_a_vocabulary_beyond_the_target_is_refused(tmp_path: Path, draft: DSparkDraft, tiny: Target) -> None:
+    draft.d2t[-1] = tiny.vocab_size
+    with pytest.raises(ArtifactError, match="vocabulary"):
+        load_draft(_save(tmp_path / "draft", draft, tiny), tiny)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mask_token_id", 384, "mask_token_id=384"),
+        ("target_layer_ids", [0, 4], "target_layer_ids holds 4"),
+        ("hidden_size", 32, "hidden_size=32"),
+        ("draft_vocab_size", 385, "draft_vocab_size=385"),
+    ],
+)
+def test_a_config_that_cannot_fit_is_refused(tiny: Target, field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(DraftConfig(**{field: value}), tiny.config, 0)  # type: ignore[arg-type]
+
+
+def test_default_taps_are_the_published_ones() -> None:
+    assert default_layer_ids(36) == [1, 9, 17, 25, 33]
+
+
+def test_the_vocabulary_holds_the_most_frequent_tokens_and_the_kept_ones() -> None:
+    counts = torch.tensor([0, 5, 9, 1, 7])
+    assert choose_vocabulary(counts, 3, [0], 6).tolist() == [0, 2, 4]
+    assert choose_vocabulary(counts, 0, [0], 6).tolist() == list(range(6))
+    with pytest.raises(DraftlineError, match="draft_vocab_size=9"):
+        choose_vocabulary(counts, 9, [], 6)
+
+
+def test_the_markov_head_starts_from_the_corpus_bigrams(draft: DSparkDraft) -> None:
+    """After the closed-form start, the likeliest follower of a token is the one that followed it most."""
+    previous = torch.tensor([10] * 30 + [11] * 30 + [12] * 30)
+    following = torch.tensor([20] * 28 + [22] * 2 + [40] * 30 + [60] * 29 + [22])
+    markov_from_bigrams(draft, (previous, following))
+    bias = draft.markov_bias(torch.tensor([10, 11, 12]))
+    assert isinstance(bias, torch.Tensor)
+    assert draft.d2t[bias.argmax(-1)].tolist() == [20, 40, 60]
+    assert torch.equal(draft.markov_bias(torch.tensor([99])), torch.zeros(1, len(draft.d2t)))
+
+
+def test_layers_start_from_the_targets_last(draft: DSparkDraft, tiny: Target) -> None:
+    layers_from_target(draft, tiny.family)
+    mine = draft.layers[-1].mlp.gate_proj.weight
+    assert torch.equal(mine, tiny.family.layers[-1].mlp.gate_proj.weight)
+    assert torch.equal(draft.norm.weight, tiny.family.final_norm.weight)
