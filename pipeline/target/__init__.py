@@ -1,9 +1,9 @@
 """The frozen target: obtaining it, its identity, its family, its taps."""
 
 from pipeline.target.families import Family, family_of
-from pipeline.target.loading import Target, TargetIdentity, load_target, load_tokenizer
+from pipeline.target.loading import Target, TargetIdentity, load_identity, load_target, load_tokenizer
 from pipeline.target.obtain import obtain
-from pipeline.target.taps import TapCapture, validate_layer_ids
+from pipeline.target.taps import TapCapture, features_of, validate_layer_ids
 
 __all__ = [
     "Family",
@@ -11,6 +11,8 @@ __all__ = [
     "Target",
     "TargetIdentity",
     "family_of",
+    "features_of",
+    "load_identity",
     "load_target",
     "load_tokenizer",
     "obtain",

@@ -27,7 +27,7 @@ class TargetIdentity:
     """Which target something belongs to.
 
     weight_digest: over the safetensors files; tokenizer_digest: over the tokenizer's files and chat template;
-    revision: the configured one, or the first 12 digits of the weight digest.
+    revision: the hub's commit, else the configured one, else the first 12 digits of the weight digest.
     """
 
     id: str
@@ -36,6 +36,7 @@ class TargetIdentity:
     tokenizer_digest: str
 
     def as_dict(self) -> dict[str, str]:
+        """As manifests keep it."""
         return dataclasses.asdict(self)
 
 
@@ -127,8 +128,10 @@ def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) 
     digest = digest_json([_cached_digest(f, Path(cache_dir)) for f in weights])
     files = [sha256_file(path / f) for f in _TOKENIZER_FILES if (path / f).is_file()]
     tokens = digest_json([files, tokenizer.chat_template])
-    name = config.path if not Path(config.path).is_dir() else Path(config.path).name
-    return TargetIdentity(name, config.revision or digest[:12], digest, tokens)
+    name = config.path if not Path(config.path).is_dir() else Path(config.path).resolve().name
+    # The hub's cache names a snapshot's directory after its commit; a configured revision may be a moving branch.
+    commit = path.name if path.parent.name == "snapshots" else ""
+    return TargetIdentity(name, commit or config.revision or digest[:12], digest, tokens)
 
 
 def load_target(config: TargetConfig, cache_dir: Path) -> Target:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact
 from pipeline.errors import ArtifactError, DraftlineError
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 def obtain(config: TargetConfig, cache_dir: Path) -> Path:
@@ -29,9 +33,9 @@ def obtain(config: TargetConfig, cache_dir: Path) -> Path:
     if config.path == SMOLLM2:
         return _smollm2(cache_dir / SMOLLM2)
     if config.path == TINY:
-        from pipeline.target.tiny import make_tiny
+        from pipeline.target import tiny
 
-        return _once(cache_dir / TINY, {"made": TINY, "version": 2}, make_tiny)
+        return _once(cache_dir / TINY, {"made": TINY, "version": tiny.VERSION}, tiny.make_tiny)
     local = Path(config.path)
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -42,23 +46,41 @@ def obtain(config: TargetConfig, cache_dir: Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(config.path, revision=config.revision or None))
-    except Exception as e:
+        return Path(
+            huggingface_hub.snapshot_download(config.path, revision=config.revision or None, allow_patterns=_HUB_FILES)
+        )
+    except (OSError, ValueError) as e:
+        wanted = f"{config.path!r}" + (f" at revision {config.revision!r}" if config.revision else "")
         raise DraftlineError(
-            f"target.path={config.path!r} is neither a directory nor a model that the hub gave "
-            f"({type(e).__name__}). Give a local directory, log in to the hub, or use {SMOLLM2} or {TINY}."
+            f"Missing model: target.path={wanted} is neither a directory nor a model that the hub gave "
+            f"({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}). "
+            f"Give a local directory, log in to the hub, or use {SMOLLM2} or {TINY}."
         ) from None
 
 
-def _once(final: Path, config: dict, make) -> Path:  # type: ignore[no-untyped-def, type-arg]
-    try:
-        if artifact.load(final, "target", verify=False).config == config:
-            return final
-    except ArtifactError:
-        pass
-    with artifact.create(final, "target", config=config) as staging:
-        make(staging.path)
+def _once(final: Path, config: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    """The target artifact at `final`, made if it isn't there; processes that want it together make it once."""
+
+    def is_made() -> bool:
+        try:
+            return artifact.load(final, "target", verify=False).config == config
+        except ArtifactError:
+            return False
+
+    if not is_made():
+        with _lock(final):
+            if not is_made():
+                with artifact.create(final, "target", config=config) as staging:
+                    make(staging.path)
     return final
+
+
+@contextlib.contextmanager
+def _lock(final: Path) -> Iterator[None]:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with final.with_name(f".{final.name}.lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def _smollm2(final: Path) -> Path:
