@@ -1,0 +1,96 @@
+"""What training measured is what serving does: the training forward and the decoding proposer give the same logits.
+
+The proposer sees prompts in chunks, keeps keys in slots and drafts several requests at once; training sees whole
+sequences with many anchors. Wrong context bounds, positions, slot layouts or a stale cache show up here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.decoding.proposers.base import Commit
+from pipeline.decoding.proposers.dspark import DSparkProposer
+from pipeline.decoding.request import Request, Sequence
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.target import Target
+from tests.drafts.samples import small_draft
+from tests.training.reference import training_hidden
+
+
+def training_logits(
+    draft: DSparkDraft, tokens: torch.Tensor, taps: torch.Tensor, anchor: int, proposed: torch.Tensor
+) -> torch.Tensor:
+    """[K, Vd] of the block at `anchor` by the training forward, with the proposed tokens as the Markov head's past."""
+    hidden = training_hidden(draft, [tokens], [taps], [torch.tensor([anchor])])
+    previous = torch.cat((tokens[anchor][None], proposed[:-1]))
+    return draft.logits(hidden) + draft.markov_bias(previous)
+
+
+def commit(proposer: DSparkProposer, sequence: Sequence, start: int, taps: torch.Tensor) -> None:
+    proposer.commit([Commit(sequence, start, slice(0, len(taps)))], taps)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bool, qk_norm: bool) -> None:
+    draft = small_draft(tiny, qk_norm=qk_norm)
+    generator = torch.Generator().manual_seed(3)
+    lengths, slots = [14, 5, 9], [2, 0, 3]
+    proposer = DSparkProposer(draft, slots=4, capacity=32, rule="ratio", pack=pack)
+    texts, sequences = [], []
+    for length, slot in zip(lengths, slots, strict=True):
+        tokens = torch.randint(3, tiny.vocab_size, (length,), generator=generator)
+        taps = torch.randn(length, 2 * tiny.hidden_size, generator=generator)
+        sequence = Sequence(Request(tokens.tolist(), temperature=1.0, seed=slot), frozenset(), tokens.tolist(), slot)
+        proposer.admit(sequence)
+        half = length // 2
+        commit(proposer, sequence, 0, taps[:half])
+        commit(proposer, sequence, half, taps[half : length - 1])
+        texts.append((tokens, taps))
+        sequences.append(sequence)
+
+    proposal = proposer.propose(sequences)
+
+    for row, (tokens, taps) in enumerate(texts):
+        expected = training_logits(draft, tokens, taps, len(tokens) - 1, proposal.tokens[row])
+        torch.testing.assert_close(proposal.logits[row], expected, rtol=1e-4, atol=1e-4)
+        assert set(proposal.tokens[row].tolist()) <= set(draft.d2t.tolist())
+
+
+def test_a_block_left_behind_in_the_cache_does_not_change_the_next_one(tiny: Target) -> None:
+    draft = small_draft(tiny)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(3, tiny.vocab_size, (12,), generator=generator)
+    taps = torch.randn(12, 2 * tiny.hidden_size, generator=generator)
+    proposer = DSparkProposer(draft, slots=1, capacity=32, rule="ratio")
+    sequence = Sequence(Request([1, 2], temperature=1.0), frozenset(), tokens[:7].tolist(), 0)
+    proposer.admit(sequence)
+    commit(proposer, sequence, 0, taps[:6])
+    proposer.propose([sequence])
+
+    sequence.tokens = tokens[:9].tolist()
+    commit(proposer, sequence, 6, taps[6:8])
+    proposal = proposer.propose([sequence])
+
+    expected = training_logits(draft, tokens, taps, 8, proposal.tokens[0])
+    torch.testing.assert_close(proposal.logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_confidence_is_the_training_heads(tiny: Target) -> None:
+    draft = small_draft(tiny)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, tiny.vocab_size, (8,), generator=generator)
+    taps = torch.randn(8, 2 * tiny.hidden_size, generator=generator)
+    draft.temperatures.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    proposer = DSparkProposer(draft, slots=1, capacity=32)
+    sequence = Sequence(Request(tokens.tolist()), frozenset(), tokens.tolist(), 0)
+    proposer.admit(sequence)
+    commit(proposer, sequence, 0, taps[:7])
+
+    proposal = proposer.propose([sequence])
+
+    hidden = training_hidden(draft, [tokens], [taps], [torch.tensor([7])])
+    raw = draft.confidence(hidden, torch.cat((tokens[7:8], proposal.tokens[0, :-1])))
+    torch.testing.assert_close(proposal.raw_confidence[0], raw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(proposal.confidence[0], torch.sigmoid(raw / draft.temperatures), rtol=1e-4, atol=1e-5)
