@@ -1,0 +1,174 @@
+"""The two stages of evaluation: calibrate a draft, then measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import artifact
+from pipeline.config import BenchmarkConfig, EngineConfig, TargetConfig, to_plain
+from pipeline.corpus.build import read_rows
+from pipeline.decoding import Engine
+from pipeline.drafts.checkpoint import load_draft, save_draft
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.errors import DraftlineError
+from pipeline.evaluation.benchmark import collect_rounds, pick_prompts, proposers, run_arms, summarise
+from pipeline.evaluation.calibration import Calibration, fit
+from pipeline.evaluation.metrics import CONVENTIONS, rounded
+from pipeline.evaluation.report import render
+from pipeline.target import load_target
+
+
+def calibrate_draft(
+    draft_dir: Path,
+    target: TargetConfig,
+    corpus_dir: Path,
+    engine: EngineConfig,
+    benchmark: BenchmarkConfig,
+    out: Path,
+    cache_dir: Path,
+) -> artifact.Manifest:
+    """Fits the confidences' temperatures on held-out rounds; returns a draft artifact that holds them."""
+    inputs = _inputs(draft_dir, corpus_dir)
+    plain = _settings(engine, benchmark)
+    if (done := artifact.current(out, "draft", config=plain, inputs=inputs)) is not None:
+        return done
+    running, draft, (calibration, _) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
+    if not calibration:
+        raise DraftlineError("No held-out prompt is left for calibration; raise corpus.heldout_fraction.")
+    print(f"calibrate: {len(calibration)} prompts, whole blocks verified", flush=True)
+    fitted = fit(*collect_rounds(running, proposers(draft, engine)["dspark", "coupled"], calibration, benchmark))
+    draft.temperatures.copy_(torch.tensor(fitted.temperatures))
+    for p in fitted.positions:
+        note = " (too few rounds: kept)" if p["too_few"] else ""
+        print(
+            f"calibrate: position {p['position']} T {p['temperature']:.2f} ECE {p['ece_before']:.3f} -> "
+            f"{p['ece_after']:.3f} over {p['rounds']} rounds{note}",
+            flush=True,
+        )
+    was = artifact.load(draft_dir, "draft", verify=False)
+    return save_draft(
+        out,
+        draft,
+        target=was.target or {},
+        config=plain,
+        inputs=inputs,
+        info={**was.info, "calibration": rounded(fitted.as_dict())},
+    )
+
+
+def evaluate_draft(
+    draft_dir: Path,
+    target: TargetConfig,
+    corpus_dir: Path,
+    engine: EngineConfig,
+    benchmark: BenchmarkConfig,
+    out: Path,
+    cache_dir: Path,
+) -> artifact.Manifest:
+    """Measures a draft on held-out prompts; returns a report artifact (report.json, report.html)."""
+    inputs = _inputs(draft_dir, corpus_dir)
+    plain = _settings(engine, benchmark)
+    if (done := artifact.current(out, "report", config=plain, inputs=inputs)) is not None:
+        return done
+    running, draft, (calibration, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
+    cost = running.profile()
+    done = run_arms(running, draft, evaluation, benchmark)
+    arms = summarise(done, evaluation, benchmark)
+    measured = _measure_calibration(running, draft, evaluation, engine, benchmark)
+    manifest = artifact.load(draft_dir, "draft", verify=False)
+    greedy = [a for a in arms.values() if a["temperature"] == 0]
+    main, sampled = arms["dspark"], arms["dspark t1"]
+    content: dict[str, Any] = {
+        "exact_greedy": all(a["same_text"] == a["prompts"] for a in greedy),
+        "exact_sampled": sampled["same_text"] == sampled["prompts"],
+        "headline": {
+            "speedup": main["speedup"],
+            "speedup_low": main["low"],
+            "speedup_high": main["high"],
+            "tau": main["tau"],
+            "accept_rate": main["accept_rate"],
+            "speedup_t1": max(sampled["speedup"], arms["dspark t1 ratio"]["speedup"]),
+            "speedup_t1_coupled": sampled["speedup"],
+            "speedup_t1_ratio": arms["dspark t1 ratio"]["speedup"],
+            "speedup_fixed": arms["dspark fixed"]["speedup"],
+            "tau_fixed": arms["dspark fixed"]["tau"],
+            "ngram_speedup": arms["ngram"]["speedup"],
+            "tokens_per_second": main["tokens_per_second"],
+            "baseline_tokens_per_second": arms["none"]["tokens_per_second"],
+        },
+        "arms": arms,
+        "calibration": measured.as_dict(),
+        "step_cost": dataclasses.asdict(cost),
+        "target": manifest.target,
+        "draft_digest": manifest.digest,
+        "corpus_digest": inputs["corpus"],
+        "evaluation_set_digest": artifact.digest_json(sorted(r.sample_id for r in evaluation)),
+        "calibration_prompts": len(calibration),
+        "conventions": CONVENTIONS,
+        "provenance": {
+            "code_version": artifact.code_version(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_cpu()}",
+            "torch": torch.__version__,
+            "settings": plain,
+        },
+    }
+    content = rounded(content, 6)
+    with artifact.create(out, "report", config=plain, inputs=inputs, target=manifest.target) as staging:
+        artifact.write_json(staging.path / "report.json", content)
+        (staging.path / "report.html").write_text(render(content))
+        staging.counts["prompts"] = len(evaluation)
+        staging.info["headline"] = content["headline"]
+    return artifact.load(out, "report", verify=False)
+
+
+def _prepare(
+    draft_dir: Path,
+    target: TargetConfig,
+    corpus_dir: Path,
+    engine: EngineConfig,
+    benchmark: BenchmarkConfig,
+    cache_dir: Path,
+) -> tuple[Engine, DSparkDraft, tuple[list[Any], ...]]:
+    loaded = load_target(target, cache_dir)
+    draft = load_draft(draft_dir, loaded)
+    rows = read_rows(corpus_dir, "heldout")
+    if len(rows) < 2:
+        raise DraftlineError(
+            f"The corpus at {corpus_dir} has {len(rows)} held-out rows; evaluation needs 2 or more. Raise "
+            "corpus.heldout_fraction or give more conversations."
+        )
+    picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
+    running = Engine(loaded, engine, layer_ids=draft.config.target_layer_ids)
+    return running, draft, picked
+
+
+def _measure_calibration(
+    running: Engine, draft: DSparkDraft, rows: list[Any], engine: EngineConfig, benchmark: BenchmarkConfig
+) -> Calibration:
+    raw, accepted = collect_rounds(running, proposers(draft, engine)["dspark", "coupled"], rows, benchmark)
+    return fit(raw, accepted, np.asarray(draft.temperatures.tolist()))
+
+
+def _inputs(draft_dir: Path, corpus_dir: Path) -> dict[str, str]:
+    return {
+        "draft": artifact.load(draft_dir, "draft", verify=False).digest,
+        "corpus": artifact.load(corpus_dir, "corpus", verify=False).digest,
+    }
+
+
+def _settings(engine: EngineConfig, benchmark: BenchmarkConfig) -> dict[str, Any]:
+    return {"engine": to_plain(engine), "benchmark": to_plain(benchmark)}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown CPU"
