@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import digest_json, sha256_file, write_json
+from pipeline.artifact import MANIFEST, digest_json, sha256_file, write_json
 from pipeline.config import EngineConfig, PipelineConfig, TargetConfig
 from pipeline.corpus.conversations import Quarantined
 from pipeline.corpus.regeneration import Regenerator, ResponseSettings, prompt_rows, rows_of, write_conversations
@@ -70,6 +70,12 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
         "prompts": {"file": Path(ask.prompts).name, "sha256": sha256_file(Path(ask.prompts)), "rows": len(rows)},
         "quarantined": len(quarantine),
     }
+    known = out.parent / MANIFEST
+    if known.is_file():
+        manifest = json.loads(known.read_text())
+        if all(manifest.get(k) == v for k, v in info.items()):
+            print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
+            return manifest
     key = digest_json(info)
     parts = out.parent / f".{out.name}.parts-{key[:12]}"
     parts.mkdir(parents=True, exist_ok=True)

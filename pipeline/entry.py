@@ -7,12 +7,13 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PipelineConfig, from_plain
+from pipeline.artifact import MANIFEST, Manifest, sha256_file
+from pipeline.config import PipelineConfig, from_plain, to_plain
 from pipeline.errors import ConfigError, DraftlineError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -121,13 +122,61 @@ def connect(config: PipelineConfig) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-@contextmanager
-def stage(name: str) -> Iterator[Callable[[str], None]]:
-    """Prints a stage's name, how long it took, and why it was skipped where `skip(reason)` is called."""
-    began, reasons = time.monotonic(), []
+def recorder(config: PipelineConfig) -> Any:
+    """The MLflow recorder of a configuration (sqlite under the output root unless `tracking.uri` is set)."""
+    from pipeline.registry.recorder import Recorder
+
+    return Recorder(config.tracking.uri, config.tracking.experiment, root=Path(config.output_root).absolute())
+
+
+def record(
+    name: str,
+    config: PipelineConfig,
+    make: Callable[[], Manifest],
+    out: Path,
+    *,
+    parent: str | None = None,
+    metrics: Callable[[Manifest], Mapping[str, float]] | None = None,
+    files: Iterable[str] = (),
+    tracker: Any = None,
+) -> Manifest:
+    """Runs a stage that makes one artifact: prints its header and time, or why it was skipped, and records it.
+
+    A stage whose artifact is there, made from the same inputs and settings, returns it unchanged; then nothing is
+    recorded again.
+
+    Args:
+        make: the stage; returns the manifest of what is at `out`.
+        parent: MLflow run it belongs to; None makes one of its own.
+        metrics: numbers to record from the manifest. files: names in `out` to store with the run.
+    """
+    began = time.monotonic()
     print(f"== {name}", flush=True)
-    yield reasons.append
-    if reasons:
-        print(f"== {name}: skipped, {reasons[0]}", flush=True)
-    else:
-        print(f"== {name}: done in {time.monotonic() - began:.0f} s", flush=True)
+    before = _there(out)
+    manifest = make()
+    if before is not None and before == _there(out):
+        print(f"== {name}: skipped, inputs and settings unchanged (artifact {manifest.digest[:12]})", flush=True)
+        return manifest
+    from pipeline.registry.recorder import identity_tags, standard_tags
+
+    tracker = tracker or recorder(config)
+    with ExitStack() as stack:
+        top = parent or stack.enter_context(tracker.running(config.name))
+        run_ = stack.enter_context(tracker.stage(top, name))
+        run_.log_config(to_plain(config))
+        run_.tag(standard_tags() | identity_tags(manifest.target or {}) | {"artifact_digest": manifest.digest})
+        for key, digest in manifest.inputs.items():
+            run_.log_input(key, digest, out, name)
+        numbers = {k: float(v) for k, v in manifest.counts.items()} | dict(metrics(manifest) if metrics else {})
+        run_.log_metrics(numbers | {"seconds": time.monotonic() - began})
+        run_.log_artifact(out / MANIFEST)
+        for file in files:
+            run_.log_artifact(out / file)
+    print(f"== {name}: done in {time.monotonic() - began:.0f} s -> {out}", flush=True)
+    return manifest
+
+
+def _there(out: Path) -> str | None:
+    """Fingerprint of the artifact at `out`: its manifest's own digest."""
+    file = out / MANIFEST
+    return sha256_file(file) if file.is_file() else None

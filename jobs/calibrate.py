@@ -1,0 +1,32 @@
+"""Fits the draft's confidence temperatures on held-out rounds (sequential temperature scaling).
+
+ray job submit --working-dir . -- python jobs/calibrate.py experiment=demo
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, run
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    from pipeline.evaluation.stages import calibrate_draft
+
+    root, out = config.run_dir, config.run_dir / "calibrated"
+    return record(
+        "calibrate",
+        config,
+        lambda: calibrate_draft(
+            root / "draft", config.target, root / "corpus", config.engine, config.benchmark, out, config.cache
+        ),
+        out,
+        parent=parent,
+        metrics=lambda m: {f"temperature_{k}": t for k, t in enumerate(m.info["calibration"]["temperatures"], 1)},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="calibrate", ray=False))

@@ -1,0 +1,33 @@
+"""Conversations to token rows with loss masks, split into training and held-out prompts.
+
+ray job submit --working-dir . -- python jobs/corpus.py experiment=demo
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, run
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    from pipeline.corpus.build import build_corpus
+    from pipeline.target import load_tokenizer
+    from pipeline.target.loading import load_identity
+
+    out = config.run_dir / "corpus"
+
+    def make() -> Manifest:
+        tokenizer = load_tokenizer(config.target, config.cache)
+        identity = load_identity(config.target, config.cache, tokenizer).as_dict()
+        return build_corpus(config.corpus, tokenizer, identity, out, system_prompt=config.target.system_prompt)
+
+    manifest = record("corpus", config, make, out, parent=parent)
+    print(f"corpus: {manifest.counts}")
+    return manifest
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="corpus", ray=False))

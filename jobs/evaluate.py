@@ -1,0 +1,33 @@
+"""Measures the calibrated draft against plain decoding by the same engine; writes report.json and report.html.
+
+ray job submit --working-dir . -- python jobs/evaluate.py experiment=demo
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, run
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    from pipeline.evaluation.stages import evaluate_draft
+
+    root, out = config.run_dir, config.run_dir / "report"
+    return record(
+        "evaluate",
+        config,
+        lambda: evaluate_draft(
+            root / "calibrated", config.target, root / "corpus", config.engine, config.benchmark, out, config.cache
+        ),
+        out,
+        parent=parent,
+        metrics=lambda m: m.info["headline"],
+        files=("report.json", "report.html"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="evaluate", ray=False))

@@ -1,0 +1,38 @@
+"""Registers the measured draft as a new version with alias `challenger`.
+
+ray job submit --working-dir . -- python jobs/register.py experiment=demo
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+
+from pipeline import artifact
+from pipeline.config import PipelineConfig
+from pipeline.entry import recorder, run
+
+
+def registered_name(config: PipelineConfig) -> str:
+    """`tracking.model_name`, or one derived from the target and the draft's family."""
+    from pipeline.registry.promotion import model_name
+
+    target = artifact.load(config.run_dir / "calibrated", "draft", verify=False).target or {}
+    return config.tracking.model_name or model_name(target["id"], config.draft.algorithm)
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> str:
+    from pipeline.registry.promotion import register
+
+    tracker, name = recorder(config), registered_name(config)
+    print("== register", flush=True)
+    with ExitStack() as stack:
+        top = parent or stack.enter_context(tracker.running(config.name))
+        run_ = stack.enter_context(tracker.stage(top, "register"))
+        version = register(tracker, run_, name, config.run_dir / "calibrated", config.run_dir / "report")
+    print(f"== register: {name} version {version}", flush=True)
+    return version
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="register", ray=False))

@@ -1,0 +1,37 @@
+"""Sharded draft training on Ray Train with DeepSpeed; goes on where an interrupted run stopped.
+
+ray job submit --working-dir . -- python jobs/train.py experiment=demo
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, run
+from pipeline.training.trainer import train
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    root, out = config.run_dir, config.run_dir / "draft"
+    features = None if config.features.mode == "stream" else root / "features"
+    return record(
+        "train",
+        config,
+        lambda: train(
+            config,
+            features_dir=features,
+            corpus_dir=root / "corpus",
+            out=out,
+            run_dir=root,
+            cache_dir=config.cache,
+        ),
+        out,
+        parent=parent,
+        metrics=lambda m: {k: v for k, v in m.info["training"].items() if isinstance(v, float)},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="train"))
