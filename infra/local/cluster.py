@@ -142,7 +142,7 @@ def _ports(fixed: dict[str, int]) -> dict[str, int]:
         for name in sorted(PORTS, key=lambda n: n not in fixed):
             s = held.enter_context(socket.socket())
             try:
-                s.bind(("", fixed.get(name, 0)))  # Ray takes them on every address
+                s.bind(("", fixed.get(name, 0)))  # on every address, as Ray does
             except OSError as e:
                 raise DraftlineError(
                     f"Port {fixed[name]} for Ray's {name} can't be used ({e.strerror}). Choose another, or leave it out "

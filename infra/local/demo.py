@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="further settings, name=value")
     args = parser.parse_args(argv)
     if not (ROOT / "jobs" / f"{args.job}.py").is_file():
-        names = ", ".join(sorted(p.stem for p in (ROOT / "jobs").glob("*.py")))
+        names = ", ".join(sorted(p.stem for p in (ROOT / "jobs").glob("[a-z]*.py")))
         parser.error(f"--job {args.job}: there is no such job. There are: {names}.")
     cache = os.environ.get("DRAFTLINE_CACHE", str(ROOT / ".cache" / "draftline"))
     overrides = [
