@@ -137,7 +137,9 @@ class FeatureStore:
         except OSError as e:
             raise ArtifactError(f"{file} cannot be read ({e.strerror}). {remedy}") from None
         if digest != entry["sha256"]:
-            raise ArtifactError(f"{file} was altered: its SHA-256 is {digest[:12]}..., not {entry['sha256'][:12]}... {remedy}")
+            raise ArtifactError(
+                f"{file} was altered: its SHA-256 is {digest[:12]}..., not {entry['sha256'][:12]}... {remedy}"
+            )
         try:
             return _Shard(file)
         except (SafetensorError, KeyError, ValueError) as e:

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pipeline.config import FeaturesConfig, TargetConfig
-from pipeline.corpus.build import read_rows
+from pipeline.corpus.build import Split, read_rows
+from pipeline.features.extract import check, num_gpus
 from pipeline.features.forward import features_of
 from pipeline.features.store import FeatureRow
 from pipeline.target import load_target
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 class StreamExtractor:
     """Maps {"row": int64[n]} (indices of training rows) to flat feature columns."""
 
-    def __init__(self, config: FeaturesConfig, target: TargetConfig, corpus: str, cache: str) -> None:
+    def __init__(self, config: FeaturesConfig, target: TargetConfig, corpus: str, split: Split, cache: str) -> None:
         self.config = config
         self.target_config = dataclasses.replace(target, dtype=config.compute_dtype or target.dtype)
-        self.rows = read_rows(corpus, "train")
+        self.rows = read_rows(corpus, split)
         self.cache = Path(cache)
         self.target: Any = None
 
@@ -45,19 +49,40 @@ class StreamExtractor:
         }
 
 
-def feature_stream(config: FeaturesConfig, target: TargetConfig, corpus_dir: Path, cache_dir: Path) -> Any:
-    """A ray.data.Dataset of feature columns over the corpus' training rows (see `to_feature_row`)."""
-    import ray
+def feature_stream(
+    config: FeaturesConfig,
+    target: TargetConfig,
+    corpus_dir: Path | str,
+    cache_dir: Path | str,
+    split: Split = "train",
+) -> ray.data.Dataset:
+    """The rows that `extract` would keep, as a lazy dataset of feature columns (see `to_feature_row`).
 
-    count = len(read_rows(corpus_dir, "train"))
-    return ray.data.range(count, override_num_blocks=max(1, count // config.shard_rows)).rename_columns(
-        {"id": "row"}
-    ).map_batches(
-        StreamExtractor,
-        batch_size=config.shard_rows,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=config.actors),
-        fn_constructor_args=(config, target, str(corpus_dir), str(cache_dir)),
+    Every pass over it runs the target again. Ray must be initialised.
+
+    Raises:
+        ConfigError, ArtifactError, DraftlineError: as `extract`, before anything runs.
+    """
+    import ray.data
+
+    count, _ = check(config, target, corpus_dir, cache_dir, split)
+    return (
+        ray.data.range(count, override_num_blocks=max(1, count // config.shard_rows))
+        .rename_columns({"id": "row"})
+        .map_batches(
+            StreamExtractor,
+            batch_size=config.shard_rows,
+            num_cpus=1,
+            num_gpus=num_gpus(target),
+            compute=ray.data.ActorPoolStrategy(size=config.actors),
+            fn_constructor_args=(
+                config,
+                target,
+                str(Path(corpus_dir).absolute()),
+                split,
+                str(Path(cache_dir).absolute()),
+            ),
+        )
     )
 
 

@@ -1,0 +1,139 @@
+"""What training reads from the store is what the target computed, row for row."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifact import load
+from pipeline.config import TargetConfig
+from pipeline.corpus.build import read_rows
+from pipeline.errors import ArtifactError, ConfigError, DraftlineError
+from pipeline.features.extract import extract
+from pipeline.features.forward import batches, features_of
+from pipeline.features.store import FeatureStore
+from pipeline.features.stream import feature_stream, to_feature_row
+from pipeline.target import load_target
+from tests.features.conftest import FEATURES, TARGET
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def store(ray_here, corpus_dir: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    out = tmp_path_factory.mktemp("out") / "features"
+    extract(FEATURES, TARGET, corpus_dir, out, cache_dir)
+    return FeatureStore(out)
+
+
+def test_the_store_holds_every_training_row_once_in_the_order_of_the_corpus(store, corpus_dir) -> None:
+    rows = read_rows(corpus_dir, "train")
+    assert [store[i].sample_id for i in range(store.rows)] == [r.sample_id for r in rows]
+    for i, row in enumerate(rows):
+        assert store[i].input_ids.tolist() == row.input_ids.tolist()
+        assert store[i].loss_mask.tolist() == row.loss_mask.tolist()
+        assert (store[i].input_ids.dtype, store[i].loss_mask.dtype) == (torch.int64, torch.bool)
+    counts = store.manifest.counts
+    assert counts["rows"] == len(rows) == 26 and counts["shards"] == 7 and counts["not_finite"] == 0
+    assert counts["tokens"] == sum(len(r.input_ids) for r in rows)
+    assert store.manifest.info["target_layer_ids"] == [0, 2] and store.manifest.info["hidden_size"] == 64
+    with pytest.raises(IndexError):
+        store[store.rows]
+
+
+def test_features_are_those_of_plain_transformers_on_the_row_alone(store, cache_dir) -> None:
+    target = load_target(TARGET, cache_dir)
+    for i in range(store.rows):
+        row = store[i]
+        with torch.no_grad():
+            out = target.model.model(row.input_ids[None], output_hidden_states=True, use_cache=False)
+        taps = torch.cat([out.hidden_states[layer + 1][0] for layer in FEATURES.target_layer_ids], dim=-1)
+        assert row.taps.dtype == row.last_hidden.dtype == torch.bfloat16
+        # One bf16 rounding (2^-9) of what a batched matmul computes in another order.
+        torch.testing.assert_close(row.taps.float(), taps, rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(row.last_hidden.float(), out.last_hidden_state[0], rtol=2**-8, atol=1e-4)
+
+
+def test_the_stream_gives_the_rows_of_the_store_bit_for_bit(store, corpus_dir, cache_dir) -> None:
+    stream = feature_stream(FEATURES, TARGET, corpus_dir, cache_dir)
+    streamed = [to_feature_row(r) for r in stream.iter_rows()]
+    by_id = {r.sample_id: r for r in streamed}
+    assert len(streamed) == len(by_id) == store.rows
+    for i in range(store.rows):
+        kept, sent = store[i], by_id[store[i].sample_id]
+        for name in ("input_ids", "loss_mask", "taps", "last_hidden"):
+            a, b = getattr(kept, name), getattr(sent, name)
+            assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+def test_features_that_are_current_are_not_made_again(store, corpus_dir, cache_dir) -> None:
+    before = {f.name: f.stat().st_mtime_ns for f in store.path.iterdir()}
+    again = extract(dataclasses.replace(FEATURES, threads=2), TARGET, corpus_dir, store.path, cache_dir)
+    assert again.digest == store.manifest.digest
+    assert {f.name: f.stat().st_mtime_ns for f in store.path.iterdir()} == before
+
+
+def test_a_corpus_of_another_target_is_refused_before_anything_runs(corpus_dir, cache_dir, tmp_path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    target = load_target(TARGET, cache_dir)
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    with pytest.raises(ArtifactError, match="belongs to another target: its id is 'tiny'"):
+        extract(FEATURES, TargetConfig(path=str(folder)), corpus_dir, tmp_path / "features", cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_layer_ids": []}, "target_layer_ids is empty"),
+        ({"target_layer_ids": [4]}, "To tap the last layer's raw output, use 3"),
+        ({"dtype": "float16"}, "features.dtype='float16'"),
+        ({"compute_dtype": "int8"}, "features.compute_dtype='int8'"),
+        ({"shard_rows": 0}, "features.shard_rows=0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_their_name(corpus_dir, cache_dir, tmp_path, change, message) -> None:
+    config = dataclasses.replace(FEATURES, **change)
+    for run in (
+        lambda: extract(config, TARGET, corpus_dir, tmp_path / "f", cache_dir),
+        lambda: feature_stream(config, TARGET, corpus_dir, cache_dir),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run()
+
+
+def test_an_empty_split_is_refused(corpus_dir, cache_dir, tmp_path) -> None:
+    with pytest.raises(DraftlineError, match="has no heldout rows"):
+        extract(FEATURES, TARGET, corpus_dir, tmp_path / "f", cache_dir, split="heldout")
+
+
+def test_batches_hold_every_row_once_within_the_limit_unless_a_row_alone_exceeds_it(corpus_dir) -> None:
+    rows = read_rows(corpus_dir, "train")
+    lengths = [len(r.input_ids) for r in rows]
+    for limit in (1, max(lengths), 3 * max(lengths), 10**6):
+        planned = list(batches(rows, limit))
+        assert sorted(i for b in planned for i in b) == list(range(len(rows)))
+        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= limit for b in planned)
+    assert len(list(batches(rows, 10**6))) == 1
+
+
+def test_a_row_whose_features_are_not_finite_is_left_out_alone(corpus_dir, cache_dir) -> None:
+    rows = read_rows(corpus_dir, "train")[:6]
+    target = load_target(TARGET, cache_dir)
+    # Only the first token of each word list differs; break the embedding of one that row 3 alone holds.
+    others = {int(t) for i, r in enumerate(rows) if i != 3 for t in r.input_ids}
+    own = next(int(t) for t in rows[3].input_ids if int(t) not in others)
+    with torch.no_grad():
+        target.family.embed_tokens.weight[own] = float("nan")
+    made = features_of(target, rows, [0, 2], 512)
+    assert [m is None for m in made] == [i == 3 for i in range(6)]
+    whole = features_of(load_target(TARGET, cache_dir), rows, [0, 2], 512)
+    assert all(torch.equal(made[i].taps, whole[i].taps) for i in range(6) if i != 3)
+
+
+def test_the_artifact_passes_its_own_check(store) -> None:
+    assert load(store.path, "features").counts == store.manifest.counts
