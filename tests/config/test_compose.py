@@ -1,0 +1,95 @@
+"""Every YAML composes to checked values, and a wrong name is answered with the nearest right one."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import PipelineConfig, to_plain
+from pipeline.entry import CONF, compose, run
+from pipeline.errors import ConfigError
+
+# What a group's option needs beside itself: `own` has no data of its own; ???.
+NEEDS = {"own": ["corpus.source=/data/chats.jsonl", "corpus.regenerate.prompts=/data/prompts.jsonl"]}
+OPTIONS = sorted(
+    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("experiment", "hydra")
+)
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+
+def needs_own(name: str) -> list[str]:
+    return NEEDS["own"] if "qwen" in name or name == "own" else []
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    assert isinstance(compose([f"{group}={option}", *needs_own(option)]), PipelineConfig)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_is_called_by_its_file(name: str) -> None:
+    assert compose([f"experiment={name}", *needs_own(name)]).name == name
+
+
+def test_extraction_taps_the_layers_that_the_draft_reads() -> None:
+    for name in EXPERIMENTS:
+        config = compose([f"experiment={name}", *needs_own(name)])
+        assert config.draft.target_layer_ids, name
+        assert config.features.target_layer_ids == config.draft.target_layer_ids, name
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b_dspark", "qwen3_8b_dspark"])
+def test_full_size_experiments_name_the_cluster_that_they_need(name: str) -> None:
+    cluster = compose([f"experiment={name}", *needs_own(name)]).cluster
+    assert cluster.gpus > 0 and cluster.accelerator and cluster.gpu_memory_gib > 0 and cluster.storage_gib > 0
+
+
+def test_an_override_reaches_the_typed_value() -> None:
+    config = compose(["experiment=smoke", "trainer.steps=4", "draft.target_layer_ids=[1,2]"])
+    assert config.trainer.steps == 4
+    assert config.features.target_layer_ids == [1, 2]
+
+
+def test_deepspeed_settings_pass_through_as_they_are() -> None:
+    assert compose(["deepspeed=zero3"]).deepspeed == {"zero_optimization": {"stage": 3}}
+
+
+def test_values_survive_being_plain() -> None:
+    from pipeline.config import from_plain
+
+    config = compose(["experiment=demo"])
+    assert from_plain(PipelineConfig, to_plain(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("experiment=demoo", "Did you mean 'demo'?"),
+        ("draft=dsparc", "Did you mean 'dspark'?"),
+        ("experimnt=demo", "Did you mean 'experiment'?"),
+        ("trainer.stepz=3", "Did you mean 'steps'?"),
+        ("corpus.regenerate.limitt=3", "Did you mean 'limit'?"),
+        ("engine.schedular=global", "Did you mean 'scheduler'?"),
+        ("engine.scheduler=globl", "Did you mean 'global'?"),
+        ("trainer.steps=many", "trainer.steps='many' must be of type int"),
+        ("trainer.steps=0", "trainer.steps=0 must be above 0"),
+        ("trainer.use_gpu=1", "trainer.use_gpu=1 must be of type bool"),
+        ("nonsense", "is not a setting; write name=value"),
+    ],
+)
+def test_a_wrong_name_or_value_is_one_line_that_helps(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([override])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ConfigError, match="corpus.source"):
+        compose(["corpus=own"])
+
+
+def test_a_job_answers_a_mistake_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(lambda config: pytest.fail("the job ran"), "corpus", ["experiment=demoo"], ray=False)
+    shown = capsys.readouterr().err
+    assert status == 2
+    assert shown.startswith("corpus: experiment=demoo") and shown.count("\n") == 1
