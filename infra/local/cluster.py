@@ -145,8 +145,8 @@ def _ports(fixed: dict[str, int]) -> dict[str, int]:
                 s.bind(("", fixed.get(name, 0)))  # on every address, as Ray does
             except OSError as e:
                 raise DraftlineError(
-                    f"Port {fixed[name]} for Ray's {name} can't be used ({e.strerror}). Choose another, or leave it out "
-                    "for a free one."
+                    f"Port {fixed[name]} for Ray's {name} can't be used ({e.strerror}). Choose another, or leave it "
+                    "out for a free one."
                 ) from None
             chosen[name] = int(s.getsockname()[1])
     return chosen
