@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--corpus", default="pipeline/corpus/demo/demo.jsonl.zst", help="conversations")
-    parser.add_argument("--cache", default=".cache", help="where the target is kept")
+    parser.add_argument("--cache", default=".cache/draftline", help="where the target is kept")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--layers", default="1,8,15,22,28", help="0-based decoder layers")
     parser.add_argument("--shard-rows", type=int, default=8)
