@@ -103,6 +103,11 @@ def load_draft(path: Path | str, target: Target) -> DSparkDraft:
         raise ArtifactError(
             f"The draft at {path} has token {int(d2t[-1])} in its vocabulary; the target has {target.vocab_size} tokens."
         )
+    if config.draft_vocab_size and len(d2t) != config.draft_vocab_size:
+        raise ArtifactError(
+            f"The draft at {path} has {len(d2t)} tokens in its vocabulary (tensor d2t), its config says "
+            f"{config.draft_vocab_size}."
+        )
     draft = make_draft(config, target, d2t)
     own = draft.state_dict()
     problems = [f"{n} is missing" for n in own.keys() - tensors.keys()]
@@ -112,6 +117,9 @@ def load_draft(path: Path | str, target: Target) -> DSparkDraft:
         for n in own.keys() & tensors.keys()
         if own[n].shape != tensors[n].shape
     ]
+    problems += [f"{n} has values that are not finite" for n, t in tensors.items() if not bool(t.isfinite().all())]
+    if "temperatures" in tensors and bool((tensors["temperatures"] <= 0).any()):
+        problems.append("temperatures must be above 0")
     if problems:
         raise ArtifactError(f"The draft at {path} does not match its config: " + "; ".join(sorted(problems)) + ".")
     draft.load_state_dict(tensors)

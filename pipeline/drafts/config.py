@@ -94,6 +94,15 @@ def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> Draft
 
 def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: int) -> None:
     """Raises ConfigError naming the field of a resolved config that can't work with such a target."""
+    from pipeline.target.taps import validate_layer_ids  # brings transformers, which composing a config does without
+
+    for name in ("block_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"draft.{name}={getattr(config, name)} must be at least 1.")
+    if config.head_dim % 2:
+        raise ConfigError(f"draft.head_dim={config.head_dim} must be even, for rotary embeddings.")
+    if config.markov_rank < 0:
+        raise ConfigError(f"draft.markov_rank={config.markov_rank} must be 0 (no Markov head) or more.")
     if config.hidden_size != hidden_size:
         raise ConfigError(
             f"draft.hidden_size={config.hidden_size}, but the target's embedding, which the draft borrows, has "
@@ -103,12 +112,10 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
         raise ConfigError(f"draft.mask_token_id={config.mask_token_id} is outside the {vocab_rows} embedding rows.")
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"draft.num_heads={config.num_heads} must be a multiple of {config.num_kv_heads} KV heads.")
-    if config.draft_vocab_size > vocab_rows:
+    if not 0 <= config.draft_vocab_size <= vocab_rows:
         raise ConfigError(
-            f"draft.draft_vocab_size={config.draft_vocab_size} is above the target's {vocab_rows} tokens; use 0 for all."
+            f"draft.draft_vocab_size={config.draft_vocab_size} is not from 0 (all) to the target's {vocab_rows} tokens."
         )
     if not config.sample_from_anchor:
         raise ConfigError("draft.sample_from_anchor=false (DFlash's slot layout) is not in this version; use true.")
-    bad = [i for i in config.target_layer_ids if not 0 <= i < num_layers]
-    if bad:
-        raise ConfigError(f"draft.target_layer_ids holds {bad[0]}; the target's layers are 0 to {num_layers - 1}.")
+    validate_layer_ids(config.target_layer_ids, num_layers)
