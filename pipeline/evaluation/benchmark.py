@@ -16,9 +16,10 @@ import numpy as np
 
 from pipeline.config import BenchmarkConfig, EngineConfig
 from pipeline.corpus.rows import TokenRow
-from pipeline.decoding import Completion, Engine, Request, RoundTrace, make_proposer
+from pipeline.decoding import Completion, Engine, Request, RoundTrace, StepCost, make_proposer
 from pipeline.drafts.dspark import DSparkDraft
-from pipeline.evaluation.metrics import positions, speedup, summed
+from pipeline.errors import DraftlineError
+from pipeline.evaluation.metrics import positions, speedup, summed, totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +61,21 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
     return spread[len(evaluation) : len(evaluation) + calibrate], evaluation
 
 
+def dspark(draft: DSparkDraft, engine: EngineConfig, rule: str = "coupled") -> Any:
+    """The draft as a proposer with a slot for every request of the engine."""
+    return make_proposer(
+        "dspark", draft, rule=rule, slots=engine.max_requests, capacity=engine.max_context, pack=engine.prepack
+    )
+
+
 def proposers(draft: DSparkDraft, engine: EngineConfig) -> dict[tuple[str, str], Any]:
     """Every proposer the arms need, by (name, rule)."""
-    options = {"slots": engine.max_requests, "capacity": engine.max_context, "pack": engine.prepack}
     made: dict[tuple[str, str], Any] = {}
-    for arm in ARMS:
-        key = (arm.proposer, arm.rule if arm.proposer == "dspark" else "")
-        if key in made:
-            continue
-        if arm.proposer == "dspark":
-            made[key] = make_proposer("dspark", draft, rule=arm.rule, **options)
-        elif arm.proposer == "ngram":
+    for key in dict.fromkeys(map(_key, ARMS)):
+        name, rule = key
+        if name == "dspark":
+            made[key] = dspark(draft, engine, rule)
+        elif name == "ngram":
             made[key] = make_proposer("ngram", block_size=draft.config.block_size)
         else:
             made[key] = make_proposer("none")
@@ -94,7 +99,9 @@ def collect_rounds(
 
     engine.on_round = keep
     try:
-        requests = [_request(r, i, config, temperature=t) for t in (0.0, config.temperature) for i, r in enumerate(rows)]
+        requests = [
+            _request(r, i, config, temperature=t) for t in (0.0, config.temperature) for i, r in enumerate(rows)
+        ]
         engine.generate(requests)
     finally:
         engine.on_round = None
@@ -107,15 +114,26 @@ def collect_rounds(
 def run_arms(
     engine: Engine, draft: DSparkDraft, rows: Sequence[TokenRow], config: BenchmarkConfig
 ) -> dict[str, list[Completion]]:
-    """Decodes every prompt with every arm, one request at a time."""
+    """Decodes every prompt with every arm, one request at a time.
+
+    Raises DraftlineError when a request ends with an error, or no prompt is decoded past its first token.
+    """
     made = proposers(draft, engine.config)
     done: dict[str, list[Completion]] = {a.name: [] for a in ARMS}
+    # The engine learns what drafting costs as it runs: each proposer has its own table, or n-gram's near-zero cost
+    # would mix into the neural draft's and the schedule would be neither's.
+    costs: dict[tuple[str, str], StepCost] = {}
+    warm = dataclasses.replace(config, max_new_tokens=min(8, config.max_new_tokens))
+    shared = engine.step_cost or engine.profile()
     for arm in ARMS:
-        _decode(engine, arm, made, rows[0], 0, dataclasses.replace(config, max_new_tokens=min(8, config.max_new_tokens)))
+        engine.step_cost = costs.get(_key(arm)) or dataclasses.replace(shared, draft=0.0)
+        _decode(engine, arm, made, rows[0], 0, warm)
+        costs[_key(arm)] = dataclasses.replace(engine.step_cost)
     began = time.monotonic()
     for i, row in enumerate(rows):
         turn = i % len(ARMS)
         for arm in (*ARMS[turn:], *ARMS[:turn]):
+            engine.step_cost = costs[_key(arm)]
             done[arm.name].append(_decode(engine, arm, made, row, i, config))
         left = (time.monotonic() - began) / (i + 1) * (len(rows) - i - 1)
         rates = [_rate(done[a][i]) for a in ("none", "dspark")]
@@ -123,6 +141,12 @@ def run_arms(
             f"evaluate: prompt {i + 1}/{len(rows)}, plain {rates[0]:.1f} tokens/s, dspark {rates[1]:.1f} "
             f"(tau {done['dspark'][i].metrics.tau:.2f}), {left:.0f} s left",
             flush=True,
+        )
+    engine.step_cost = dataclasses.replace(shared, draft=costs["dspark", "coupled"].draft)
+    if not any(c.metrics.decoded for c in done["none"]):
+        raise DraftlineError(
+            f"None of {len(rows)} held-out prompts was decoded past its first token, so there is no speed to compare: "
+            f"raise benchmark.max_new_tokens (now {config.max_new_tokens}) or take other prompts."
         )
     return done
 
@@ -138,6 +162,10 @@ def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], confi
         usable = [i for i, (a, b) in enumerate(zip(mine, base, strict=True)) if a.metrics.decoded and b.metrics.decoded]
         rates = [_rate(mine[i]) for i in usable]
         base_rates = [_rate(base[i]) for i in usable]
+        work = [[c[i].metrics for i in usable] for c in (mine, base)]
+        tokens, seconds = (
+            [[f(m) for m in ms] for ms in work] for f in (lambda m: m.decoded, lambda m: m.decode_seconds)
+        )
         out[arm.name] = {
             "proposer": arm.proposer,
             "scheduler": arm.scheduler,
@@ -148,11 +176,10 @@ def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], confi
             "tokens_per_second": decoded / sum(m.decode_seconds for m in metrics),
             "draft_share": sum(m.draft_seconds for m in metrics) / sum(m.decode_seconds for m in metrics),
             **speedup(rates, base_rates, config.bootstrap, config.seed),
+            **totals(tokens[0], seconds[0], tokens[1], seconds[1], config.bootstrap, config.seed),
             "same_text": sum(a.token_ids == b.token_ids for a, b in zip(mine, base, strict=True)),
             "prompts": len(mine),
-            "positions": positions(
-                summed([m.offered for m in metrics]), summed([m.accepted_at for m in metrics])
-            ),
+            "positions": positions(summed([m.offered for m in metrics]), summed([m.accepted_at for m in metrics])),
             "lengths": dict(sorted(Counter(n for m in metrics for n in m.lengths).items())),
             "per_prompt": [
                 {
@@ -172,9 +199,16 @@ def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], confi
 def _decode(
     engine: Engine, arm: Arm, made: dict[tuple[str, str], Any], row: TokenRow, i: int, config: BenchmarkConfig
 ) -> Completion:
-    engine.set_proposer(made[arm.proposer, arm.rule if arm.proposer == "dspark" else ""])
+    engine.set_proposer(made[_key(arm)])
     engine.set_schedule(arm.scheduler, rule=arm.rule)
-    return engine.generate([_request(row, i, config, temperature=config.temperature if arm.sampled else 0.0)])[0]
+    completion = engine.generate([_request(row, i, config, temperature=config.temperature if arm.sampled else 0.0)])[0]
+    if completion.finish_reason == "error":
+        raise DraftlineError(f"Held-out prompt {row.sample_id}, arm {arm.name}: {completion.error}")
+    return completion
+
+
+def _key(arm: Arm) -> tuple[str, str]:
+    return arm.proposer, arm.rule if arm.proposer == "dspark" else ""
 
 
 def _request(row: TokenRow, i: int, config: BenchmarkConfig, temperature: float) -> Request:

@@ -42,7 +42,9 @@ def fit(raw: np.ndarray, accepted: np.ndarray, temperatures: np.ndarray | None =
     rounds, block = raw.shape
     survived = accepted[:, None] > np.arange(block)
     before = _sigmoid(raw).cumprod(1)
-    product, chosen, notes = np.ones(rounds), [], []
+    product = np.ones(rounds)
+    chosen: list[float] = []
+    notes: list[dict[str, Any]] = []
     for k in range(block):
         reached = int((accepted >= k).sum())
         few = reached < FEWEST

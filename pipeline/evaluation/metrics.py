@@ -17,6 +17,7 @@ CONVENTIONS = {
     "tau": "tokens emitted per decoding step of the target, bonus token included, prefill's token excluded",
     "accept_rate": "accepted / verified draft tokens",
     "speedup": "median over prompts of the ratio of decode tokens/s to the `none` arm's on the same prompt",
+    "totals": "ratio of all prompts' decode tokens/s together, same pairing",
     "interval": "95 %, percentile bootstrap over prompts",
 }
 
@@ -48,6 +49,26 @@ def speedup(arm: Sequence[float], baseline: Sequence[float], draws: int, seed: i
     ratios = np.asarray(arm) / np.asarray(baseline)
     value, low, high = bootstrap(ratios.tolist(), lambda x: float(np.median(x)), draws, seed)
     return {"speedup": value, "low": low, "high": high}
+
+
+def totals(
+    tokens: Sequence[float],
+    seconds: Sequence[float],
+    base_tokens: Sequence[float],
+    base_seconds: Sequence[float],
+    draws: int,
+    seed: int,
+) -> dict[str, float]:
+    """Ratio of total decode tokens/s, arm over baseline; the bootstrap draws prompts with both arms' figures."""
+    data = np.asarray([tokens, seconds, base_tokens, base_seconds], dtype=np.float64)
+
+    def ratio(picked: np.ndarray) -> np.ndarray:
+        t, s, bt, bs = picked.sum(-1)
+        return (t / s) / (bt / bs)
+
+    picks = np.random.default_rng(seed).integers(0, data.shape[1], (draws, data.shape[1]))
+    low, high = np.percentile(ratio(data[:, picks]), [2.5, 97.5])
+    return {"totals": float(ratio(data)), "totals_low": float(low), "totals_high": float(high)}
 
 
 def positions(offered: Sequence[int], accepted: Sequence[int]) -> list[dict[str, float]]:

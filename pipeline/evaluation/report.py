@@ -9,7 +9,7 @@ import jinja2
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c96a12", "#8a8f98"
 
@@ -45,12 +45,13 @@ Sampled output equals plain sampling for the same seed (coupled rule):
 </div>
 <h2>Arms</h2>
 <table><tr><th>arm</th><th>scheduler</th><th>rule</th><th>tau</th><th>acceptance</th><th>tokens/s</th>
-<th>speedup</th><th>95 % interval</th><th>drafting</th><th>same text</th></tr>
+<th>speedup</th><th>95 % interval</th><th>totals</th><th>drafting</th><th>same text</th></tr>
 {% for name, a in r.arms.items() %}<tr><td>{{ name }}</td><td>{{ a.scheduler if a.proposer != "none" else "" }}</td>
 <td>{{ a.rule if a.temperature else "" }}</td><td>{{ "%.2f"|format(a.tau) }}</td>
 <td>{{ "%.2f"|format(a.accept_rate) if a.proposer != "none" else "" }}</td>
 <td>{{ "%.1f"|format(a.tokens_per_second) }}</td><td>{{ "%.2f"|format(a.speedup) }}</td>
-<td>{{ "%.2f"|format(a.low) }} to {{ "%.2f"|format(a.high) }}</td><td>{{ "%.0f"|format(100 * a.draft_share) }} %</td>
+<td>{{ "%.2f"|format(a.low) }} to {{ "%.2f"|format(a.high) }}</td><td>{{ "%.2f"|format(a.totals) }}</td>
+<td>{{ "%.0f"|format(100 * a.draft_share) }} %</td>
 <td>{{ a.same_text }}/{{ a.prompts }}</td></tr>{% endfor %}</table>
 <p>Under the ratio rule a seed's text depends on the draft by design; its distribution is the target's all the same.</p>
 <div class="plots">{% for caption, svg in plots %}<figure>{{ svg }}<figcaption>{{ caption }}</figcaption></figure>
