@@ -77,8 +77,9 @@ def evaluate_draft(
     if (done := artifact.current(out, "report", config=plain, inputs=inputs)) is not None:
         return done
     running, draft, (calibration, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
-    cost = running.profile()
+    profiled = running.profile()
     arms = summarise(run_arms(running, draft, evaluation, benchmark), evaluation, benchmark)
+    cost = running.step_cost or profiled
     measured = _measure_calibration(running, draft, evaluation, engine, benchmark)
     manifest = artifact.load(draft_dir, "draft", verify=False)
     greedy = [a for a in arms.values() if a["temperature"] == 0]

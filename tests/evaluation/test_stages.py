@@ -1,0 +1,168 @@
+"""Calibrating and evaluating a draft, end to end on a tiny target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import artifact
+from pipeline.corpus.build import read_rows
+from pipeline.drafts.checkpoint import load_draft
+from pipeline.errors import DraftlineError
+from pipeline.evaluation import stages
+from pipeline.evaluation.benchmark import ARMS, pick_prompts, summarise
+from pipeline.evaluation.report import render
+from pipeline.evaluation.stages import calibrate_draft, evaluate_draft
+from pipeline.registry.gate import decide
+from pipeline.target import load_target
+from tests.evaluation.conftest import BENCHMARK, ENGINE, TARGET, Places
+from tests.registry.reports import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    calibrated: Path
+    report: Path
+    content: dict[str, Any]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def evaluated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    root = tmp_path_factory.mktemp("stages")
+    calibrated, report = root / "calibrated", root / "report"
+    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, BENCHMARK, calibrated, places.cache)
+    evaluate_draft(calibrated, TARGET, places.corpus, ENGINE, BENCHMARK, report, places.cache)
+    content = json.loads((report / "report.json").read_text())
+    return Evaluated(calibrated, report, content, (report / "report.html").read_text())
+
+
+def test_the_calibrated_draft_carries_its_temperatures(places: Places, evaluated: Evaluated) -> None:
+    manifest = artifact.load(evaluated.calibrated, "draft")
+    fitted = manifest.info["calibration"]
+    assert manifest.info["steps"] == 0
+    assert manifest.inputs["draft"] == artifact.load(places.draft, "draft").digest
+    assert fitted["rounds"] > 0
+    loaded = load_draft(evaluated.calibrated, load_target(TARGET, places.cache))
+    assert loaded.temperatures.tolist() == pytest.approx(fitted["temperatures"], abs=1e-3)
+
+
+def test_a_random_draft_changes_no_text(evaluated: Evaluated) -> None:
+    assert evaluated.content["exact_greedy"] is True
+    assert evaluated.content["exact_sampled"] is True
+    for name in ("ngram", "dspark", "dspark fixed", "dspark t1"):
+        assert evaluated.content["arms"][name]["same_text"] == BENCHMARK.prompts
+
+
+def test_every_arm_is_there_with_an_interval_around_its_speedup(evaluated: Evaluated) -> None:
+    assert set(evaluated.content["arms"]) == {a.name for a in ARMS}
+    for arm in evaluated.content["arms"].values():
+        assert 0 < arm["low"] <= arm["speedup"] <= arm["high"]
+        assert arm["totals_low"] <= arm["totals"] <= arm["totals_high"]
+        assert arm["tau"] >= 1
+    plain = evaluated.content["arms"]["none"]
+    assert (plain["speedup"], plain["low"], plain["high"], plain["tau"]) == (1, 1, 1, 1)
+
+
+def test_the_gate_reads_the_report(evaluated: Evaluated) -> None:
+    manifest = artifact.load(evaluated.calibrated, "draft")
+    assert evaluated.content["target"] == manifest.target
+    assert evaluated.content["draft_digest"] == manifest.digest
+    decision = decide(evaluated.content, evaluated.content, Policy(min_speedup_low=0.0, max_regression=1.0))
+    assert decision.verdict == "promote"
+
+
+def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: Evaluated) -> None:
+    page = evaluated.page
+    for part in ("Arms", "By source", "Provenance", "Calibration error", "verified per round", "Speedup over plain"):
+        assert part in page
+    for arm in ARMS:
+        assert f"<td>{arm.name}</td>" in page
+    for source in {p["source"] for p in evaluated.content["arms"]["dspark"]["per_prompt"]}:
+        assert f"<td>{source}</td>" in page
+    assert page.count("<svg") == 6
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert not re.findall(r"url\((?!#)|@import", page)
+
+
+def test_a_differing_token_is_caught_and_shown(
+    evaluated: Evaluated, places: Places, monkeypatch: Any, tmp_path: Path
+) -> None:
+    def tampered(done: dict[str, list[Any]], *rest: Any) -> dict[str, Any]:
+        ids = done["dspark fixed"][1].token_ids
+        ids[-1] = (ids[-1] + 1) % 7
+        return summarise(done, *rest)
+
+    monkeypatch.setattr(stages, "summarise", tampered)
+    out = tmp_path / "report"
+    evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, BENCHMARK, out, places.cache)
+    content = json.loads((out / "report.json").read_text())
+    assert content["exact_greedy"] is False
+    assert content["arms"]["dspark fixed"]["same_text"] == BENCHMARK.prompts - 1
+    assert content["arms"]["dspark"]["same_text"] == BENCHMARK.prompts
+    assert 'class="bad">NO' in render(content)
+
+
+def test_a_second_run_measures_nothing(evaluated: Evaluated, places: Places, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("the target was loaded again")
+
+    monkeypatch.setattr(stages, "load_target", refuse)
+    rest = (TARGET, places.corpus, ENGINE, BENCHMARK)
+    again = evaluate_draft(evaluated.calibrated, *rest, evaluated.report, places.cache)
+    assert again.info["headline"] == evaluated.content["headline"]
+    assert calibrate_draft(places.draft, *rest, evaluated.calibrated, places.cache).kind == "draft"
+
+
+def test_another_dtype_is_measured_anew(evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
+    asked = []
+
+    def seen(config: Any, _: Path) -> None:
+        asked.append(config.dtype)
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "load_target", seen)
+    out = shutil.copytree(evaluated.report, tmp_path / "report")
+    other = dataclasses.replace(TARGET, dtype="bfloat16")
+    with pytest.raises(DraftlineError, match="far enough"):
+        evaluate_draft(evaluated.calibrated, other, places.corpus, ENGINE, BENCHMARK, out, places.cache)
+    assert asked == ["bfloat16"]
+
+
+def test_nothing_to_time_is_an_error_and_leaves_no_report(evaluated: Evaluated, places: Places, tmp_path: Path) -> None:
+    short = dataclasses.replace(BENCHMARK, max_new_tokens=1)
+    out = tmp_path / "report"
+    with pytest.raises(DraftlineError, match=r"benchmark\.max_new_tokens \(now 1\)"):
+        evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, short, out, places.cache)
+    assert not out.exists()
+
+
+def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
+    rows = read_rows(places.corpus, "heldout")
+    calibration, evaluation = pick_prompts(rows, 4, 6, 0)
+    names = [{r.sample_id for r in part} for part in (calibration, evaluation)]
+    assert (len(names[0]), len(names[1])) == (4, 6)
+    assert not names[0] & names[1]
+    assert {r.source for r in evaluation} == {"chat", "code", "math"}
+    again = pick_prompts(rows[::-1], 4, 6, 0)
+    assert [[r.sample_id for r in part] for part in again] == [
+        [r.sample_id for r in part] for part in (calibration, evaluation)
+    ]
+
+
+def test_the_schedule_reckons_with_the_drafts_own_cost(evaluated: Evaluated) -> None:
+    # Of all arms' rounds, n-gram's too, one running mean would be far below what the network costs.
+    def spent(name: str) -> float:
+        arm = evaluated.content["arms"][name]
+        return arm["draft_share"] * arm["tau"] / arm["tokens_per_second"]
+
+    learned = evaluated.content["step_cost"]["draft"]
+    assert spent("dspark fixed") / 3 < learned < spent("dspark fixed") * 3
+    assert learned > 3 * spent("ngram")
