@@ -19,8 +19,10 @@ PAGE = """<!doctype html>
 <style>
 body{font:16px/1.5 system-ui,sans-serif;color:#1c1f24;background:#fff;max-width:1060px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}p{margin:.3rem 0 .8rem;color:#4a4f57}
-.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}.tile{border:1px solid #d9dde3;border-radius:8px;
-padding:.7rem 1.1rem;min-width:9rem}.tile b{display:block;font-size:1.55rem;line-height:1.2}.tile span{color:#4a4f57;
+
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.6rem,1fr));gap:.7rem;margin:1.2rem 0}
+.tile{border:1px solid #d9dde3;border-radius:8px;
+padding:.7rem .9rem}.tile b{display:block;font-size:1.55rem;line-height:1.2}.tile span{color:#4a4f57;
 font-size:.85rem}table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:right;padding:.35rem .6rem;
 border-bottom:1px solid #e6e9ee}th:first-child,td:first-child{text-align:left}th{color:#4a4f57;font-weight:600}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:1rem}figure{margin:0}
@@ -40,7 +42,8 @@ Sampled output equals plain sampling for the same seed (coupled rule):
 <div class="tile"><b>{{ "%.2f"|format(h.tau_fixed) }}</b><span>tau, whole blocks</span></div>
 <div class="tile"><b>{{ "%.0f"|format(100 * h.accept_rate) }} %</b><span>acceptance rate</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.speedup_t1) }}x</b><span>speedup, temperature
-{{ "%g"|format(r.arms["dspark t1"].temperature) }}</span></div>
+{{ "%g"|format(r.arms["dspark t1"].temperature) }} ({{ "%.2f"|format(h.speedup_t1_low) }} to
+{{ "%.2f"|format(h.speedup_t1_high) }})</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.ngram_speedup) }}x</b><span>ngram, greedy</span></div>
 </div>
 <h2>Arms</h2>
@@ -56,6 +59,15 @@ Sampled output equals plain sampling for the same seed (coupled rule):
 <p>Under the ratio rule a seed's text depends on the draft by design; its distribution is the target's all the same.</p>
 <div class="plots">{% for caption, svg in plots %}<figure>{{ svg }}<figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>
+<h2>Calibration by position</h2>
+<p>Measured on the evaluation prompts, whole blocks verified. {% if r.calibration_rounds %}The temperatures
+were fitted by the calibrate stage on {{ r.calibration_rounds }} rounds.{% else %}<b class="bad">This draft was not
+calibrated.</b>{% endif %}</p>
+<table><tr><th>position</th><th>rounds that reached it</th><th>temperature</th><th>error before</th><th>after</th>
+<th>AUC</th></tr>{% for p in r.calibration.positions %}<tr><td>{{ p.position }}</td>
+<td>{{ p.rounds }}{{ " (few)" if p.too_few }}</td><td>{{ "%.2f"|format(p.temperature) }}</td>
+<td>{{ "%.3f"|format(p.ece_before) }}</td><td>{{ "%.3f"|format(p.ece_after) }}</td>
+<td>{{ "%.3f"|format(p.auc) if p.auc is not none else "one outcome only" }}</td></tr>{% endfor %}</table>
 <h2>By source</h2>
 <table><tr><th>source</th><th>prompts</th><th>tau</th><th>median speedup</th></tr>
 {% for s in sources %}<tr><td>{{ s.source }}</td><td>{{ s.prompts }}</td><td>{{ "%.2f"|format(s.tau) }}</td>
@@ -65,7 +77,7 @@ Sampled output equals plain sampling for the same seed (coupled rule):
 target revision {{ r.target.revision }}, weights {{ r.target.weight_digest }}, tokenizer {{ r.target.tokenizer_digest }}
 <br>draft {{ r.draft_digest }}<br>corpus {{ r.corpus_digest }}<br>evaluation set {{ r.evaluation_set_digest }}
 <br>code {{ r.provenance.code_version }}, torch {{ r.provenance.torch }}, {{ r.provenance.machine }}
-<br>settings {{ r.provenance.settings }}</footer></body></html>
+<br>settings {{ r.provenance.settings|tojson }}</footer></body></html>
 """
 
 

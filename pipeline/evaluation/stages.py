@@ -76,7 +76,7 @@ def evaluate_draft(
     plain = _settings(target, engine, benchmark)
     if (done := artifact.current(out, "report", config=plain, inputs=inputs)) is not None:
         return done
-    running, draft, (calibration, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
+    running, draft, (_, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
     profiled = running.profile()
     arms = summarise(run_arms(running, draft, evaluation, benchmark), evaluation, benchmark)
     cost = running.step_cost or profiled
@@ -113,7 +113,7 @@ def evaluate_draft(
         "draft_digest": manifest.digest,
         "corpus_digest": inputs["corpus"],
         "evaluation_set_digest": artifact.digest_json(sorted(r.sample_id for r in evaluation)),
-        "calibration_prompts": len(calibration),
+        "calibration_rounds": manifest.info.get("calibration", {}).get("rounds", 0),
         "conventions": CONVENTIONS,
         "provenance": {
             "code_version": artifact.code_version(),

@@ -53,6 +53,11 @@ def test_the_calibrated_draft_carries_its_temperatures(places: Places, evaluated
     assert loaded.temperatures.tolist() == pytest.approx(fitted["temperatures"], abs=1e-3)
 
 
+def test_a_draft_that_was_not_calibrated_is_called_so(evaluated: Evaluated) -> None:
+    assert "not\ncalibrated" in render({**evaluated.content, "calibration_rounds": 0})
+    assert "not\ncalibrated" not in evaluated.page
+
+
 def test_a_random_draft_changes_no_text(evaluated: Evaluated) -> None:
     assert evaluated.content["exact_greedy"] is True
     assert evaluated.content["exact_sampled"] is True
@@ -80,7 +85,15 @@ def test_the_gate_reads_the_report(evaluated: Evaluated) -> None:
 
 def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: Evaluated) -> None:
     page = evaluated.page
-    for part in ("Arms", "By source", "Provenance", "Calibration error", "verified per round", "Speedup over plain"):
+    for part in (
+        "Arms",
+        "Calibration by position",
+        "By source",
+        "Provenance",
+        "Calibration error",
+        "verified per round",
+        "Speedup over plain",
+    ):
         assert part in page
     for arm in ARMS:
         assert f"<td>{arm.name}</td>" in page
