@@ -5,8 +5,12 @@ ray job submit --working-dir . -- python jobs/pipeline.py experiment=demo
 
 from __future__ import annotations
 
-import json
 import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
+import json
 import time
 from typing import Any
 
@@ -62,9 +66,7 @@ def serve_once(config: PipelineConfig, report: Manifest) -> None:
     print(f"== serve: done in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def summarise(
-    config: PipelineConfig, report: dict[str, Any], version: str, uri: str, seconds: float
-) -> dict[str, Any]:
+def summarise(config: PipelineConfig, report: dict[str, Any], version: str, uri: str, seconds: float) -> dict[str, Any]:
     """The figures of summary.json."""
     h = report["headline"]
     return {

@@ -5,9 +5,13 @@ ray job submit --working-dir . -- python jobs/regenerate.py experiment=demo corp
 
 from __future__ import annotations
 
+import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any

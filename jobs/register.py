@@ -6,6 +6,10 @@ ray job submit --working-dir . -- python jobs/register.py experiment=demo
 from __future__ import annotations
 
 import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
 from contextlib import ExitStack
 
 from pipeline import artifact

@@ -6,6 +6,10 @@ ray job submit --working-dir . -- python jobs/serve.py experiment=demo serving.p
 from __future__ import annotations
 
 import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
 import time
 from typing import Any
 

@@ -56,11 +56,15 @@ def _check_group(override: str, conf: Path) -> None:
     if key in groups:
         options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
         if value not in options:
-            raise ConfigError(f"{key}={value} does not exist.{nearest(value, options)} There are: {', '.join(options)}.")
+            raise ConfigError(
+                f"{key}={value} does not exist.{nearest(value, options)} There are: {', '.join(options)}."
+            )
     elif "." not in key:
         names = [*groups, *PipelineConfig.__dataclass_fields__]
         if key not in names:
-            raise ConfigError(f"{key!r} is not a setting.{nearest(key, names)} There are: {', '.join(sorted(set(names)))}.")
+            raise ConfigError(
+                f"{key!r} is not a setting.{nearest(key, names)} There are: {', '.join(sorted(set(names)))}."
+            )
 
 
 def _explain(text: str, overrides: list[str]) -> str:

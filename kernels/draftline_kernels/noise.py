@@ -65,7 +65,7 @@ def keys(seed: Tensor, position: Tensor, stream: Tensor | int) -> Tensor:
     """
     device = seed.device
     stream = torch.as_tensor(stream, dtype=torch.int64, device=device)
-    shape = torch.broadcast_shapes(seed.shape, position.shape, stream.shape)
+    shape = torch.broadcast_tensors(seed, position, stream)[0].shape
     state = torch.tensor([_signed(start) for start in _KEY_STARTS], dtype=torch.int32, device=device)
     state = state.reshape(2, *([1] * len(shape)))
     seed_low, seed_high = _words(seed)
@@ -94,7 +94,7 @@ def bits_from_keys(key: Tensor, index: Tensor) -> Tensor:
 
 
 def bits(seed: Tensor, position: Tensor, index: Tensor, stream: Tensor | int) -> Tensor:
-    """Noise bits of (seed, position, index, stream): int64 in [0, 2^32), shapes broadcast (see `keys` for the words)."""
+    """Noise bits of (seed, position, index, stream): int64 in [0, 2^32), shapes broadcast."""
     return bits_from_keys(keys(seed, position, stream), index).to(torch.int64) & 0xFFFFFFFF
 
 

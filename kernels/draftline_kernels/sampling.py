@@ -20,7 +20,8 @@ BLOCK = 4096
 STREAMS: dict[str, tuple[int, int]] = {"target": (0, 1), "draft": (2, 3), "residual": (4, 5), "bonus": (6, 7)}
 """Noise streams (block choice, token choice) of each purpose that a token is drawn for."""
 
-_NUCLEUS_GUESS = 1024
+_STRIPE = 256
+_NARROW = 64
 
 
 @dataclass(frozen=True)
@@ -82,66 +83,102 @@ class Sampling:
         return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.seed[index])
 
 
-def _keep_top_k(logits: Tensor, top_k: Tensor) -> None:
-    """Rows of `logits` [N, V] with 0 < top_k < V: everything below the k-th largest value becomes -inf, in place."""
-    vocabulary = logits.shape[-1]
-    rows = ((top_k > 0) & (top_k < vocabulary)).nonzero().squeeze(-1)
-    if rows.numel() == 0:
-        return
-    k = top_k[rows]
-    values = logits[rows].topk(int(k.max()), dim=-1).values
-    bound = logits.new_full((logits.shape[0], 1), float("-inf"))
-    bound[rows] = values.gather(-1, (k - 1).unsqueeze(-1))
-    logits.masked_fill_(logits < bound, float("-inf"))
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Argmax of each row [N, V], lowest id on ties, and whether the row is usable (its largest entry is finite).
 
-
-def _nucleus_bounds(logits: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest logit of the nucleus of each row and how many tokens with exactly that logit belong to it.
-
-    A token belongs while the mass ranked strictly above it is below top_p; the first always does. Only as many tokens
-    are sorted as the widest nucleus of the rows needs.
+    A row with NaN, with +inf or with nothing but -inf is not usable; its argmax is still a valid id.
     """
-    rows, vocabulary = logits.shape
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    bound, ties = logits.new_empty(rows), torch.zeros(rows, dtype=torch.int64, device=logits.device)
-    pending = torch.arange(rows, device=logits.device)
-    width = min(_NUCLEUS_GUESS, vocabulary)
-    while True:
-        values = logits[pending].topk(width, dim=-1, sorted=True).values
-        probability = (values - normaliser[pending]).exp().to(torch.float64)
-        upto = probability.cumsum(dim=-1)
-        wanted = top_p[pending].to(torch.float64).unsqueeze(-1)
-        kept = (upto - probability < wanted).sum(dim=-1).clamp_(min=1)
-        last = values.gather(-1, (kept - 1).unsqueeze(-1))
-        bound[pending] = last.squeeze(-1)
-        ties[pending] = kept - (values > last).sum(dim=-1)
-        if width == vocabulary:
-            return bound, ties
-        open_rows = (upto[:, -1] < wanted.squeeze(-1)) & (values[:, -1] > float("-inf"))
-        pending = pending[open_rows]
-        if pending.numel() == 0:
-            return bound, ties
-        width = min(width * 8, vocabulary)
-
-
-def _keep_top_p(logits: Tensor, top_p: Tensor) -> None:
-    """Rows of `logits` [N, V] with top_p < 1: everything outside the nucleus becomes -inf, in place."""
-    # A row that is not finite has no nucleus; it passes as it is, and whoever verifies it flags it.
-    rows = ((top_p < 1) & logits.amax(dim=-1).isfinite()).nonzero().squeeze(-1)
-    if rows.numel() == 0:
-        return
-    chosen = logits if rows.numel() == logits.shape[0] else logits[rows]
-    bound, ties = _nucleus_bounds(chosen, top_p[rows])
-    outside = chosen < bound.unsqueeze(-1)
-    tied = chosen == bound.unsqueeze(-1)
-    crowded = (tied.sum(dim=-1) > ties).nonzero().squeeze(-1)
-    if crowded.numel():
-        rank = tied[crowded].cumsum(dim=-1)
-        outside[crowded] |= tied[crowded] & (rank > ties[crowded].unsqueeze(-1))
-    if chosen is logits:
-        logits.masked_fill_(outside, float("-inf"))
+    width = logits.shape[-1]
+    whole = width // _STRIPE * _STRIPE
+    if logits.device.type == "cpu" and whole:
+        # torch's argmax is not vectorised on CPU, its amax is: find the stripe first, then look inside it only.
+        stripes = logits[:, :whole].reshape(logits.shape[0], -1, _STRIPE).amax(dim=-1)
+        if whole < width:
+            stripes = torch.cat([stripes, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
+        low = stripes.argmax(dim=-1, keepdim=True) * _STRIPE
+        column = low + torch.arange(_STRIPE, device=logits.device)
+        beyond = column >= width
+        inside = logits.gather(-1, column.clamp_(max=width - 1)).masked_fill_(beyond, float("-inf"))
+        best = low + inside.argmax(dim=-1, keepdim=True)
     else:
-        logits[rows] = chosen.masked_fill_(outside, float("-inf"))
+        best = logits.argmax(dim=-1, keepdim=True)
+    return best.squeeze(-1), logits.gather(-1, best).isfinite().squeeze(-1)
+
+
+def _candidate_floor(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """A logit per row below which nothing can be kept, and the row's log-sum-exp: both float32 [N].
+
+    top-k: the k-th largest of the maxima of disjoint stripes is at most the k-th largest entry. top-p: the entries of
+    probability under (1 - p) / V weigh less than 1 - p together, so the mass above each of them is at least p.
+    """
+    vocabulary = logits.shape[-1]
+    probability = logits.softmax(dim=-1)
+    normaliser = logits.amax(dim=-1) - probability.amax(dim=-1).log()
+    # Half of the share, so that rounding cannot lose an entry at the edge.
+    floor = normaliser + ((1.0 - top_p) / (2 * vocabulary)).log()
+    limited = top_k > 0
+    if bool(limited.any()):
+        count = vocabulary // _NARROW
+        widest = int(top_k.max())
+        bound = torch.full_like(floor, float("-inf"))
+        if widest <= count:
+            whole = logits[:, : count * _NARROW].reshape(-1, count, _NARROW)
+            maxima = whole.amax(dim=-1).topk(widest, dim=-1).values
+            bound = maxima.gather(-1, (top_k.clamp(min=1) - 1).unsqueeze(-1)).squeeze(-1)
+        # Top-p of a row with both is of the renormalised rest: its own floor does not hold.
+        floor = torch.where(limited, bound, floor)
+    return floor, normaliser
+
+
+def _edges(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row's kept set ends.
+
+    Args:
+        logits: float32 [N, V], rows finite at their largest; top_k: int64 [N] (0 = off, below V); top_p: float32 [N].
+
+    Returns:
+        smallest kept logit [N]; int64 [N] how many entries with exactly that logit are kept; bool [N] whether the row
+        has more of them.
+    """
+    rows = logits.shape[0]
+    floor, normaliser = _candidate_floor(logits, top_k, top_p)
+    row, column = (logits >= floor.unsqueeze(-1)).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.arange(row.shape[0], device=row.device) - (counts.cumsum(0) - counts)[row]
+    values = logits.new_full((rows, int(counts.max())), float("-inf"))
+    values[row, place] = logits[row, column]
+    values = values.sort(dim=-1, descending=True).values.to(torch.float64)
+    limited = (top_k > 0).unsqueeze(-1)
+    last = values.gather(-1, (top_k.clamp(min=1, max=values.shape[-1]) - 1).unsqueeze(-1))
+    allowed = values > float("-inf")
+    allowed &= ~limited | (values >= last)
+    inside = values.masked_fill(~allowed, float("-inf"))
+    total = torch.where(limited, inside.logsumexp(dim=-1, keepdim=True), normaliser.to(torch.float64).unsqueeze(-1))
+    probability = (inside - total).exp()
+    above = probability.cumsum(dim=-1) - probability
+    wanted = top_p.to(torch.float64).unsqueeze(-1)
+    kept = (allowed & ((above < wanted) | (wanted >= 1))).sum(dim=-1, keepdim=True).clamp_(min=1)
+    edge = values.gather(-1, kept - 1)
+    ties = kept - (values > edge).sum(dim=-1, keepdim=True)
+    crowded = (values == edge).sum(dim=-1, keepdim=True) > ties
+    return edge.squeeze(-1).to(torch.float32), ties.squeeze(-1), crowded.squeeze(-1)
+
+
+def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """`logits` float32 [N, V] with -inf outside top-k and top-p; rows that ask for neither pass as they are."""
+    top_k = torch.where(top_k < logits.shape[-1], top_k, torch.zeros_like(top_k))
+    # A row that is not finite has no kept set; it passes as it is, and whoever verifies it flags it.
+    rows = (((top_k > 0) | (top_p < 1)) & logits.amax(dim=-1).isfinite()).nonzero().squeeze(-1)
+    if rows.numel() == 0:
+        return logits
+    every = rows.numel() == logits.shape[0]
+    chosen = logits if every else logits[rows]
+    edge, ties, crowded = _edges(chosen, top_k[rows], top_p[rows])
+    out = torch.where(chosen < edge.unsqueeze(-1), float("-inf"), chosen)
+    for number in crowded.nonzero().squeeze(-1).tolist():
+        tied = (chosen[number] == edge[number]).nonzero().squeeze(-1)
+        out[number, tied[int(ties[number]) :]] = float("-inf")
+    return out if every else logits.index_copy(0, rows, out)
 
 
 def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -167,26 +204,19 @@ def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor)
         if value.shape != logits.shape[:1]:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected [N] = [{logits.shape[0]}]")
     greedy = temperature == 0
-    scaled = bool(((temperature != 1) & ~greedy).any())
-    cut_k, cut_p = bool(((top_k > 0) & ~greedy).any()), bool(((top_p < 1) & ~greedy).any())
-    one_hot = bool(greedy.any())
     out = logits.to(torch.float32)
-    if not (scaled or cut_k or cut_p or one_hot):
-        return out
-    if scaled:
+    if bool(((temperature != 1) & ~greedy).any()):
         out = out / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(-1)
-    elif out is logits:
-        out = out.clone()
-    if cut_k:
-        _keep_top_k(out, top_k.masked_fill(greedy, 0))
-    if cut_p:
-        _keep_top_p(out, top_p.masked_fill(greedy, 1.0))
-    if one_hot:
+    if bool((((top_k > 0) | (top_p < 1)) & ~greedy).any()):
+        out = _truncate(out, top_k.masked_fill(greedy, 0), top_p.masked_fill(greedy, 1.0))
+    if bool(greedy.any()):
         rows = greedy.nonzero().squeeze(-1)
-        best = out[rows].argmax(dim=-1)
-        peak = out[rows, best]
-        out[rows] = float("-inf")
-        out[rows, best] = peak
+        best, _ = largest(logits[rows])
+        one_hot = torch.full((rows.shape[0], out.shape[1]), float("-inf"), device=out.device)
+        one_hot[torch.arange(rows.shape[0], device=out.device), best] = 0.0
+        # A greedy row that is not finite keeps what it holds, so that it can still be told.
+        usable = out[rows].amax(dim=-1).isfinite().unsqueeze(-1)
+        out = out.index_copy(0, rows, torch.where(usable, one_hot, out[rows]))
     return out
 
 
@@ -198,42 +228,36 @@ def _block_sums(mass: Tensor, bounds: list[int] | None) -> Tensor:
     whole = width // BLOCK
     parts = []
     if whole:
-        parts.append(mass[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).sum(dim=-1))
+        parts.append(mass[:, : whole * BLOCK].reshape(rows, whole, BLOCK).sum(dim=-1))
     if width % BLOCK:
         parts.append(mass[:, whole * BLOCK :].sum(dim=-1, keepdim=True))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def draw_keyed(
-    logits: Tensor, seed: Tensor, position: Tensor, streams: Tensor, token_ids: Tensor | None = None
-) -> Tensor:
-    """`draw` for rows that are all sampled, with the noise streams given per row.
+def draw_mass(mass: Tensor, seed: Tensor, position: Tensor, streams: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    """`draw` from masses instead of logits, all rows sampled, with the noise streams given per row.
 
     Args:
-        logits: float32 [N, V]; seed, position: int64 [N]; token_ids: int64 [V] ascending, or None.
+        mass: float32 [N, V], at least 0, any scale; seed, position: int64 [N]; token_ids: int64 [V] ascending or None.
         streams: int64 [2, N]: stream of the block choice and of the token choice.
 
     Returns:
         int64 [N] target token ids.
     """
-    rows, width = logits.shape
-    device = logits.device
+    rows, width = mass.shape
+    device = mass.device
     bounds: list[int] | None = None
     if token_ids is None:
         blocks = (width + BLOCK - 1) // BLOCK
     else:
         blocks = int(token_ids[-1]) // BLOCK + 1
-        edges = torch.arange(blocks + 1, device=device) * BLOCK
-        bounds = torch.searchsorted(token_ids, edges).tolist()
-    peak = logits.amax(dim=-1, keepdim=True)
-    peak = torch.where(peak == float("-inf"), torch.zeros_like(peak), peak)
-    key = keys(seed, position, streams)  # [2 keys, 2 purposes, N]
+        bounds = torch.searchsorted(token_ids, torch.arange(blocks + 1, device=device) * BLOCK).tolist()
+    key = keys(seed, position, streams)  # [2 keys, 2 choices, N]
     if blocks == 1:
         block = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
-        mass = _block_sums((logits - peak).exp_(), bounds)
         noise = bits_from_keys(key[:, 0].unsqueeze(-1), torch.arange(blocks, dtype=torch.int32, device=device))
-        block = (mass.log_() + gumbel_from_bits(noise)).argmax(dim=-1)
+        block = (_block_sums(mass, bounds).log_() + gumbel_from_bits(noise)).argmax(dim=-1)
     if bounds is None:
         low = block * BLOCK
         high = (low + BLOCK).clamp_(max=width)
@@ -246,10 +270,15 @@ def draw_keyed(
     beyond = column >= high.unsqueeze(-1)
     column.clamp_(max=width - 1)
     token = column if token_ids is None else token_ids[column]
-    score = logits.gather(-1, column) - peak
+    score = mass.gather(-1, column).log_()
     score += gumbel_from_bits(bits_from_keys(key[:, 1].unsqueeze(-1), token))
     score.masked_fill_(beyond, float("-inf"))
     return token.gather(-1, score.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def stream_pairs(name: str, rows: int, device: torch.device) -> Tensor:
+    """The stream pair `name` for `rows` rows: int64 [2, rows], as `draw_mass` takes it."""
+    return torch.tensor(STREAMS[name], device=device).unsqueeze(-1).expand(2, rows)
 
 
 def draw(
@@ -304,14 +333,16 @@ def draw(
         return torch.zeros(0, dtype=torch.int64, device=logits.device)
     greedy = None if temperature is None else temperature == 0
     if greedy is not None and bool(greedy.any()):
-        best = logits.argmax(dim=-1)
+        best, _ = largest(logits)
         out = best if token_ids is None else token_ids[best]
         sampled = (~greedy).nonzero().squeeze(-1)
         if sampled.numel():
-            out[sampled] = draw(logits[sampled], seed[sampled], position[sampled], token_ids, stream=stream)
+            own = stream_pairs(stream, sampled.shape[0], logits.device)
+            mass = logits[sampled].softmax(dim=-1, dtype=torch.float32)
+            out[sampled] = draw_mass(mass, seed[sampled], position[sampled], own, token_ids)
         return out
-    streams = torch.tensor(STREAMS[stream], device=logits.device).unsqueeze(-1).expand(2, rows)
-    return draw_keyed(logits.to(torch.float32), seed, position, streams, token_ids)
+    mass = logits.softmax(dim=-1, dtype=torch.float32)
+    return draw_mass(mass, seed, position, stream_pairs(stream, rows, logits.device), token_ids)
 
 
 def proposal_stream(rule: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .noise import uniform
-from .sampling import STREAMS, Sampling, draw_keyed, proposal_stream, transform
+from .sampling import Sampling, draw_mass, largest, proposal_stream, stream_pairs, transform
 
 ACCEPT_STREAM = 8
 """Noise stream of the ratio rule's acceptance test."""
@@ -87,27 +87,15 @@ def _check(
             raise ValueError(f"draft_logits have shape {list(draft_logits.shape)}; expected {expected}")
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Argmax (lowest id on ties) of each row [N, V] and whether the row is usable (its largest entry is finite)."""
-    best = logits.argmax(dim=-1, keepdim=True)
-    return best.squeeze(-1), logits.gather(-1, best).isfinite().squeeze(-1)
-
-
-def _draw_rows(logits: Tensor, sampling: Sampling, position: Tensor, streams: tuple[int, int] | Tensor) -> Tensor:
-    """Draw one token per transformed row [N, V]; `streams` one pair for all, or int64 [2, N]."""
-    if not isinstance(streams, Tensor):
-        streams = torch.tensor(streams, device=logits.device).unsqueeze(-1).expand(2, logits.shape[0])
-    return draw_keyed(logits, sampling.seed, position, streams)
-
-
 def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
     """The target's own token of every row [N, V] (greedy or drawn) and whether the row is usable."""
-    choice, finite = _largest(logits)
-    if not sampling.greedy:
-        rows = (sampling.temperature > 0).nonzero().squeeze(-1)
+    choice, finite = largest(logits)
+    rows = (sampling.temperature > 0).nonzero().squeeze(-1)
+    if rows.numel():
         chosen, own = (logits, sampling) if rows.numel() == logits.shape[0] else (logits[rows], sampling.select(rows))
-        warped = transform(chosen, own.temperature, own.top_k, own.top_p)
-        choice[rows] = _draw_rows(warped, own, position[rows], STREAMS["target"])
+        mass = transform(chosen, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+        streams = stream_pairs("target", rows.numel(), logits.device)
+        choice[rows] = draw_mass(mass, own.seed, position[rows], streams)
     return choice, finite
 
 
@@ -119,84 +107,74 @@ def _draft_column(tokens: Tensor, d2t: Tensor | None) -> tuple[Tensor, Tensor]:
     return column, d2t[column] == tokens
 
 
-def _residual(p_logits: Tensor, q_logits: Tensor | None, token: Tensor, d2t: Tensor | None) -> Tensor:
-    """Logits of max(p - q, 0) for rejected rows.
+def _residual(p: Tensor, q: Tensor | None, token: Tensor, d2t: Tensor | None) -> Tensor:
+    """max(p - q, 0) of rejected rows.
 
     Args:
-        p_logits: float32 [N, V] transformed target logits.
-        q_logits: float32 [N, V or Vd] logits that `token` was drawn from; None: q is one-hot at `token`. Rows that
-            are not finite, or that give `token` no mass, count as one-hot too.
+        p: float32 [N, V] the target's probabilities.
+        q: float32 [N, V or Vd] probabilities that `token` was drawn with; None: one-hot at `token`. Rows that are not
+            finite, or that give `token` no mass, count as one-hot too.
         token: int64 [N] the rejected tokens.
 
     Returns:
-        float32 [N, V]; rows whose residual mass is zero in float32 are p's own logits.
+        float32 [N, V], not normalised; rows whose residual is zero everywhere are p itself.
     """
-    mass = p_logits.softmax(dim=-1)
+    mass = p.clone()
     row = torch.arange(token.shape[0], device=token.device)
-    if q_logits is None:
+    if q is None:
         mass[row, token] = 0.0
     else:
         column, inside = _draft_column(token, d2t)
-        q = q_logits.softmax(dim=-1)
-        usable = inside & (q[row, column] > 0) & q_logits.amax(dim=-1).isfinite()
-        q = torch.where(usable.unsqueeze(-1), q, torch.zeros_like(q))
+        usable = inside & (q[row, column] > 0)
+        q = torch.where(usable.unsqueeze(-1), q, 0.0)
         if d2t is None:
             mass -= q
         else:
             mass[:, d2t] -= q
         mass.clamp_(min=0.0)
-        mass[row, token] = torch.where(usable, mass[row, token], torch.zeros_like(mass[row, token]))
-    empty = mass.sum(dim=-1, keepdim=True) <= 0
-    return torch.where(empty, p_logits, mass.log())
+        mass[row, token] = torch.where(usable, mass[row, token], 0.0)
+    return torch.where(mass.sum(dim=-1, keepdim=True) > 0, mass, p)
 
 
 def _verify_ratio(
     target_logits: Tensor,
     tokens: Tensor,
     lengths: Tensor,
-    first_row: Tensor,
     sampling: Sampling,
     positions: Tensor,
     draft_logits: Tensor | None,
     d2t: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """accepted and next_token [B] of requests that are all sampled; their rows start at `first_row` [B]."""
+    """accepted and next_token [B] of requests that are all sampled; `target_logits` hold their rows and no others."""
     batch, block = tokens.shape
     device = tokens.device
     slot = torch.arange(block, device=device)
     offered = slot < lengths.unsqueeze(-1)
     request, index = offered.nonzero(as_tuple=True)
     counts = lengths + 1
-    owner = torch.repeat_interleave(torch.arange(batch, device=device), counts)
     start = counts.cumsum(0) - counts
-    source = first_row[owner] + torch.arange(owner.shape[0], device=device) - start[owner]
-    own = sampling.select(owner)
-    # Row b's rows are consecutive in `warped`, starting at start[b].
-    warped = transform(target_logits[source], own.temperature, own.top_k, own.top_p)
+    own = sampling.select(torch.repeat_interleave(torch.arange(batch, device=device), counts))
+    p = transform(target_logits, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+    q = None if draft_logits is None else draft_logits.softmax(dim=-1, dtype=torch.float32)
+    proposed = tokens[request, index]
+    log_p = p[start[request] + index, proposed].log()
+    log_q = torch.zeros_like(log_p)
+    if q is not None:
+        column, inside = _draft_column(proposed, d2t)
+        value = q[request, index, column]
+        log_q = torch.where(inside & (value > 0), value, 1.0).log()
+    u = uniform(sampling.seed[request], positions[request] + 1 + index, torch.zeros_like(index), ACCEPT_STREAM)
     kept = torch.zeros_like(offered)
-    if request.numel():
-        proposed = tokens[request, index]
-        scored = warped[start[request] + index]
-        log_p = scored.gather(-1, proposed.unsqueeze(-1)).squeeze(-1) - scored.logsumexp(dim=-1)
-        log_q = torch.zeros_like(log_p)
-        if draft_logits is not None:
-            q_rows = draft_logits[request, index].to(torch.float32)
-            column, inside = _draft_column(proposed, d2t)
-            value = q_rows.gather(-1, column.unsqueeze(-1)).squeeze(-1) - q_rows.logsumexp(dim=-1)
-            log_q = torch.where(inside & value.isfinite() & (value.exp() > 0), value, log_q)
-        u = uniform(sampling.seed[request], positions[request] + 1 + index, torch.zeros_like(index), ACCEPT_STREAM)
-        kept[request, index] = u.log() < log_p - log_q
+    kept[request, index] = u.log() < log_p - log_q
     accepted = kept.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
-    final = warped[start + accepted]
+    mass = p[start + accepted]
     rejected = accepted < lengths
     rows = rejected.nonzero().squeeze(-1)
     if rows.numel():
         at = accepted[rows]
-        q_logits = None if draft_logits is None else draft_logits[rows, at].to(torch.float32)
-        final[rows] = _residual(final[rows], q_logits, tokens[rows, at], d2t)
-    pairs = torch.tensor([STREAMS["bonus"], STREAMS["residual"]], device=device)
-    next_token = _draw_rows(final, sampling, positions + 1 + accepted, pairs[rejected.to(torch.int64)].T)
-    return accepted, next_token
+        mass[rows] = _residual(mass[rows], None if q is None else q[rows, at], tokens[rows, at], d2t)
+    streams = torch.where(rejected, stream_pairs("residual", batch, device), stream_pairs("bonus", batch, device))
+    return accepted, draw_mass(mass, sampling.seed, positions + 1 + accepted, streams)
 
 
 def _accept_equal(choice: Tensor, tokens: Tensor, lengths: Tensor, cu_lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,22 +230,24 @@ def verify(
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return VerifyResult(nothing, nothing.clone(), nothing.to(torch.bool))
     owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1)
-    if rule == "coupled" or sampling.greedy:
-        if sampling.greedy:
-            choice, usable = _largest(target_logits)
-        else:
-            row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]
-            choice, usable = _coupled_choices(target_logits, sampling.select(owner), row_position)
-        accepted, next_token = _accept_equal(choice, tokens, lengths, cu_lengths)
+    if rule == "coupled" and not sampling.greedy:
+        row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]
+        choice, usable = _coupled_choices(target_logits, sampling.select(owner), row_position)
     else:
-        choice, usable = _largest(target_logits)
-        accepted, next_token = _accept_equal(choice, tokens, lengths, cu_lengths)
+        choice, usable = largest(target_logits)
+    accepted, next_token = _accept_equal(choice, tokens, lengths, cu_lengths)
+    if rule == "ratio" and not sampling.greedy:
         drawn = (sampling.temperature > 0).nonzero().squeeze(-1)
-        q_logits = None if draft_logits is None else draft_logits[drawn]
+        every = drawn.shape[0] == batch
         accepted[drawn], next_token[drawn] = _verify_ratio(
-            target_logits, tokens[drawn], lengths[drawn], cu_lengths[drawn], sampling.select(drawn), positions[drawn],
-            q_logits, d2t,
-        )  # fmt: skip
+            target_logits if every else target_logits[sampling.temperature[owner] > 0],
+            tokens[drawn],
+            lengths[drawn],
+            sampling if every else sampling.select(drawn),
+            positions[drawn],
+            draft_logits if every or draft_logits is None else draft_logits[drawn],
+            d2t,
+        )
     finite = torch.ones(batch, dtype=torch.bool, device=device)
     finite[owner[~usable]] = False
     return VerifyResult(accepted.masked_fill(~finite, 0), next_token.masked_fill(~finite, -1), finite)

@@ -179,7 +179,7 @@ class Regenerator:
         """Completions in order; where one request makes the engine fail, its error's text stands instead."""
         try:
             return list(self._ready()[1].generate(requests))
-        except Exception as e:  # noqa: BLE001 - whatever it is, it belongs to one prompt
+        except Exception as e:
             # An engine that failed in mid-step holds unknown state: each attempt after that gets a fresh one.
             self._engine = None
             if len(requests) == 1:

@@ -263,7 +263,7 @@ class ChatFormat:
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(plain, **kwargs)
-        except Exception as e:  # noqa: BLE001 - a template can raise anything: it is the user's program
+        except Exception as e:
             raise _Unmarkable(turn, f"the template fails on it: {type(e).__name__}: {_first_line(e)}") from None
 
     def _encode(self, text: str) -> list[int]:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from draftline_kernels import Sampling, verify
 
+from draftline_kernels import Sampling, verify
 from pipeline.config import EngineConfig
 from pipeline.decoding.attention import Segment
 from pipeline.decoding.cache import SlotPool
@@ -344,7 +344,7 @@ class Engine:
             self.proposer.commit(commits, taps)
         return events
 
-    def _verify(self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: torch.Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _verify(self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: torch.Tensor):  # type: ignore[no-untyped-def]
         device = logits.device
         prompts = len(sequences) - len(lengths)
         sampling = Sampling.of(

@@ -10,7 +10,7 @@ from pipeline.decoding.attention import NAME, Segment, StepLayout
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.prepack import available, prepack
 from pipeline.errors import DraftlineError
-from pipeline.target import Target, TapCapture
+from pipeline.target import TapCapture, Target
 
 
 class TargetRunner:

@@ -39,8 +39,8 @@ class StepCost:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
         key = (tokens, context // 64)
         if key not in self._memo:
-            self._memo[key] = self._step(tokens, (context // 64) * 64) + self.draft
-        return self._memo[key]
+            self._memo[key] = self._step(tokens, (context // 64) * 64)
+        return self._memo[key] + self.draft
 
     def _step(self, tokens: int, context: int) -> float:
         i, wi = _place(self.tokens, tokens)

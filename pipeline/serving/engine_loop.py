@@ -78,7 +78,7 @@ class EngineLoop:
             self._listeners[request.id] = listener
             try:
                 self._engine.submit(request)
-            except Exception as e:  # noqa: BLE001 - whatever it is, it belongs to this request's caller
+            except Exception as e:
                 del self._listeners[request.id]
                 accepted.set_exception(e)
             else:

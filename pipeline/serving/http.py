@@ -127,7 +127,7 @@ def _until_gone(receive: Receive) -> Receive:
     async def wrapped() -> Message:
         try:
             return await receive()
-        except Exception:  # noqa: BLE001 - Ray's error types are not known here
+        except Exception:
             return {"type": "http.disconnect"}
 
     return wrapped

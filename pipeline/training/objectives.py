@@ -146,7 +146,18 @@ def vocab_loss(
         ce_weight, l1_weight: float32[N], complete with denominators.
     """
     loss, ce, l1, agree = _VocabLoss.apply(
-        hidden, markov, w2, lm_rows, target_hidden, log_normaliser, target_best, labels, ce_weight, l1_weight, softcap, chunk
+        hidden,
+        markov,
+        w2,
+        lm_rows,
+        target_hidden,
+        log_normaliser,
+        target_best,
+        labels,
+        ce_weight,
+        l1_weight,
+        softcap,
+        chunk,
     )
     return loss, RowStats(ce, l1, agree)
 

@@ -173,7 +173,9 @@ class TrainStep:
         anchors = torch.cat([b.anchors for _, b in picked])
         lengths = [len(r.input_ids) for r, _ in picked]
         counts = [len(b.anchors) for _, b in picked]
-        masks = [_context_mask(b.anchors, n, draft.config.block_size) for (_, b), n in zip(picked, lengths, strict=True)]
+        masks = [
+            _context_mask(b.anchors, n, draft.config.block_size) for (_, b), n in zip(picked, lengths, strict=True)
+        ]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return block_attention(q, k, v, kv[layer], lengths, counts, masks, draft.config.block_size)

@@ -257,8 +257,9 @@ def _feed(
     share = config.sequences_per_step // world
     features = from_plain(FeaturesConfig, p.features, "features")
     if features.mode == "stream":
-        from pipeline.features.stream import to_feature_row
         import ray.train
+
+        from pipeline.features.stream import to_feature_row
 
         shard = ray.train.get_dataset_shard("train")
         batch: list[Any] = []

@@ -44,7 +44,10 @@ def expected(cache_dir: Path) -> list[list[int]]:  # noqa: F811
 def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:  # noqa: F811
     config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "prefill_chunk": 7, **settings})
     engine = Engine(
-        target, config, step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]), layer_ids=draft.config.target_layer_ids
+        target,
+        config,
+        step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]),
+        layer_ids=draft.config.target_layer_ids,
     )
     options = {"slots": 3, "capacity": 512, "rule": rule} if name == "dspark" else {}
     engine.set_proposer(make_proposer(name, draft, **options))

@@ -27,9 +27,7 @@ def tiny(cache_dir: Path) -> Target:
 @pytest.fixture
 def draft(tiny: Target) -> DSparkDraft:
     torch.manual_seed(0)
-    config = resolve(
-        DraftConfig(block_size=4, markov_rank=8, target_layer_ids=[0, 2]), tiny.config, tiny.unused_token
-    )
+    config = resolve(DraftConfig(block_size=4, markov_rank=8, target_layer_ids=[0, 2]), tiny.config, tiny.unused_token)
     made = make_draft(config, tiny, torch.arange(0, tiny.vocab_size, 2))
     assert made.markov_head is not None
     torch.nn.init.normal_(made.markov_head.markov_w2.weight)

@@ -9,8 +9,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from draftline_kernels import Sampling, draw, proposal_stream, transform
 
+from draftline_kernels import Sampling, draw, proposal_stream, transform
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
