@@ -65,9 +65,7 @@ def code_version() -> str:
         return given
     root = Path(__file__).resolve().parent.parent
     try:
-        run = functools.partial(
-            subprocess.run, cwd=root, capture_output=True, text=True, check=True, timeout=10
-        )
+        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True, timeout=10)
         sha = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):

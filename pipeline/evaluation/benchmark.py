@@ -46,9 +46,18 @@ ARMS = (
 
 
 def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: int) -> tuple[list[TokenRow], ...]:
-    """Disjoint (calibration, evaluation) rows, spread over sources, a function of rows and seed."""
+    """Disjoint (calibration, evaluation) rows, spread over sources, a function of rows and seed.
+
+    Answers of one prompt count once: as two entries they would be calibrated and measured on the same text, or taken
+    for independent by the bootstrap.
+    """
     by_source: dict[str, list[TokenRow]] = {}
+    seen: set[tuple[int, ...]] = set()
     for row in sorted(rows, key=lambda r: r.sample_id):
+        prompt = tuple(int(t) for t in row.input_ids[: row.prompt_length])
+        if prompt in seen:
+            continue
+        seen.add(prompt)
         by_source.setdefault(row.source, []).append(row)
     generator = np.random.default_rng(seed)
     for group in by_source.values():

@@ -127,6 +127,7 @@ def _positions(r: dict[str, Any]) -> str:
         axes.bar([i + shift for i in x], value, 0.38, color=colour, yerr=error, capsize=2, ecolor="#444", label=name)
         axes.plot(x, [p["survival"] for p in rows], color=colour, marker="o", ms=3, ls="--", lw=1)
     axes.set(xlabel="position in the block", ylabel="acceptance", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return _svg(figure)
 
@@ -170,6 +171,7 @@ def _ece(r: dict[str, Any]) -> str:
     axes.bar([i - 0.2 for i in x], [p["ece_before"] for p in rows], 0.38, color=ORANGE, label="before")
     axes.bar([i + 0.2 for i in x], [p["ece_after"] for p in rows], 0.38, color=BLUE, label="after")
     axes.set(xlabel="position in the block", ylabel="expected calibration error")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return _svg(figure)
 

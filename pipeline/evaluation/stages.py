@@ -42,7 +42,7 @@ def calibrate_draft(
     if not calibration:
         raise DraftlineError("No held-out prompt is left for calibration; raise corpus.heldout_fraction.")
     print(f"calibrate: {len(calibration)} prompts, whole blocks verified", flush=True)
-    fitted = fit(*collect_rounds(running, dspark(draft, engine), calibration, benchmark))
+    fitted = fit(*collect_rounds(running, dspark(draft, engine, engine.rule), calibration, benchmark))
     draft.temperatures.copy_(torch.tensor(fitted.temperatures))
     for p in fitted.positions:
         note = " (too few rounds: kept)" if p["too_few"] else ""
@@ -155,7 +155,7 @@ def _prepare(
 def _measure_calibration(
     running: Engine, draft: DSparkDraft, rows: list[Any], engine: EngineConfig, benchmark: BenchmarkConfig
 ) -> Calibration:
-    raw, accepted = collect_rounds(running, dspark(draft, engine), rows, benchmark)
+    raw, accepted = collect_rounds(running, dspark(draft, engine, engine.rule), rows, benchmark)
     return fit(raw, accepted, np.asarray(draft.temperatures.tolist()))
 
 

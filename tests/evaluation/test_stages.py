@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
+from pipeline.decoding import engine as decoding_engine
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
@@ -179,3 +180,31 @@ def test_the_schedule_reckons_with_the_drafts_own_cost(evaluated: Evaluated) -> 
     learned = evaluated.content["step_cost"]["draft"]
     assert spent("dspark fixed") / 3 < learned < spent("dspark fixed") * 3
     assert learned > 3 * spent("ngram")
+
+
+def test_two_answers_of_one_prompt_are_one_entry(places: Places) -> None:
+    rows = read_rows(places.corpus, "heldout")
+    twice = [*rows, *(dataclasses.replace(r, sample_id=f"{r.sample_id}-again") for r in rows)]
+    calibration, evaluation = pick_prompts(twice, 8, 8, 0)
+    prompts = [tuple(int(t) for t in r.input_ids[: r.prompt_length]) for r in [*calibration, *evaluation]]
+    assert len(prompts) == len(set(prompts)) == min(16, len(rows))
+
+
+def test_the_ratio_rule_is_calibrated_with_what_its_tokens_were_drawn_from(
+    places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    seen: list[bool] = []
+    verify = decoding_engine.verify
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        tokens, sampling = args[1], args[4]
+        if settings["rule"] == "ratio" and tokens.shape[1] and not sampling.greedy and settings["d2t"] is not None:
+            seen.append(settings["draft_logits"] is not None)
+        return verify(*args, **settings)
+
+    monkeypatch.setattr(decoding_engine, "verify", spy)
+    ratio = dataclasses.replace(ENGINE, rule="ratio", scheduler="early_stop")
+    calibrate_draft(places.draft, TARGET, places.corpus, ratio, BENCHMARK, tmp_path / "draft", places.cache)
+    # One step may hold greedy blocks beside the first sampled prompt's last chunk: nothing was drawn there.
+    assert len(seen) > 1
+    assert sum(seen) >= len(seen) - 1
