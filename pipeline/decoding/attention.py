@@ -52,7 +52,8 @@ class StepLayout:
         device = cache.k.device
         self.cache = cache
         self.segments = segments
-        positions, slots = [], []
+        positions: list[int] = []
+        slots: list[int] = []
         for s in segments:
             positions += range(s.start, s.start + s.count)
             slots += [s.slot] * s.count
@@ -88,7 +89,8 @@ class StepLayout:
         end = max(s.start + s.count for s in segments)
         # A slot between two members that has no token here still needs one visible position, or its softmax is 0/0.
         last = torch.zeros(high - low, longest, dtype=torch.int64, device=device)
-        rows, cells = [], []
+        rows: list[int] = []
+        cells: list[int] = []
         for i, s in zip(members, segments, strict=True):
             last[s.slot - low, : s.count] = torch.arange(s.start, s.start + s.count, device=device)
             rows += range(self.starts[i], self.starts[i + 1])

@@ -189,7 +189,7 @@ class Engine:
                     done[event.request_id] = event.finished
         return [done[i] for i in order]
 
-    # -- a step ---------------------------------------------------------------------------------------------------------
+    # -- a step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[StepEvent]:

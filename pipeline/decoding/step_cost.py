@@ -69,7 +69,7 @@ class StepCost:
 def measure(
     run: Callable[[int, int], float], tokens: Sequence[int], contexts: Sequence[int], repeats: int = 5
 ) -> StepCost:
-    """Profiles `run(tokens, context) -> seconds`: interleaved repeats, median of each point, made non-falling in tokens.
+    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, medians, made non-falling in tokens.
 
     A larger step measured as cheaper than a smaller one is noise that would lead the scheduler astray; each point is
     therefore at least the point before it.

@@ -101,7 +101,7 @@ def load_draft(path: Path | str, target: Target) -> DSparkDraft:
         raise ArtifactError(f"The draft at {path} has no ascending draft vocabulary (tensor d2t).")
     if int(d2t[0]) < 0 or int(d2t[-1]) >= target.vocab_size:
         raise ArtifactError(
-            f"The draft at {path} has token {int(d2t[-1])} in its vocabulary; the target has {target.vocab_size} tokens."
+            f"The draft at {path} has token {int(d2t[-1])} in its vocabulary; the target has {target.vocab_size}."
         )
     if config.draft_vocab_size and len(d2t) != config.draft_vocab_size:
         raise ArtifactError(

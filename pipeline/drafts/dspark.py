@@ -138,6 +138,10 @@ class DSparkDraft(nn.Module):
         steps = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self.register_buffer("inv_freq", c.rope_theta**-steps, persistent=False)
 
+    @property
+    def _layers(self) -> list[Layer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [N, 1, d] of int64 positions [N]."""
         angles = positions[:, None].float() * self.inv_freq.float()
@@ -151,7 +155,7 @@ class DSparkDraft(nn.Module):
     def context_kv(self, context: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per draft layer: keys and values [N, Hkv, d] of context [N, D] at absolute positions [N]."""
         cos, sin = self.rope(positions)
-        return [layer.self_attn.keys_values(context, cos, sin) for layer in self.layers]
+        return [layer.self_attn.keys_values(context, cos, sin) for layer in self._layers]
 
     def block_input(self, anchor_tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings [A*K, D] of blocks that start with anchor_tokens [A]."""
@@ -169,7 +173,7 @@ class DSparkDraft(nn.Module):
         """Runs the layers over blocks; returns hidden states [A*K, D] after the final norm (what lm_head reads)."""
         x = self.block_input(anchor_tokens)
         cos, sin = self.rope(self.block_positions(anchors))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, cos, sin)
             mixed = attend(i, layer.self_attn.queries(h, cos, sin), k, v)

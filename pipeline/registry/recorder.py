@@ -50,7 +50,7 @@ _KILLED_CODES = (15, 130, 143)  # a signal's exit: Ray's own handler exits with 
 
 
 def sqlite_uri(root: Path | str) -> str:
-    """The default store's URI: `mlflow/mlflow.db` under an output root, absolute (a relative one forks per directory)."""
+    """The default store's URI: `mlflow/mlflow.db` under an output root, absolute (a relative one forks)."""
     return f"sqlite:///{Path(root).absolute() / 'mlflow' / 'mlflow.db'}"
 
 

@@ -240,7 +240,7 @@ def _free_port(host: str, port: int) -> int:
             s.bind((host, port))
         except OSError as e:
             raise DraftlineError(
-                f"serving.port={port} on {host} can't be used ({e.strerror or e}). Choose another with serving.port=..., "
+                f"serving.port={port} on {host} can't be used ({e.strerror or e}). Choose another serving.port, "
                 "or 0 for a free one."
             ) from None
         return int(s.getsockname()[1])

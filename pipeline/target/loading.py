@@ -57,6 +57,13 @@ class Target:
         return self.model.config.get_text_config()
 
     @property
+    def lm_head_weight(self) -> torch.Tensor:
+        """The output matrix [V, D]; not there once an engine has prepacked the target."""
+        weight = self.family.lm_head.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 

@@ -132,7 +132,7 @@ def train_worker(plan: dict[str, Any]) -> None:
     identity = target.identity.as_dict()
     step = TrainStep(
         draft,
-        target.family.lm_head.weight,
+        target.lm_head_weight,
         Weights(config.ce, config.tv, config.confidence, config.decay),
         num_anchors=config.num_anchors,
         seed=config.seed,
@@ -244,7 +244,8 @@ class History:
         acceptance = " ".join(f"{v:.2f}" for k, v in summary.items() if k.startswith("acceptance_"))
         print(
             f"train: step {summary['step']:.0f} loss {summary['loss']:.3f} acceptance {acceptance} "
-            f"tau {summary['tau']:.2f} (greedy {summary['tau_greedy']:.2f}), {summary['anchors_per_second']:.0f} anchors/s, "
+            f"tau {summary['tau']:.2f} (greedy {summary['tau_greedy']:.2f}), "
+            f"{summary['anchors_per_second']:.0f} anchors/s, "
             f"{summary['eta_seconds']:.0f} s left",
             flush=True,
         )

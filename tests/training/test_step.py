@@ -32,7 +32,7 @@ def _row(target: Target, length: int, seed: int) -> Any:
     )
 
 
-def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainStep) -> torch.Tensor:
+def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainStep) -> torch.Tensor:  # noqa: F811
     terms, weight, inside_weight = [], 0.0, 0.0
     for r in rows:
         blocks = step.blocks_of(r, 0)

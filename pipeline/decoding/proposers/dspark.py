@@ -68,7 +68,9 @@ class DSparkProposer:
             return
         if taps is None:
             raise RuntimeError("the DSpark proposer needs taps; the engine captured none")
-        rows, positions, slots = [], [], []
+        rows: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         for c in commits:
             count = c.rows.stop - c.rows.start
             slot = c.sequence.slot
