@@ -22,9 +22,9 @@ def layers_from_target(draft: DSparkDraft, family: Family) -> None:
         for name, weight in layer.named_parameters():
             if name in source and source[name].shape == weight.shape:
                 weight.copy_(source[name])
-    draft.norm.weight.copy_(family.final_norm.weight)
+    draft.norm.weight.copy_(family.final_norm.weight)  # type: ignore[arg-type]
     first = family.layers[last - draft.config.num_layers]
-    draft.hidden_norm.weight.copy_(first.input_layernorm.weight)
+    draft.hidden_norm.weight.copy_(first.input_layernorm.weight)  # type: ignore[union-attr, arg-type]
     size = draft.config.hidden_size
     draft.fc.weight.mul_(0.1)
     draft.fc.weight[:, -size:] += torch.eye(size)

@@ -155,7 +155,7 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
-    target = Target(model.to(config.device), tokenizer, load_identity(config, cache_dir, tokenizer))
+    target = Target(model.to(config.device), tokenizer, load_identity(config, cache_dir, tokenizer))  # type: ignore[arg-type]
     _ = target.family
     return target
 

@@ -26,8 +26,8 @@ def validate_layer_ids(layer_ids: Sequence[int], num_layers: int) -> None:
         if i == num_layers:
             raise ConfigError(
                 f"target_layer_ids holds {i}, but the target's {num_layers} layers are 0 to {num_layers - 1}. Ids "
-                "count layers from 0: the hidden_states tuple's entry i + 1 is layer i, and its last entry is after the "
-                f"final norm, which is no layer's output. To tap the last layer's raw output, use {num_layers - 1}."
+                "count layers from 0: the hidden_states tuple's entry i + 1 is layer i, and its last entry is after "
+                f"the final norm, which is no layer's output. To tap the last layer's raw output, use {num_layers - 1}."
             )
         if i == -1:
             raise ConfigError(

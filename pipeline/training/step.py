@@ -242,7 +242,8 @@ class TrainStep:
 
     @staticmethod
     def _empty(block: int) -> StepMetrics:
-        return StepMetrics(*(torch.zeros(block, dtype=torch.float64) for _ in range(6)))
+        zeros = [torch.zeros(block, dtype=torch.float64) for _ in range(6)]
+        return StepMetrics(*zeros)  # type: ignore[arg-type]
 
 
 def _context_mask(anchors: Tensor, length: int, block: int) -> Tensor:

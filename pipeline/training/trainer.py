@@ -75,7 +75,7 @@ def train(
         manifest_config=plain,
         inputs=inputs,
     )
-    datasets = None
+    datasets: Any = None
     if features_dir is None:
         from pipeline.features.stream import feature_stream
 
