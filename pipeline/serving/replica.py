@@ -115,7 +115,8 @@ class TargetReplica:
         """Answers one request (`Sampled.job` of protocol.py); closing the iterator cancels it.
 
         Yields:
-            `accepted` (model: the target's id, prompt_tokens) once the engine has it, then `text` (text), at most one per
+            `accepted` (model: the target's id, prompt_tokens) once the engine has it, then `text` (text), at
+            most one per
             engine step, then
             `done` (finish_reason, prompt_tokens, completion_tokens, draftline). Or `error` (status, message, param,
             code), at the start or in place of `done`.
