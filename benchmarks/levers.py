@@ -42,6 +42,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "24 anchors": {"trainer": {"num_anchors": 24}},
     "lr 2e-3": {"trainer": {"lr": 2e-3}},
     "lr 5e-4": {"trainer": {"lr": 5e-4}},
+    "ce 0.5, tv 0.5": {"trainer": {"ce": 0.5, "tv": 0.5}},
+    "ce 1, tv 0": {"trainer": {"ce": 1.0, "tv": 0.0}},
+    "8 sequences": {"trainer": {"sequences_per_step": 8}},
     "fp32": {"trainer": {"autocast": ""}},
     "block 7": {"draft": {"block_size": 7}},
     "3 taps": {"draft": {"target_layer_ids": [8, 18, 28]}},
@@ -90,12 +93,12 @@ def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: d
     step = TrainStep(
         draft,
         target.family.lm_head.weight.float(),
-        Weights(),
+        Weights(ce=config.ce, tv=config.tv, confidence=config.confidence, decay=config.decay),
         num_anchors=config.num_anchors,
         seed=0,
         autocast=torch.bfloat16 if config.autocast else None,
     )
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for row in (*train, *held):
         step.scores(row)
     n, began, anchors, planned = 0, time.perf_counter(), 0.0, 10**6

@@ -153,11 +153,10 @@ def create(
         if not resumable:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    (aside / _KEY).unlink()
     files = {
         str(p.relative_to(aside)): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
         for p in sorted(aside.rglob("*"))
-        if p.is_file()
+        if p.is_file() and p != aside / _KEY and p != aside / MANIFEST
     }
     manifest = Manifest(
         kind=kind,
@@ -171,6 +170,8 @@ def create(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     write_json(aside / MANIFEST, dataclasses.asdict(manifest))
+    # Only now: hashing takes a while, and a kill during it must not cost what was staged.
+    (aside / _KEY).unlink()
     if final.exists():
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -223,8 +224,10 @@ def load(path: Path | str, kind: str, *, verify: bool = True) -> Manifest:
     return manifest
 
 
-def current(path: Path | str, kind: str, *, config: dict[str, Any], inputs: dict[str, str]) -> Manifest | None:
-    """The manifest at `path` if it was made from exactly these inputs and config, else None.
+def current(
+    path: Path | str, kind: str, *, config: dict[str, Any], inputs: dict[str, str], target: dict[str, str] | None = None
+) -> Manifest | None:
+    """The manifest at `path` if it was made from exactly these inputs and config (and for this target), else None.
 
     A stage whose output is current is skipped (design.md, rule 4). A damaged artifact is not current.
     """
@@ -233,7 +236,7 @@ def current(path: Path | str, kind: str, *, config: dict[str, Any], inputs: dict
     except ArtifactError:
         return None
     same = digest_json(manifest.config) == digest_json(config) and manifest.inputs == inputs
-    return manifest if same else None
+    return manifest if same and target in (None, manifest.target) else None
 
 
 def _staged_key(aside: Path) -> str | None:

@@ -330,7 +330,7 @@ class Engine:
                 if first >= 0:
                     s.metrics.target_steps += 1
                     s.metrics.decoded += len(new)
-                    s.metrics.record_round(length, accepted[i])
+                    s.metrics.record_round(length, accepted[i], len(new))
                 else:
                     s.metrics.ttft = now - s.admitted
                 emitted.append((s, new, reason))

@@ -103,17 +103,22 @@ class RequestMetrics:
         """Seconds from the first token to the last."""
         return self.seconds - self.ttft
 
-    def record_round(self, length: int, accepted: int) -> None:
-        """Adds a round that verified `length` draft tokens and accepted the first `accepted`."""
+    def record_round(self, length: int, accepted: int, emitted: int) -> None:
+        """Adds a round that verified `length` draft tokens, kept the first `accepted` and emitted `emitted`.
+
+        Fewer than accepted + 1 are emitted when the text ended inside the block: what lies behind its end neither
+        counts as accepted nor as offered.
+        """
+        kept = min(accepted, emitted)
         self.lengths.append(length)
         self.verified += length
-        self.accepted += accepted
+        self.accepted += kept
         while len(self.offered) < length:
             self.offered.append(0)
             self.accepted_at.append(0)
-        for k in range(min(length, accepted + 1)):
+        for k in range(min(length, emitted)):
             self.offered[k] += 1
-            self.accepted_at[k] += k < accepted
+            self.accepted_at[k] += k < kept
 
 
 @dataclasses.dataclass(frozen=True)

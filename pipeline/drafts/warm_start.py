@@ -20,8 +20,15 @@ def layers_from_target(draft: DSparkDraft, family: Family) -> None:
     for i, layer in enumerate(draft.layers):
         source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
         for name, weight in layer.named_parameters():
-            if name in source and source[name].shape == weight.shape:
-                weight.copy_(source[name])
+            if name not in source:
+                continue
+            given = source[name]
+            if name.endswith(("k_proj.weight", "v_proj.weight")) and weight.shape[0] % given.shape[0] == 0:
+                # A draft with more KV heads starts with the target's repeated: the same attention, free to part.
+                groups = weight.shape[0] // given.shape[0]
+                given = given.unflatten(0, (-1, draft.config.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
+            if given.shape == weight.shape:
+                weight.copy_(given)
     draft.norm.weight.copy_(family.final_norm.weight)  # type: ignore[arg-type]
     first = family.layers[last - draft.config.num_layers]
     draft.hidden_norm.weight.copy_(first.input_layernorm.weight)  # type: ignore[union-attr, arg-type]

@@ -21,7 +21,7 @@ from pipeline.evaluation.benchmark import collect_rounds, dspark, pick_prompts, 
 from pipeline.evaluation.calibration import Calibration, fit
 from pipeline.evaluation.metrics import CONVENTIONS, rounded
 from pipeline.evaluation.report import render
-from pipeline.target import load_target
+from pipeline.target import load_identity, load_target
 
 
 def calibrate_draft(
@@ -36,7 +36,8 @@ def calibrate_draft(
     """Fits the confidences' temperatures on held-out rounds; returns a draft artifact that holds them."""
     inputs = _inputs(draft_dir, corpus_dir)
     plain = _settings(target, engine, benchmark)
-    if (done := artifact.current(out, "draft", config=plain, inputs=inputs)) is not None:
+    identity = load_identity(target, cache_dir).as_dict()
+    if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
     running, draft, (calibration, _) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
     if not calibration:
@@ -74,7 +75,8 @@ def evaluate_draft(
     """Measures a draft on held-out prompts; returns a report artifact (report.json, report.html)."""
     inputs = _inputs(draft_dir, corpus_dir)
     plain = _settings(target, engine, benchmark)
-    if (done := artifact.current(out, "report", config=plain, inputs=inputs)) is not None:
+    identity = load_identity(target, cache_dir).as_dict()
+    if (done := artifact.current(out, "report", config=plain, inputs=inputs, target=identity)) is not None:
         return done
     running, draft, (_, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
     profiled = running.profile()

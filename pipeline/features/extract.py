@@ -106,9 +106,9 @@ def extract(
     corpus = artifact.load(corpus_dir, "corpus")
     plain = stage_config(config, target, split)
     inputs = {"corpus": corpus.digest}
-    if (done := artifact.current(out, "features", config=plain, inputs=inputs)) is not None:
-        return done
     identity = load_identity(target, Path(cache_dir)).as_dict()
+    if (done := artifact.current(out, "features", config=plain, inputs=inputs, target=identity)) is not None:
+        return done
     rows, hidden_size = check(config, target, corpus_dir, cache_dir, split)
     total = -(-rows // config.shard_rows)
     with artifact.create(out, "features", config=plain, inputs=inputs, target=identity, resumable=True) as staging:

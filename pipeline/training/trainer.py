@@ -14,9 +14,8 @@ from typing import Any
 from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.errors import ConfigError, DraftlineError
-from pipeline.target import load_tokenizer
 from pipeline.target.loading import load_identity
-from pipeline.training.worker import WorkerPlan, train_worker
+from pipeline.training.worker import WorkerPlan, replay_files, train_worker
 
 
 def stage_config(config: PipelineConfig) -> dict[str, Any]:
@@ -55,11 +54,10 @@ def train(
     if features_dir is not None:
         inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
     plain = stage_config(config)
-    if (done := artifact.current(out, "draft", config=plain, inputs=inputs)) is not None:
+    identity = load_identity(config.target, cache_dir).as_dict()
+    if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
-    tokenizer = load_tokenizer(config.target, cache_dir)
-    identity = load_identity(config.target, cache_dir, tokenizer)
-    key = artifact.digest_json([plain, inputs, identity.as_dict()])[:12]
+    key = artifact.digest_json([plain, inputs, identity])[:12]
     storage = Path(run_dir) / "train"
     plan = WorkerPlan(
         target=to_plain(config.target),
@@ -75,6 +73,8 @@ def train(
         manifest_config=plain,
         inputs=inputs,
     )
+    for stale in replay_files(Path(plan.history)):
+        stale.unlink()
     datasets: Any = None
     if features_dir is None:
         from pipeline.features.stream import feature_stream
@@ -98,6 +98,12 @@ def train(
     except ray.train.TrainingFailedError as e:
         cause = _user_error(e)
         raise DraftlineError(f"Training failed: {cause}") from (None if cause else e)
+    if bad := replay_files(Path(plan.history)):
+        step = json.loads(bad[0].read_text())["step"]
+        raise DraftlineError(
+            f"The training loss is not finite at step {step}. The samples of that step are in {bad[0].parent} "
+            f"({', '.join(f.name for f in bad)}). Lower trainer.lr (now {config.trainer.lr}) or look for bad features."
+        )
     return artifact.load(out, "draft", verify=False)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifact import write_json
 from pipeline.config import FeaturesConfig, TargetConfig, TrainerConfig, from_plain
 from pipeline.corpus.build import read_rows, read_token_counts
 from pipeline.drafts.checkpoint import make_draft, save_draft
@@ -25,7 +26,6 @@ from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
-from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
 from pipeline.training.step import StepMetrics, TrainStep, Weights
 
@@ -188,7 +188,10 @@ def train_worker(plan: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
         loss, metrics = engine(batch, number, reduce, world)
-        _refuse_nan(loss, number, batch, Path(p.history), reduce)
+        if _not_finite(loss, reduce):
+            # Said by a file and not by raising: Ray Train would take the same step again, max_failures times.
+            _keep_for_replay(Path(p.history), number, rank, batch)
+            return
         engine.backward(loss)
         engine.step()
         window.append(metrics)
@@ -286,16 +289,19 @@ def _reduced(window: list[StepMetrics], reduce: Any) -> StepMetrics:
     return StepMetrics(**sums, loss=loss)
 
 
-def _refuse_nan(loss: Tensor, number: int, batch: list[Any], history: Path, reduce: Any) -> None:
-    bad = reduce(torch.tensor(float(not math.isfinite(float(loss.detach())))))
-    if float(bad) == 0:
-        return
-    replay = history.with_name(f"nan-step-{number}.json")
-    replay.write_text(json.dumps({"step": number, "sample_ids": [r.sample_id for r in batch]}))
-    raise DraftlineError(
-        f"The training loss is not finite at step {number}. The samples of that step are in {replay}. Lower trainer.lr "
-        "or look for bad features with jobs/extract.py."
-    )
+def _not_finite(loss: Tensor, reduce: Any) -> bool:
+    """Whether the loss of any rank is NaN or infinite."""
+    return float(reduce(torch.tensor(float(not math.isfinite(float(loss.detach())))))) > 0
+
+
+def replay_files(history: Path) -> list[Path]:
+    """The batches of a step whose loss was not finite, one file per rank."""
+    return sorted(history.parent.glob(f"{history.stem}-not-finite-*.json"))
+
+
+def _keep_for_replay(history: Path, number: int, rank: int, batch: list[Any]) -> None:
+    file = history.with_name(f"{history.stem}-not-finite-step-{number}-rank-{rank}.json")
+    write_json(file, {"step": number, "rank": rank, "sample_ids": [r.sample_id for r in batch]})
 
 
 def _publish(

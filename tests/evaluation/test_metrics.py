@@ -27,7 +27,7 @@ def test_positions_follow_from_rounds() -> None:
     rounds = [(4, 2), (4, 4), (2, 2), (0, 0), (3, 0), (4, 1)]
     metrics = RequestMetrics()
     for length, accepted in rounds:
-        metrics.record_round(length, accepted)
+        metrics.record_round(length, accepted, accepted + 1)
     got = positions(metrics.offered, metrics.accepted_at)
     survival = 1.0
     for k, entry in enumerate(got):
@@ -38,6 +38,14 @@ def test_positions_follow_from_rounds() -> None:
         assert entry["acceptance"] == pytest.approx(len(held) / len(reached))
         assert entry["survival"] == pytest.approx(survival)
         assert entry["low"] <= entry["acceptance"] <= entry["high"]
+
+
+def test_a_text_that_ends_inside_a_block_counts_up_to_its_end() -> None:
+    """Five verified, five right, but the second was the stop token: nothing behind it was tried."""
+    metrics = RequestMetrics()
+    metrics.record_round(5, 5, emitted=2)
+    assert (metrics.verified, metrics.accepted) == (5, 2)
+    assert metrics.offered == [1, 1, 0, 0, 0] and metrics.accepted_at == [1, 1, 0, 0, 0]
 
 
 def test_tau_counts_the_bonus_token_and_leaves_the_prefills_token_out() -> None:

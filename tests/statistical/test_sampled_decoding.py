@@ -1,0 +1,133 @@
+"""Sampled text of the whole engine follows the target's distribution, which is small enough to write down.
+
+The tiny target is left with five tokens to say, so that all three-token continuations can be enumerated with its own
+logits in float64. The draft is a real DSpark draft over those tokens: random, so that acceptance and rejection both
+happen at every position.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftline_kernels import transform
+from pipeline.config import EngineConfig, TargetConfig
+from pipeline.decoding import Engine, Request, StepCost, make_proposer
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.drafts.checkpoint import make_draft
+from pipeline.drafts.config import DraftConfig, resolve
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.target import Target, load_target
+from tests.drafts.conftest import cache_dir  # noqa: F401
+from tests.statistical.chi_square import p_value
+
+TOKENS = (40, 41, 57, 60, 66)
+PROMPT = [40, 57, 41, 66, 40, 57]
+LENGTH = 3
+REQUESTS = 12_000
+ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3, 1.0)}
+
+
+@pytest.fixture
+def target(cache_dir: Path) -> Target:  # noqa: F811
+    """The tiny target with all but TOKENS silenced by a bias of its lm_head, and livelier logits."""
+    made = load_target(TargetConfig(path="tiny"), cache_dir)
+    head = made.model.get_output_embeddings()
+    bias = torch.full((head.weight.shape[0],), -1e9)
+    bias[list(TOKENS)] = 0.0
+    head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+@pytest.fixture
+def draft(target: Target) -> DSparkDraft:
+    torch.manual_seed(5)
+    config = resolve(
+        DraftConfig(block_size=3, markov_rank=4, target_layer_ids=[0, 2]), target.config, target.unused_token
+    )
+    made = make_draft(config, target, torch.tensor(TOKENS))
+    assert made.markov_head is not None
+    torch.nn.init.normal_(made.markov_head.markov_w1.weight)
+    torch.nn.init.normal_(made.markov_head.markov_w2.weight, std=0.3)
+    return made
+
+
+def exact(target: Target, ask: tuple[float, int, float]) -> torch.Tensor:
+    """float64[5, 5, 5]: probability of each continuation, by transformers' own forward of every one of them."""
+    texts = list(itertools.product(TOKENS, repeat=LENGTH))
+    with torch.inference_mode():
+        logits = target.model(torch.tensor([PROMPT + list(t) for t in texts])).logits[:, len(PROMPT) - 1 : -1]
+    n = torch.ones(len(texts) * LENGTH)
+    flat = transform(logits.flatten(0, 1), n * ask[0], (n * ask[1]).long(), n * ask[2])
+    p = flat.double().softmax(-1).view(len(texts), LENGTH, -1)
+    return p.gather(-1, torch.tensor(texts)[..., None]).squeeze(-1).prod(-1)
+
+
+def decode(
+    target: Target, draft: DSparkDraft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float]
+) -> tuple[torch.Tensor, float]:
+    """Counts int64[125] of continuations over REQUESTS seeds, and the share of verified tokens accepted."""
+    cost = StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
+    config = EngineConfig(
+        max_requests=96, max_context=16, max_queue=REQUESTS, threads=1, prefill_chunk=1024, rule=rule, scheduler=scheduler
+    )
+    engine = Engine(target, config, step_cost=cost, layer_ids=draft.config.target_layer_ids)
+    options = {"slots": 96, "capacity": 16, "rule": rule} if name == "dspark" else {}
+    engine.set_proposer(make_proposer(name, draft, **options))
+    temperature, top_k, top_p = ask
+    done = engine.generate(
+        Request(
+            PROMPT, max_new_tokens=LENGTH, temperature=temperature, top_k=top_k, top_p=top_p, seed=i, ignore_eos=True
+        )
+        for i in range(REQUESTS)
+    )
+    place = {t: i for i, t in enumerate(itertools.product(TOKENS, repeat=LENGTH))}
+    counts = torch.bincount(torch.tensor([place[tuple(d.token_ids)] for d in done]), minlength=len(place))
+    verified = sum(d.metrics.verified for d in done)
+    return counts, sum(d.metrics.accepted for d in done) / max(verified, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "scheduler", "ask"),
+    [
+        ("none", "coupled", "global", "plain"),
+        ("ngram", "ratio", "early_stop", "plain"),
+        ("ngram", "coupled", "global", "top-k"),
+        ("dspark", "coupled", "global", "plain"),
+        ("dspark", "coupled", "fixed", "sharp, top-p"),
+        ("dspark", "ratio", "early_stop", "plain"),
+        ("dspark", "ratio", "fixed", "sharp, top-p"),
+        ("dspark", "ratio", "fixed", "top-k"),
+    ],
+)
+def test_continuations_follow_the_target(
+    target: Target, draft: DSparkDraft, name: str, rule: str, scheduler: str, ask: str
+) -> None:
+    wanted = exact(target, ASKS[ask])
+    assert abs(float(wanted.sum()) - 1) < 1e-6
+    counts, accepted = decode(target, draft, name, rule, scheduler, ASKS[ask])
+    assert p_value(counts, wanted) > 1e-4
+    if name == "dspark":
+        assert 0.2 < accepted < 0.95, "both outcomes of a verification must occur"
+
+
+def test_a_draft_that_lies_about_its_distribution_is_caught(target: Target, draft: DSparkDraft) -> None:
+    """The same statistics refuse the ratio rule when q is not what the block was drawn from."""
+    wanted = exact(target, ASKS["plain"])
+    from pipeline.decoding.proposers.dspark import DSparkProposer
+
+    inner = DSparkProposer.propose
+
+    def propose(self: DSparkProposer, sequences: list) -> Proposal:  # type: ignore[type-arg]
+        proposal = inner(self, sequences)
+        assert proposal.logits is not None
+        proposal.logits = proposal.logits + torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0])
+        return proposal
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DSparkProposer, "propose", propose)
+        counts, _ = decode(target, draft, "dspark", "ratio", "fixed", ASKS["plain"])
+    assert p_value(counts, wanted) < 1e-6
