@@ -68,7 +68,8 @@ def markov_from_bigrams(
     value = ((count + smoothing * p[c]) / ((total[r] + smoothing) * p[c])).log().clamp(min=0)
     # Rare rows are mostly noise; their evidence is weighed down.
     value = value * (total[r] / (total[r] + smoothing)).sqrt()
-    matrix = torch.sparse_coo_tensor(torch.stack((r, c)), value, (rows.shape[0], draft_size)).coalesce()
+    shape = (rows.shape[0], draft_size)
+    matrix = torch.sparse_coo_tensor(torch.stack((r, c)), value, shape, check_invariants=True).coalesce()
     rank = min(draft.config.markov_rank, *matrix.shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -152,6 +152,7 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
     if config.device != "cpu" and not torch.cuda.is_available():
         raise DraftlineError(f"target.device={config.device!r}, but this process sees no GPU. Use target.device=cpu.")
     try:
+        transformers.utils.logging.disable_progress_bar()  # one line per tensor in a job's log
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None

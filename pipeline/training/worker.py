@@ -148,6 +148,7 @@ def train_worker(plan: dict[str, Any]) -> None:
         [q for q in objective.parameters() if q.requires_grad],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
+        fused=True,
         weight_decay=config.weight_decay,
     )
     engine, *_ = deepspeed.initialize(

@@ -125,9 +125,7 @@ def test_ratio_accepts_one_minus_total_variation() -> None:
     assert abs(float(result.accepted.double().mean()) - wanted) < 5 * (wanted * (1 - wanted) / n) ** 0.5
 
 
-def greedy_by_hand(
-    logits: torch.Tensor, tokens: torch.Tensor, lengths: list[int]
-) -> tuple[list[int], list[int]]:
+def greedy_by_hand(logits: torch.Tensor, tokens: torch.Tensor, lengths: list[int]) -> tuple[list[int], list[int]]:
     accepted, following, row = [], [], 0
     for b, length in enumerate(lengths):
         best = [int(r.argmax()) for r in logits[row : row + length + 1]]

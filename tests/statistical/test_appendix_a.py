@@ -42,7 +42,8 @@ def first_tokens(rule: str, scheduler: str) -> torch.Tensor:
     # The confidence of the second token sees the first: that is what makes a look-ahead leak.
     search = make_scheduler(scheduler)
     chosen = {
-        first: int(search.lengths(torch.tensor([[0.8, 0.9 if first == A else 0.0]]), PaperCost())[0]) for first in (A, B)
+        first: int(search.lengths(torch.tensor([[0.8, 0.9 if first == A else 0.0]]), PaperCost())[0])
+        for first in (A, B)
     }
     lengths = torch.where(block[:, 0] == A, chosen[A], chosen[B])
     cumulative = torch.cat((torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)))

@@ -72,7 +72,13 @@ def decode(
     """Counts int64[125] of continuations over REQUESTS seeds, and the share of verified tokens accepted."""
     cost = StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
     config = EngineConfig(
-        max_requests=96, max_context=16, max_queue=REQUESTS, threads=1, prefill_chunk=1024, rule=rule, scheduler=scheduler
+        max_requests=96,
+        max_context=16,
+        max_queue=REQUESTS,
+        threads=1,
+        prefill_chunk=1024,
+        rule=rule,
+        scheduler=scheduler,
     )
     engine = Engine(target, config, step_cost=cost, layer_ids=draft.config.target_layer_ids)
     options = {"slots": 96, "capacity": 16, "rule": rule} if name == "dspark" else {}
