@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -94,15 +95,23 @@ def test_emitted_tokens_follow_the_target(rule: str, ask: tuple[float, int, floa
     assert p_value(counts.flatten(), exact(world(3)[0], ask).flatten()) > 1e-4
 
 
+def test_tokens_drawn_from_an_unknown_draft_are_exact_too() -> None:
+    """Without q a token counts as certain: fewer are kept, the distribution stays."""
+    counts = two_tokens("ratio", (1.0, 0, 1.0), fault="no q")
+    assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0)).flatten()) > 1e-4
+
+
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 def test_a_draft_vocabulary_leaves_the_distribution_alone(rule: str) -> None:
     counts = two_tokens(rule, (1.0, 0, 1.0), torch.tensor([1, 2, 4]))
     assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0)).flatten()) > 1e-4
 
 
-@pytest.mark.parametrize("fault", ["wrong q", "no q"])
-def test_a_faulty_verifier_is_caught(fault: str) -> None:
-    """The same test refuses q that is not what was drawn from, and drawn tokens that are taken for certain ones."""
+@pytest.mark.parametrize("fault", ["wrong q", "no residual"])
+def test_a_faulty_verifier_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same test refuses q that is not what was drawn from, and a correction drawn from p itself."""
+    if fault == "no residual":
+        monkeypatch.setattr(sys.modules["draftline_kernels.verify"], "_residual", lambda p, *_: p)
     counts = two_tokens("ratio", (1.0, 0, 1.0), fault=fault)
     wanted = exact(world(3)[0], (1.0, 0, 1.0)).flatten()
     share = counts.flatten().double() / DRAWS
