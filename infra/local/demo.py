@@ -60,13 +60,13 @@ def show(summary_file: Path) -> None:
     from rich.table import Table
 
     summary: dict[str, Any] = json.loads(summary_file.read_text())
-    table = Table(title=f"{summary['draft']} for {summary['target']}", title_justify="left", show_header=False)
+    table = Table(title=f"The draft for {summary['target']}", title_justify="left", show_header=False)
     for key, value in summary.items():
         if key not in ("target", "draft", "mlflow_uri", "report"):
             table.add_row(key, f"{value:.3g}" if isinstance(value, float) else str(value))
     console = Console(width=max(100, Console().width))
     console.print(table)
-    places = {"summary": summary_file, "report": summary["report"], "artifacts": summary_file.parent}
+    places = {"draft": summary["draft"], "report": summary["report"], "summary": summary_file}
     for name, place in places.items():
         print(f"{name + ':':<11}{place}")
     print(f"{'runs:':<11}.venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}")

@@ -90,6 +90,8 @@ def train(
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            # Workers print their own progress; Ray Train's patched print would show every line twice.
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
         datasets=datasets,
     )

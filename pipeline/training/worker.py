@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import tempfile
 import time
@@ -122,6 +123,8 @@ def train_worker(plan: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
+    # Its INFO repeats every report in Python's own notation; history.jsonl and the progress lines hold the same.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     p = WorkerPlan(**plan)
     config = from_plain(TrainerConfig, p.trainer, "trainer")
     torch.set_num_threads(config.threads_per_worker)
