@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftline_kernels.sampling import largest
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.training.anchors import Blocks, sample_blocks
 from pipeline.training.objectives import position_weights, vocab_loss
@@ -207,7 +208,7 @@ class TrainStep:
                 if self.softcap:
                     logits = self.softcap * torch.tanh(logits / self.softcap)
                 normaliser[part] = logits.logsumexp(-1)
-                best[part] = self.t2d[logits.argmax(-1)]
+                best[part] = self.t2d[largest(logits)[0]]
             known = self._scored[row.sample_id] = normaliser, best
         return known
 
