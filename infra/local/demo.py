@@ -63,7 +63,7 @@ def show(summary_file: Path) -> None:
     table = Table(title=f"The draft for {summary['target']}", title_justify="left", show_header=False)
     for key, value in summary.items():
         if key not in ("target", "draft", "mlflow_uri", "report"):
-            table.add_row(key, f"{value:.3g}" if isinstance(value, float) else str(value))
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     console = Console(width=max(100, Console().width))
     console.print(table)
     places = {"draft": summary["draft"], "report": summary["report"], "summary": summary_file}

@@ -85,7 +85,7 @@ def train(
         train_loop_config=dataclasses.asdict(plan),
         torch_config=TorchConfig(backend="nccl" if config.trainer.use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=config.trainer.use_gpu),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # V2's; the checker sees V1's
             name=f"draft-{key}",
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.trainer.max_failures),
