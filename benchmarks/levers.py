@@ -85,17 +85,8 @@ def features(target: Any, rows: list[Any], layer_ids: list[int]) -> list[Any]:
 
 def score(step: TrainStep, rows: list[Any]) -> dict[str, float]:
     """Teacher-forced metrics on held-out rows."""
-    total: StepMetrics | None = None
     with torch.no_grad():
-        for i in range(0, len(rows), 4):
-            _, m = step(rows[i : i + 4], 0)
-            if total is None:
-                total = m
-            else:
-                for f in dataclasses.fields(m):
-                    setattr(total, f.name, getattr(total, f.name) + getattr(m, f.name))
-    assert total is not None
-    return total.summary()
+        return StepMetrics.total([step(rows[i : i + 4], 0)[1] for i in range(0, len(rows), 4)]).summary()
 
 
 def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: dict, seconds: float) -> dict:  # type: ignore[type-arg]

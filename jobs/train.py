@@ -10,7 +10,6 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
-
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, run

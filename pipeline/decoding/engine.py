@@ -71,8 +71,6 @@ class Engine:
         config: EngineConfig,
         proposer: Proposer | None = None,
         step_cost: StepCost | None = None,
-        *,
-        layer_ids: list[int] | None = None,
     ) -> None:
         if config.threads > 0 and target.device.type == "cpu":
             torch.set_num_threads(config.threads)
@@ -81,8 +79,9 @@ class Engine:
         self.proposer: Proposer = proposer or NoneProposer()
         self.step_cost = step_cost
         self.on_round: Callable[[RoundTrace], None] | None = None
-        taps = layer_ids if layer_ids is not None else self.proposer.layer_ids
-        self.runner = TargetRunner(target, config.max_requests, config.max_context, taps, pack=config.prepack)
+        self.runner = TargetRunner(
+            target, config.max_requests, config.max_context, self.proposer.layer_ids, pack=config.prepack
+        )
         self._slots = SlotPool(config.max_requests)
         self._queue: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
@@ -104,18 +103,10 @@ class Engine:
         self.rule = rule
 
     def set_proposer(self, proposer: Proposer) -> None:
-        """Changes the draft while no request runs.
-
-        Raises DraftlineError when requests are running or the draft taps other layers than the engine captures.
-        """
+        """Changes the draft, and with it the layers tapped, while no request runs (else DraftlineError)."""
         if self.has_work:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
-        if proposer.layer_ids:
-            if self.runner.layer_ids and self.runner.layer_ids != proposer.layer_ids:
-                raise DraftlineError(
-                    f"The draft taps layers {proposer.layer_ids}, this engine captures {self.runner.layer_ids}."
-                )
-            self.runner.layer_ids = list(proposer.layer_ids)
+        self.runner.layer_ids = list(proposer.layer_ids)
         self.proposer = proposer
 
     def profile(self, path: Path | None = None) -> StepCost:

@@ -150,8 +150,7 @@ def _prepare(
             "corpus.heldout_fraction or give more conversations."
         )
     picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
-    running = Engine(loaded, engine, layer_ids=draft.config.target_layer_ids)
-    return running, draft, picked
+    return Engine(loaded, engine), draft, picked
 
 
 def _measure_calibration(

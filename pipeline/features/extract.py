@@ -19,7 +19,7 @@ from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import Split, read_rows
 from pipeline.errors import ConfigError, DraftlineError
-from pipeline.features.forward import features_of
+from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
 from pipeline.target import load_identity, load_target, obtain, validate_layer_ids
 
@@ -50,7 +50,7 @@ class Extractor:
         began = time.perf_counter()
         size = self.config.shard_rows
         rows = self.rows[index * size : (index + 1) * size]
-        made = features_of(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
+        made = feature_rows(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
         good = [r for r in made if r is not None]
         bad = [r.sample_id for r, m in zip(rows, made, strict=True) if m is None]
         file = self.out / shard_name(index)

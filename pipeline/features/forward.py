@@ -1,17 +1,15 @@
-"""Token rows through the frozen target: features out. No Ray here.
-
-Letters: B rows of a batch, S longest row, L taps, D hidden.
-"""
+"""Token rows through the frozen target: features out. No Ray here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.corpus.rows import TokenRow
 from pipeline.features.store import FeatureRow
-from pipeline.target import TapCapture, Target
+from pipeline.target import Target, features_of
 
 
 def batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
@@ -28,28 +26,17 @@ def batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
-def features_of(
+def feature_rows(
     target: Target, rows: Sequence[TokenRow], layer_ids: list[int], batch_tokens: int
 ) -> list[FeatureRow | None]:
-    """Features of rows, in their order; None where they are not finite.
-
-    Rows are padded on the right: under causal attention a real position never sees padding behind it.
-    """
+    """Features of rows, in their order; None where they are not finite."""
     out: list[FeatureRow | None] = [None] * len(rows)
     for batch in batches(rows, batch_tokens):
-        longest = max(len(rows[i].input_ids) for i in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for b, i in enumerate(batch):
-            ids[b, : len(rows[i].input_ids)] = torch.as_tensor(rows[i].input_ids)
-        with TapCapture(target.family, layer_ids) as capture:
-            hidden = target.family.backbone(ids.to(target.device), use_cache=False).last_hidden_state
-        taps = capture.taps()
-        for b, i in enumerate(batch):
-            n = len(rows[i].input_ids)
-            mine = taps[b, :n].to("cpu", torch.bfloat16)
-            last = hidden[b, :n].to("cpu", torch.bfloat16)
+        ids = pad_sequence([torch.as_tensor(rows[i].input_ids).long() for i in batch], batch_first=True)
+        lengths = [len(rows[i].input_ids) for i in batch]
+        for b, (i, taps, hidden) in enumerate(zip(batch, *features_of(target, layer_ids, ids, lengths), strict=True)):
+            mine, last = (t.to("cpu", torch.bfloat16, copy=True) for t in (taps, hidden))
             if bool(mine.isfinite().all()) and bool(last.isfinite().all()):
                 mask = torch.as_tensor(rows[i].loss_mask).bool()
-                out[i] = FeatureRow(rows[i].sample_id, ids[b, :n].clone(), mask, mine.clone(), last.clone())
+                out[i] = FeatureRow(rows[i].sample_id, ids[b, : lengths[b]].clone(), mask, mine, last)
     return out

@@ -15,7 +15,7 @@ import torch
 from pipeline.config import FeaturesConfig, TargetConfig
 from pipeline.corpus.build import Split, read_rows
 from pipeline.features.extract import check, num_gpus
-from pipeline.features.forward import features_of
+from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
 from pipeline.target import load_target
 
@@ -38,7 +38,7 @@ class StreamExtractor:
         if self.target is None:
             self.target = load_target(self.target_config, self.cache)
         rows = [self.rows[int(i)] for i in batch["row"]]
-        made = features_of(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
+        made = feature_rows(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
         good = [r for r in made if r is not None]
         return {
             "sample_id": [r.sample_id for r in good],

@@ -51,6 +51,17 @@ class StepMetrics:
     blocks: Tensor
     loss: float = 0.0
 
+    @staticmethod
+    def total(parts: Sequence[StepMetrics], reduce: Callable[[Tensor], Tensor] = lambda t: t) -> StepMetrics:
+        """Metrics of several steps together: sums, summed over ranks by `reduce`; loss: the mean of a rank's steps,
+        summed likewise (each rank's loss is its share)."""
+        sums = {
+            f.name: reduce(torch.stack([getattr(m, f.name) for m in parts]).sum(0))
+            for f in dataclasses.fields(StepMetrics)
+            if f.name != "loss"
+        }
+        return StepMetrics(**sums, loss=float(reduce(torch.tensor(sum(m.loss for m in parts) / len(parts)))))
+
     def summary(self) -> dict[str, float]:
         """Per-position acceptance (1 - TV) and greedy agreement, teacher-forced, and the tau each predicts."""
         n = self.count.clamp(min=1)

@@ -204,7 +204,7 @@ def train_worker(plan: dict[str, Any]) -> None:
         save = last or (number + 1) % config.checkpoint_every == 0
         if not (save or (number + 1) % config.log_every == 0):
             continue
-        summary = _reduced(window, reduce).summary()
+        summary = StepMetrics.total(window, reduce).summary()
         window = []
         spent = time.perf_counter() - began
         summary |= {
@@ -284,13 +284,6 @@ def _feed(
     for number in range(first, config.steps):
         chosen = rows_of_step(number, store.rows, config.sequences_per_step, config.seed)
         yield [store[i] for i in chosen[rank * share : (rank + 1) * share]]
-
-
-def _reduced(window: list[StepMetrics], reduce: Any) -> StepMetrics:
-    names = ("count", "acceptance", "agree", "survival", "greedy_survival", "blocks")
-    sums = {n: reduce(torch.stack([getattr(m, n) for m in window]).sum(0)) for n in names}
-    loss = float(reduce(torch.tensor(sum(m.loss for m in window) / len(window))))
-    return StepMetrics(**sums, loss=loss)
 
 
 def _not_finite(loss: Tensor, reduce: Any) -> bool:

@@ -47,7 +47,6 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
         target,
         config,
         step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]),
-        layer_ids=draft.config.target_layer_ids,
     )
     options = {"slots": 3, "capacity": 512, "rule": rule} if name == "dspark" else {}
     engine.set_proposer(make_proposer(name, draft, **options))

@@ -13,7 +13,7 @@ from pipeline.config import TargetConfig
 from pipeline.corpus.build import read_rows
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.features.extract import extract
-from pipeline.features.forward import batches, features_of
+from pipeline.features.forward import batches, feature_rows
 from pipeline.features.store import FeatureStore
 from pipeline.features.stream import feature_stream, to_feature_row
 from pipeline.target import load_target
@@ -129,9 +129,9 @@ def test_a_row_whose_features_are_not_finite_is_left_out_alone(corpus_dir, cache
     own = next(int(t) for t in rows[3].input_ids if int(t) not in others)
     with torch.no_grad():
         target.family.embed_tokens.weight[own] = float("nan")
-    made = features_of(target, rows, [0, 2], 512)
+    made = feature_rows(target, rows, [0, 2], 512)
     assert [m is None for m in made] == [i == 3 for i in range(6)]
-    whole = features_of(load_target(TARGET, cache_dir), rows, [0, 2], 512)
+    whole = feature_rows(load_target(TARGET, cache_dir), rows, [0, 2], 512)
     assert all(torch.equal(made[i].taps, whole[i].taps) for i in range(6) if i != 3)
 
 

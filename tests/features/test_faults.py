@@ -19,7 +19,7 @@ import torch
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
 from pipeline.features.extract import extract
-from pipeline.features.forward import features_of
+from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureStore
 from pipeline.target import load_target
 from tests.features.conftest import FEATURES, TARGET
@@ -59,7 +59,7 @@ def assert_every_row_once(out: Path, corpus_dir: Path, cache_dir: Path) -> None:
     assert [store[i].sample_id for i in range(store.rows)] == [r.sample_id for r in rows]
     target = load_target(TARGET, cache_dir)
     for i, row in enumerate(rows):
-        (made,) = features_of(target, [row], CONFIG.target_layer_ids, CONFIG.batch_tokens)
+        (made,) = feature_rows(target, [row], CONFIG.target_layer_ids, CONFIG.batch_tokens)
         assert made is not None
         # One bf16 rounding apart: another process may add in another order.
         torch.testing.assert_close(store[i].taps, made.taps, rtol=2**-7, atol=1e-3)

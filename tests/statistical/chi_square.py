@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+from scipy.stats import chisquare
 
 
 def p_value(counts: torch.Tensor, probability: torch.Tensor) -> float:
@@ -21,11 +20,4 @@ def p_value(counts: torch.Tensor, probability: torch.Tensor) -> float:
     if int(rare.sum()) > 1:
         counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
         expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    freedom = counts.shape[0] - 1
-    return float(torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(statistic / 2).double()))
-
-
-def smallest_detectable(draws: int, share: float, *, sigmas: float = 5.0) -> float:
-    """The bias of a category of probability `share` that `draws` draws show at `sigmas` standard errors."""
-    return sigmas * math.sqrt(share * (1 - share) / draws)
+    return float(chisquare(counts.numpy(), expected.numpy()).pvalue)
