@@ -23,8 +23,9 @@ from pipeline.config import CorpusConfig, TargetConfig, TrainerConfig, WarmStart
 from pipeline.corpus.build import build_corpus, read_rows
 from pipeline.drafts.config import DraftConfig
 from pipeline.target import TapCapture, load_target
+from pipeline.training.start import build_draft
 from pipeline.training.step import StepMetrics, TrainStep, Weights
-from pipeline.training.worker import build_draft, learning_rate, rows_of_step
+from pipeline.training.worker import learning_rate, rows_of_step
 
 BASE: dict[str, Any] = {
     "draft": {
@@ -44,11 +45,12 @@ BASE: dict[str, Any] = {
         "ce": 1.0,
         "tv": 0.0,
     },
-    "warm": {"layers": True, "markov": True},
+    "warm": {"layers": "features", "markov": True},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
-    "cold layers": {"warm": {"layers": False}},
+    "cold layers": {"warm": {"layers": "none"}},
+    "target layers": {"warm": {"layers": "target"}},
     "cold markov": {"warm": {"markov": False}},
     "2 layers": {"draft": {"num_layers": 2}},
     "3 KV heads": {"draft": {"num_kv_heads": 3}},
@@ -93,11 +95,11 @@ def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: d
     draft_config = DraftConfig(**{**BASE["draft"], **variant.get("draft", {})})
     warm = WarmStartConfig(**{**BASE["warm"], **variant.get("warm", {})})
     config = TrainerConfig(**{**BASE["trainer"], **variant.get("trainer", {})}, warm_start=warm, steps=10**6)
-    draft = build_draft(draft_config, config, target, corpus)
+    draft = build_draft(draft_config, config, target, corpus, train)
     step = TrainStep(
         draft,
         target.family.lm_head.weight.float(),
-        Weights(ce=config.ce, tv=config.tv, confidence=config.confidence, decay=config.decay),
+        Weights(ce=config.ce, kl=config.kl, tv=config.tv, confidence=config.confidence, decay=config.decay),
         num_anchors=config.num_anchors,
         seed=0,
         autocast=torch.bfloat16 if config.autocast else None,

@@ -86,9 +86,10 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """layers: copy the draft's layers from the target's; markov: factors from corpus bigrams."""
+    """layers: target (copies of its last), features (solved in closed form from stored features) or none.
+    markov: factors from corpus bigrams."""
 
-    layers: bool = True
+    layers: str = "target"
     markov: bool = True
 
 
@@ -98,7 +99,8 @@ class TrainerConfig:
 
     steps: optimizer steps. sequences_per_step: over all workers. num_anchors: per sequence, at most.
     lr, weight_decay, beta1, beta2, warmup_steps, grad_clip: AdamW with warm-up and cosine decay.
-    ce, tv, confidence: loss weights (paper eq. 12). decay: of the position weight exp(-(k-1)/decay).
+    ce, kl, tv, confidence: loss weights (paper eq. 12, and forward KL). decay: of the position weight
+        exp(-(k-1)/decay).
     checkpoint_every, log_every: steps. autocast: compute dtype of the draft's products ("" keeps fp32).
     """
 
@@ -112,6 +114,7 @@ class TrainerConfig:
     warmup_steps: int = 20
     grad_clip: float = 1.0
     ce: float = 0.1
+    kl: float = 0.0
     tv: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0

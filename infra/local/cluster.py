@@ -31,6 +31,12 @@ from typing import Any, NoReturn
 from pipeline.errors import DraftlineError
 
 MARK = "DRAFTLINE_LOCAL_CLUSTER"
+# By default glibc gives large blocks back to the kernel as they are freed, and a training step takes them all again.
+KEEP_FREED = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 # Ray's defaults for these are fixed numbers: two clusters on a host take each other's agents for their own.
@@ -116,7 +122,7 @@ def local_cluster(
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    env={**_environment(cluster.token), MARK: cluster.mark},
+                    env={**_environment(cluster.token), **KEEP_FREED, MARK: cluster.mark},
                 )
             _wait_until_ready(cluster, head, log)
             yield cluster

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return self.rows
+
+    def __iter__(self) -> Iterator[FeatureRow]:
+        return (self[i] for i in range(self.rows))
 
     def __getitem__(self, index: int) -> FeatureRow:
         """Row `index`, 0 to rows - 1.

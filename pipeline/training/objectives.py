@@ -4,9 +4,10 @@ For row i with draft logits z = h W^T + m U^T over the draft vocabulary (W the f
 head), q = softmax(z), p the target's probabilities on the draft vocabulary and p_out its mass outside:
 
     CE_i = -log q[y_i] (labels inside the draft vocabulary only)
+    KL_i = sum_j p_j log(p_j / (m q_j)), m = sum_j p_j   (m KL(p/m || q): what p leaves outside weighs nothing)
     L1_i = sum_j |q_j - p_j| + p_out            (twice the total variation; eq. 10 has no 1/2)
     acceptance_i = 1 - L1_i / 2
-    d CE / d z = q - onehot(y);   d L1 / d z_j = q_j (s_j - sum_i q_i s_i),  s = sign(q - p)
+    d CE / d z = q - onehot(y);   d KL / d z = m q - p;   d L1 / d z_j = q_j (s_j - sum_i q_i s_i),  s = sign(q - p)
 
 Rows are processed in chunks; each chunk's gradients are formed at once and only [N, D], [N, r] and [Vd, r] survive.
 Letters: N rows, D hidden, r Markov rank, Vd draft vocabulary.
@@ -23,9 +24,10 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class RowStats:
-    """Per row, without gradient: ce (0 where the label is outside), l1, acceptance, agree (argmaxes equal): [N]."""
+    """Per row, without gradient: ce (0 where the label is outside), kl, l1, acceptance, agree (argmaxes equal): [N]."""
 
     ce: Tensor
+    kl: Tensor
     l1: Tensor
     agree: Tensor
 
@@ -47,13 +49,15 @@ class _VocabLoss(torch.autograd.Function):
         target_best: Tensor,
         labels: Tensor,
         ce_weight: Tensor,
+        kl_weight: Tensor,
         l1_weight: Tensor,
         softcap: float,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         compute = lm_rows.dtype
         rows = hidden.shape[0]
         ce = torch.zeros(rows)
+        kl = torch.zeros(rows)
         l1 = torch.zeros(rows)
         agree = torch.zeros(rows, dtype=torch.bool)
         grad_hidden = torch.empty(rows, hidden.shape[1])
@@ -72,27 +76,34 @@ class _VocabLoss(torch.autograd.Function):
             best_q = z.argmax(-1)
             q = (z - peak).exp_()
             mass = q.sum(-1, keepdim=True)
+            log_mass = peak + mass.log()
             y = labels[part]
             inside = y >= 0
             column = y.clamp(min=0)[:, None]
-            ce[part] = torch.where(
-                inside, (peak + mass.log() - z.gather(-1, column)).squeeze(-1), torch.zeros(y.shape[0])
-            )
+            ce[part] = torch.where(inside, (log_mass - z.gather(-1, column)).squeeze(-1), torch.zeros(y.shape[0]))
             q /= mass
             t = (target_hidden[part].to(compute) @ lm_rows.T).float()
             if softcap:
                 t = softcap * torch.tanh(t / softcap)
             agree[part] = best_q == target_best[part]
-            p = (t - log_normaliser[part][:, None]).exp_()
-            outside = (1 - p.sum(-1)).clamp_(min=0)
+            log_p = t - log_normaliser[part][:, None]
+            p = log_p.exp()
+            within = p.sum(-1, keepdim=True)
+            outside = (1 - within.squeeze(-1)).clamp_(min=0)
+            pull = kl_weight[part][:, None]
+            # sum p (log p - log m - z + log mass), without another [chunk, Vd] of logarithms.
+            apart = torch.einsum("nv,nv->n", p, log_p.sub_(z)) + within.squeeze(-1) * (log_mass - within.log()).squeeze(
+                -1
+            )
+            kl[part] = apart
             difference = q - p
             l1[part] = difference.abs().sum(-1) + outside
             sign = difference.sign_()
             mean = (q * sign).sum(-1, keepdim=True)
             sign.sub_(mean).mul_(l1_weight[part][:, None])
             own = ce_weight[part] * inside
-            sign.add_(own[:, None])
-            grad = q.mul_(sign)
+            sign.add_(own[:, None]).add_(pull * within)
+            grad = q.mul_(sign).sub_(p.mul_(pull))
             grad.scatter_add_(-1, column, -own[:, None])
             low = grad.to(compute)
             if markov is not None and w2_compute is not None and grad_markov is not None and grad_w2 is not None:
@@ -103,9 +114,9 @@ class _VocabLoss(torch.autograd.Function):
             grad_hidden[part] = (low @ lm_rows).float()
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
         ctx.dtypes = hidden.dtype, None if markov is None else markov.dtype, None if w2 is None else w2.dtype
-        ctx.mark_non_differentiable(ce, l1, agree)
-        loss = (ce * ce_weight).sum() + (l1 * l1_weight).sum()
-        return loss, ce, l1, agree
+        ctx.mark_non_differentiable(ce, kl, l1, agree)
+        loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum()
+        return loss, ce, kl, l1, agree
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -115,7 +126,7 @@ class _VocabLoss(torch.autograd.Function):
             (hidden * grad_loss).to(dh),
             None if markov is None else (markov * grad_loss).to(dm),
             None if w2 is None else (w2 * grad_loss).to(dw),
-            *[None] * 9,
+            *[None] * 10,
         )
 
 
@@ -129,12 +140,13 @@ def vocab_loss(
     target_best: Tensor,
     labels: Tensor,
     ce_weight: Tensor,
+    kl_weight: Tensor,
     l1_weight: Tensor,
     *,
     softcap: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[Tensor, RowStats]:
-    """sum_i ce_weight_i CE_i + l1_weight_i L1_i, with gradients to hidden, markov and w2.
+    """sum_i ce_weight_i CE_i + kl_weight_i KL_i + l1_weight_i L1_i, with gradients to hidden, markov and w2.
 
     Args:
         hidden: [N, D], the draft's. markov: [N, r], W1 of the token before each slot. w2: [Vd, r].
@@ -143,9 +155,9 @@ def vocab_loss(
         log_normaliser: float32[N], log-sum-exp of the target's logits there over its whole vocabulary.
         target_best: int64[N], draft id of the target's most likely token there, -1 outside the draft vocabulary.
         labels: int64[N], draft ids, -1 outside the draft vocabulary.
-        ce_weight, l1_weight: float32[N], complete with denominators.
+        ce_weight, kl_weight, l1_weight: float32[N], complete with denominators.
     """
-    loss, ce, l1, agree = _VocabLoss.apply(
+    loss, ce, kl, l1, agree = _VocabLoss.apply(
         hidden,
         markov,
         w2,
@@ -155,11 +167,12 @@ def vocab_loss(
         target_best,
         labels,
         ce_weight,
+        kl_weight,
         l1_weight,
         softcap,
         chunk,
     )
-    return loss, RowStats(ce, l1, agree)
+    return loss, RowStats(ce, kl, l1, agree)
 
 
 def position_weights(block: int, decay: float) -> Tensor:

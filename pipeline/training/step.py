@@ -34,6 +34,7 @@ class Weights:
     """Loss weights (eq. 12) and the decay of the position weights."""
 
     ce: float = 0.1
+    kl: float = 0.0
     tv: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
@@ -166,6 +167,7 @@ class TrainStep:
             torch.cat([self._target_scores(r, b)[1] for r, b in picked]).flatten()[keep],
             draft_labels.flatten()[keep],
             ce_weight.flatten()[keep] * (self.weights.ce * scale / sums[1].clamp(min=1e-6)),
+            flat * (self.weights.kl * scale / sums[0].clamp(min=1e-6)),
             flat * (self.weights.tv * scale / sums[0].clamp(min=1e-6)),
             softcap=self.softcap,
             chunk=self.chunk,

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from pipeline.artifact import write_json
 from pipeline.config import FeaturesConfig, TargetConfig, TrainerConfig, from_plain
-from pipeline.corpus.build import read_rows, read_token_counts
-from pipeline.drafts.checkpoint import make_draft, save_draft
-from pipeline.drafts.config import DraftConfig, resolve
+from pipeline.drafts.checkpoint import save_draft
+from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.dspark import DSparkDraft
-from pipeline.drafts.vocabulary import choose_vocabulary
-from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
-from pipeline.target import Target, load_target
+from pipeline.features.store import FeatureStore, check_identity
+from pipeline.target import load_target
+from pipeline.training.start import build_draft
 from pipeline.training.step import StepMetrics, TrainStep, Weights
 
 TAG = "deepspeed"
@@ -61,32 +60,6 @@ class Objective(nn.Module):
 
     def forward(self, rows: list[Any], number: int, reduce: Any, world_size: int) -> tuple[Tensor, StepMetrics]:
         return self._step[0](rows, number, reduce=reduce, world_size=world_size)
-
-
-def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path) -> DSparkDraft:
-    """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed."""
-    full = resolve(config, target.config, target.unused_token)
-    counts = torch.from_numpy(read_token_counts(corpus_dir))
-    d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(trainer.seed)
-        draft = make_draft(full, target, d2t)
-    if trainer.warm_start.layers:
-        layers_from_target(draft, target.family)
-    if trainer.warm_start.markov and full.has_markov:
-        markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
-    return draft
-
-
-def bigrams(corpus_dir: Path) -> tuple[Tensor, Tensor]:
-    """(previous, next) target ids int64[n] of every supervised token of the training rows."""
-    before, after = [], []
-    for row in read_rows(corpus_dir, "train"):
-        ids, mask = torch.as_tensor(row.input_ids).long(), torch.as_tensor(row.loss_mask)
-        at = mask[1:].nonzero().squeeze(-1)
-        before.append(ids[at])
-        after.append(ids[at + 1])
-    return torch.cat(before), torch.cat(after)
 
 
 def learning_rate(step: int, config: TrainerConfig) -> float:
@@ -131,12 +104,16 @@ def train_worker(plan: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     target = load_target(from_plain(TargetConfig, p.target, "target"), Path(p.cache_dir))
-    draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir))
     identity = target.identity.as_dict()
+    store = None
+    if from_plain(FeaturesConfig, p.features, "features").mode == "store":
+        store = FeatureStore(p.features_dir)
+        check_identity(store.manifest, identity, p.features_dir)
+    draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir), store)
     step = TrainStep(
         draft,
         target.lm_head_weight,
-        Weights(config.ce, config.tv, config.confidence, config.decay),
+        Weights(config.ce, config.kl, config.tv, config.confidence, config.decay),
         num_anchors=config.num_anchors,
         seed=config.seed,
         autocast=getattr(torch, config.autocast) if config.autocast else None,
@@ -177,7 +154,7 @@ def train_worker(plan: dict[str, Any]) -> None:
         if rank == 0:
             print(f"train: goes on from step {first} of {config.steps}", flush=True)
     history = History(Path(p.history), first) if rank == 0 else None
-    rows = _feed(p, config, rank, world, first, identity)
+    rows = _feed(store, config, rank, world, first)
 
     def reduce(t: Tensor) -> Tensor:
         dist.all_reduce(t)
@@ -258,32 +235,26 @@ class History:
         )
 
 
-def _feed(
-    p: WorkerPlan, config: TrainerConfig, rank: int, world: int, first: int, identity: dict[str, str]
-) -> Iterator[list[Any]]:
-    """This rank's rows, step by step, from `first` on."""
+def _feed(store: FeatureStore | None, config: TrainerConfig, rank: int, world: int, first: int) -> Iterator[list[Any]]:
+    """This rank's rows, step by step, from `first` on; without a store, as they are streamed."""
     share = config.sequences_per_step // world
-    features = from_plain(FeaturesConfig, p.features, "features")
-    if features.mode == "stream":
-        import ray.train
+    if store is not None:
+        for number in range(first, config.steps):
+            chosen = rows_of_step(number, len(store), config.sequences_per_step, config.seed)
+            yield [store[i] for i in chosen[rank * share : (rank + 1) * share]]
+        return
+    import ray.train
 
-        from pipeline.features.stream import to_feature_row
+    from pipeline.features.stream import to_feature_row
 
-        shard = ray.train.get_dataset_shard("train")
-        batch: list[Any] = []
-        while True:
-            for row in shard.iter_rows():
-                batch.append(to_feature_row(row))
-                if len(batch) == share:
-                    yield batch
-                    batch = []
-    from pipeline.features.store import FeatureStore, check_identity
-
-    store = FeatureStore(p.features_dir)
-    check_identity(store.manifest, identity, p.features_dir)
-    for number in range(first, config.steps):
-        chosen = rows_of_step(number, store.rows, config.sequences_per_step, config.seed)
-        yield [store[i] for i in chosen[rank * share : (rank + 1) * share]]
+    shard = ray.train.get_dataset_shard("train")
+    batch: list[Any] = []
+    while True:
+        for row in shard.iter_rows():
+            batch.append(to_feature_row(row))
+            if len(batch) == share:
+                yield batch
+                batch = []
 
 
 def _not_finite(loss: Tensor, reduce: Any) -> bool:

@@ -74,6 +74,7 @@ def dense_loss(
     target_hidden: Tensor,
     labels: Tensor,
     ce_weight: Tensor,
+    kl_weight: Tensor,
     l1_weight: Tensor,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -91,4 +92,8 @@ def dense_loss(
     l1 = (q - p).abs().sum(-1)
     inside = labels >= 0
     ce = -log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0] * inside
-    return (ce * ce_weight).sum() + (l1 * l1_weight).sum(), torch.minimum(q, p).sum(-1).detach()
+    inner = p[:, d2t]
+    m = inner.sum(-1)
+    kl = m * torch.nn.functional.kl_div(log_q, inner / m[:, None], reduction="none").sum(-1)
+    loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum()
+    return loss, torch.minimum(q, p).sum(-1).detach()

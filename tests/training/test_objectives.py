@@ -27,6 +27,7 @@ def _case(seed: int, vocabulary: int) -> dict[str, torch.Tensor]:
         "target_hidden": normal(N, D),
         "labels": torch.randint(-1, vocabulary, (N,), generator=g),
         "ce_weight": torch.rand(N, generator=g, dtype=torch.float64),
+        "kl_weight": torch.rand(N, generator=g, dtype=torch.float64),
         "l1_weight": torch.rand(N, generator=g, dtype=torch.float64),
     }
 
@@ -67,6 +68,7 @@ def test_loss_gradients_and_acceptance_equal_the_whole_vocabularys(
         _best(capped, case["d2t"]),
         case["labels"],
         single["ce_weight"],
+        single["kl_weight"],
         single["l1_weight"],
         softcap=softcap,
         chunk=chunk,
@@ -92,6 +94,7 @@ def test_mass_that_the_draft_cannot_propose_lowers_acceptance() -> None:
         logits.logsumexp(-1).float(),
         _best(logits, case["d2t"]),
         case["labels"],
+        torch.ones(N),
         torch.ones(N),
         torch.ones(N),
     )

@@ -1,0 +1,83 @@
+"""What training starts from: a draft with the vocabulary of its corpus and the warm starts of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainerConfig
+from pipeline.corpus.build import read_rows, read_token_counts
+from pipeline.drafts.checkpoint import make_draft
+from pipeline.drafts.config import DraftConfig, resolve
+from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.regression import Samples, layers_from_features
+from pipeline.drafts.vocabulary import choose_vocabulary
+from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
+from pipeline.errors import ConfigError
+from pipeline.target import Target
+from pipeline.training.anchors import candidates
+from pipeline.training.step import Row
+
+
+def build_draft(
+    config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Iterable[Row] | None
+) -> DSparkDraft:
+    """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed.
+
+    Args:
+        features: rows for `warm_start.layers=features`, None where there is no store to read them from.
+    Raises:
+        ConfigError: a warm start that is unknown, or that the draft or the features don't allow.
+    """
+    start = trainer.warm_start.layers
+    if start not in ("target", "features", "none"):
+        raise ConfigError(f"trainer.warm_start.layers={start!r} is not one of target, features, none.")
+    if start == "features" and features is None:
+        raise ConfigError(
+            "trainer.warm_start.layers=features reads stored features, but features.mode=stream. Use "
+            "features.mode=store, or trainer.warm_start.layers=target."
+        )
+    full = resolve(config, target.config, target.unused_token)
+    counts = torch.from_numpy(read_token_counts(corpus_dir))
+    d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.seed)
+        draft = make_draft(full, target, d2t)
+    if start == "target":
+        layers_from_target(draft, target.family)
+    elif start == "features":
+        layers_from_features(draft, target.family, samples(features or (), trainer.seed))
+    if trainer.warm_start.markov and full.has_markov:
+        markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
+    return draft
+
+
+def bigrams(corpus_dir: Path) -> tuple[Tensor, Tensor]:
+    """(previous, next) target ids int64[n] of every supervised token of the training rows."""
+    before, after = [], []
+    for row in read_rows(corpus_dir, "train"):
+        ids, mask = torch.as_tensor(row.input_ids).long(), torch.as_tensor(row.loss_mask)
+        at = mask[1:].nonzero().squeeze(-1)
+        before.append(ids[at])
+        after.append(ids[at + 1])
+    return torch.cat(before), torch.cat(after)
+
+
+def samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> Samples:
+    """Anchors with what a draft sees before them, from as many rows as `most` samples take (48 of each, at most)."""
+    taps, tokens, hidden, found = [], [], [], 0
+    generator = torch.Generator().manual_seed(seed)
+    for row in rows:
+        anchors = candidates(row.loss_mask)
+        anchors = anchors[anchors > 0]
+        anchors = anchors[torch.randperm(len(anchors), generator=generator)[:48]]
+        taps.append(row.taps[anchors - 1])
+        tokens.append(row.input_ids[anchors].long())
+        hidden.append(row.last_hidden[anchors])
+        found += len(anchors)
+        if found >= most:
+            break
+    return Samples(torch.cat(taps), torch.cat(tokens), torch.cat(hidden))
