@@ -75,7 +75,8 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     c = draft.config
     size, dim = c.hidden_size, c.head_dim
     heads = min(c.num_kv_heads - 1, max(1, round(c.num_kv_heads * _CONTEXT_SHARE)))
-    rank = min(heads * dim - 1, size - 1)
+    rank = min(heads * dim - 1, round(size * _CONTEXT_SHARE))
+    spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
     inputs = samples.taps.shape[1] + size
     if c.qk_norm or c.num_kv_heads < 2:
         raise ConfigError(
@@ -89,15 +90,13 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
             f"takes at most {WIDEST} inputs and a quarter as many samples. Use trainer.warm_start.layers=target."
         )
     gain = family.final_norm.weight.detach().float()
-    fit = _solve(draft, samples, gain, rank, (c.num_kv_heads - heads) * dim, ridge)
+    fit = _solve(draft, samples, gain, rank, spare, ridge)
 
     # One orthonormal basis: the anchor heads' subspace of the embedding, and the rest for what context carries.
     basis = torch.linalg.qr(torch.cat((fit.subspace, torch.eye(size)), 1)).Q
-    spare = fit.subspace.shape[1]
-    rank = min(rank, size - spare - 1)
     content_axes, const_axis = basis[:, spare : spare + rank], basis[:, spare + rank]
     amplitude = math.sqrt(_CONST_ENERGY * rank)
-    readers = torch.outer(const_axis, fit.const * amplitude) + content_axes @ fit.content[:, :rank].T
+    readers = torch.outer(const_axis, fit.const * amplitude) + content_axes @ fit.content.T
     draft.fc.weight.copy_(readers / fit.scale)
     draft.hidden_norm.weight.fill_(1.0)
     first, *others = draft.layers
@@ -122,14 +121,12 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     pattern = _pattern(near, _NEAREST, dim)
     k[:heads, :half] = pattern[:, None] * const
     q[:heads, :, :half] = pattern[:, None] * asking
-    values = torch.zeros(heads * dim, size)
-    values[: rank + 1] = torch.cat((content_axes, const_axis[:, None]), 1).T
-    v[:heads] = values.view(heads, dim, size)
+    v[:heads].view(-1, size)[: rank + 1] = torch.cat((content_axes, const_axis[:, None]), 1).T
     answering = fit.subspace @ (fit.subspace.T @ fit.token_const)
     pattern = _pattern(~near & (draft.inv_freq < 0.75), _ANCHOR, dim)
     k[heads:, :half] = pattern[:, None] * answering
     q[heads:, :, :half] = pattern[:, None] * asking
-    v[heads:] = fit.subspace.T.reshape(-1, dim, size)
+    v[heads:].view(-1, size)[:spare] = fit.subspace.T
     attention.o_proj.weight.copy_(_OUTPUT_RMS * _output(draft, samples, gain, heads))
 
 
@@ -198,6 +195,6 @@ def _output(draft: DSparkDraft, samples: Samples, gain: Tensor, heads: int) -> T
         x = torch.cat((context[:, : heads * c.head_dim], own[:, heads * c.head_dim :]), 1)
         gram.addmm_(x.T, x)
         cross.addmm_(x.T, samples.hidden[part].float() / gain)
-    penalty = 1e-3 * gram.diagonal().mean()
+    penalty = 1e-3 * gram.diagonal().mean()  # also for rows of v that carry nothing
     weight = torch.linalg.solve(gram + penalty * torch.eye(width), cross).T.unflatten(1, (c.num_kv_heads, c.head_dim))
     return (weight / groups).repeat_interleave(groups, 1).flatten(1)

@@ -21,9 +21,10 @@ SETTINGS = {"block_size": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, 
 
 
 def linear_world(draft: DSparkDraft, target: Target, n: int = N) -> Samples:
-    """Features with a mean, as real ones have, and a hidden state that is linear in few directions of them."""
+    """Features and embeddings with a mean, as real ones have, and a hidden state linear in few directions of them."""
     g = torch.Generator().manual_seed(3)
     size = draft.config.hidden_size
+    draft.embed = draft.embed + 2.0 * draft.embed.std() * torch.randn(size, generator=g)
     width = size * len(draft.config.target_layer_ids)
     taps = torch.randn(n, 12, generator=g) @ torch.randn(12, width, generator=g) + 6.0 * torch.randn(width, generator=g)
     tokens = torch.randint(0, target.vocab_size, (n,), generator=g)
@@ -66,6 +67,7 @@ def test_the_first_slot_starts_with_the_targets_next_hidden_state(tiny: Target) 
 def test_further_layers_start_as_the_identity(tiny: Target) -> None:
     one, two = (small_draft(tiny, **{**SETTINGS, "num_layers": n}) for n in (1, 2))
     samples = linear_world(one, tiny)
+    two.embed = one.embed
     for draft in (one, two):
         layers_from_features(draft, tiny.family, samples)
     torch.testing.assert_close(first_slot(one, samples, [0, 1]), first_slot(two, samples, [0, 1]))
