@@ -10,7 +10,6 @@ each pass out; start-up (loading the target, and for the stage Ray's actors) is 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 import time
@@ -137,13 +136,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def show(report: dict[str, Any]) -> None:
+    steady, start = report["steady"], report["with_startup"]
+    print(f"{'tokens/s':<14}{'bare loop':>12}{'stage':>12}{'ratio':>8}")
+    for name, row in (("steady", steady), ("with start-up", start)):
+        bare_rate, stage_rate = row["bare_tokens_per_second"], row["stage_tokens_per_second"]
+        print(f"{name:<14}{bare_rate:>12.0f}{stage_rate:>12.0f}{stage_rate / bare_rate:>8.2f}")
+    print(f"steady ratio, 95 % interval: {steady['ratio_low']:.2f} to {steady['ratio_high']:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--corpus", default="pipeline/corpus/demo/demo.jsonl.zst", help="conversations")
     parser.add_argument("--cache", default=".cache/draftline", help="where the target is kept")
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--layers", default="1,8,15,22,28", help="0-based decoder layers")
+    parser.add_argument("--layers", default="1,8,14,20,27", help="0-based decoder layers")
     parser.add_argument("--shard-rows", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
@@ -153,7 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = measure(args, Path(folder))
-    print(json.dumps(report, indent=2))
+    show(report)
     if args.json:
         write_json(args.json, report)
 

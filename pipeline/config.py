@@ -243,6 +243,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "corpus.regenerate.dtype": ("float32", "bfloat16"),
     "trainer.autocast": ("", "bfloat16"),
+    "trainer.warm_start.layers": ("target", "features", "none"),
     "draft.algorithm": ("dspark",),
     "draft.markov_head_type": ("none", "vanilla"),
 }
@@ -354,3 +355,14 @@ def _check_values(config: Any) -> None:
             f"trainer.sequences_per_step={config.trainer.sequences_per_step} must be a multiple of "
             f"trainer.workers={config.trainer.workers}, so that every worker trains on as many."
         )
+    if config.trainer.warm_start.layers == "features":
+        if config.features.mode == "stream":
+            raise ConfigError(
+                "trainer.warm_start.layers=features reads stored features, but features.mode=stream. Use "
+                "features.mode=store, or trainer.warm_start.layers=target."
+            )
+        if config.draft.qk_norm:
+            raise ConfigError(
+                "trainer.warm_start.layers=features has no closed form for draft.qk_norm=true. Use "
+                "draft.qk_norm=false, or trainer.warm_start.layers=target."
+            )

@@ -23,23 +23,16 @@ from pipeline.training.step import Row
 
 
 def build_draft(
-    config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Iterable[Row] | None
+    config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Iterable[Row]
 ) -> DSparkDraft:
     """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed.
 
     Args:
-        features: rows for `warm_start.layers=features`, None where there is no store to read them from.
+        features: rows for `warm_start.layers=features`.
     Raises:
-        ConfigError: a warm start that is unknown, or that the draft or the features don't allow.
+        ConfigError: a draft or features that `warm_start.layers=features` has no closed form for.
     """
     start = trainer.warm_start.layers
-    if start not in ("target", "features", "none"):
-        raise ConfigError(f"trainer.warm_start.layers={start!r} is not one of target, features, none.")
-    if start == "features" and features is None:
-        raise ConfigError(
-            "trainer.warm_start.layers=features reads stored features, but features.mode=stream. Use "
-            "features.mode=store, or trainer.warm_start.layers=target."
-        )
     full = resolve(config, target.config, target.unused_token)
     counts = torch.from_numpy(read_token_counts(corpus_dir))
     d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
@@ -49,7 +42,7 @@ def build_draft(
     if start == "target":
         layers_from_target(draft, target.family)
     elif start == "features":
-        layers_from_features(draft, target.family, samples(features or (), trainer.seed))
+        layers_from_features(draft, target.family, samples(features, trainer.seed))
     if trainer.warm_start.markov and full.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
     return draft
@@ -80,4 +73,9 @@ def samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> Samples:
         found += len(anchors)
         if found >= most:
             break
+    if not found:
+        raise ConfigError(
+            "trainer.warm_start.layers=features found no answer of two tokens or more in the stored features. Use "
+            "trainer.warm_start.layers=target."
+        )
     return Samples(torch.cat(taps), torch.cat(tokens), torch.cat(hidden))

@@ -109,7 +109,7 @@ def train_worker(plan: dict[str, Any]) -> None:
     if from_plain(FeaturesConfig, p.features, "features").mode == "store":
         store = FeatureStore(p.features_dir)
         check_identity(store.manifest, identity, p.features_dir)
-    draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir), store)
+    draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir), store or ())
     step = TrainStep(
         draft,
         target.lm_head_weight,

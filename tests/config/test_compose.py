@@ -72,6 +72,7 @@ def test_values_survive_being_plain() -> None:
         ("engine.scheduler=globl", "Did you mean 'global'?"),
         ("trainer.steps=many", "trainer.steps='many' must be of type int"),
         ("trainer.steps=0", "trainer.steps=0 must be above 0"),
+        ("trainer.warm_start.layers=feature", "Did you mean 'features'?"),
         ("trainer.use_gpu=1", "trainer.use_gpu=1 must be of type bool"),
         ("nonsense", "is not a setting; write name=value"),
     ],
@@ -81,6 +82,18 @@ def test_a_wrong_name_or_value_is_one_line_that_helps(override: str, says: str) 
         compose([override])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["features=stream", "draft.qk_norm=false"], "features.mode=stream"),
+        (["draft.qk_norm=true"], "draft.qk_norm=true"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_together(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        compose(["trainer.warm_start.layers=features", *overrides])
 
 
 def test_a_missing_value_is_named() -> None:
