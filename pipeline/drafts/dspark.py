@@ -139,7 +139,8 @@ class DSparkDraft(nn.Module):
         self.register_buffer("inv_freq", c.rope_theta**-steps, persistent=False)
 
     @property
-    def _layers(self) -> list[Layer]:
+    def decoder_layers(self) -> list[Layer]:
+        """`layers` by their type."""
         return list(self.layers)  # type: ignore[arg-type]
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +156,7 @@ class DSparkDraft(nn.Module):
     def context_kv(self, context: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per draft layer: keys and values [N, Hkv, d] of context [N, D] at absolute positions [N]."""
         cos, sin = self.rope(positions)
-        return [layer.self_attn.keys_values(context, cos, sin) for layer in self._layers]
+        return [layer.self_attn.keys_values(context, cos, sin) for layer in self.decoder_layers]
 
     def block_input(self, anchor_tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings [A*K, D] of blocks that start with anchor_tokens [A]."""
@@ -173,7 +174,7 @@ class DSparkDraft(nn.Module):
         """Runs the layers over blocks; returns hidden states [A*K, D] after the final norm (what lm_head reads)."""
         x = self.block_input(anchor_tokens)
         cos, sin = self.rope(self.block_positions(anchors))
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.decoder_layers):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, cos, sin)
             mixed = attend(i, layer.self_attn.queries(h, cos, sin), k, v)

@@ -89,7 +89,7 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
             f"trainer.warm_start.layers=features solves for {inputs} inputs from {len(samples.tokens)} samples; it "
             f"takes at most {WIDEST} inputs and a quarter as many samples. Use trainer.warm_start.layers=target."
         )
-    gain = family.final_norm.weight.detach().float()
+    gain = family.final_norm.get_parameter("weight").detach().float()
     fit = _solve(draft, samples, gain, rank, spare, ridge)
 
     # One orthonormal basis: the anchor heads' subspace of the embedding, and the rest for what context carries.
@@ -99,8 +99,8 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     readers = torch.outer(const_axis, fit.const * amplitude) + content_axes @ fit.content.T
     draft.fc.weight.copy_(readers / fit.scale)
     draft.hidden_norm.weight.fill_(1.0)
-    first, *others = draft.layers
-    for layer in draft.layers:
+    first, *others = draft.decoder_layers
+    for layer in draft.decoder_layers:
         layer.mlp.down_proj.weight.zero_()
     for layer in others:
         layer.self_attn.o_proj.weight.zero_()
@@ -153,14 +153,14 @@ def _solve(draft: DSparkDraft, samples: Samples, gain: Tensor, rank: int, spare:
     n, width = samples.taps.shape
     energy = sum(samples.taps[p].float().view(-1, width // size, size).square().sum((0, 2)) for p in _parts(samples))
     scale = (torch.as_tensor(energy) / (n * size)).sqrt().clamp(min=1e-6).repeat_interleave(size)
-    gram, cross, mean, aim = torch.zeros(width + size, width + size), torch.zeros(width + size, size), 0.0, 0.0
+    gram, cross = torch.zeros(width + size, width + size), torch.zeros(width + size, size)
+    mean, aim = torch.zeros(width + size), torch.zeros(size)
     for part in _parts(samples):
         x = torch.cat(_inputs(draft, samples, part, scale), 1)
         y = samples.hidden[part].float() / gain
         gram.addmm_(x.T, x, alpha=1 / n)
         cross.addmm_(x.T, y, alpha=1 / n)
         mean, aim = mean + x.sum(0) / n, aim + y.sum(0) / n
-    mean, aim = torch.as_tensor(mean), torch.as_tensor(aim)
     taps, tokens = slice(0, width), slice(width, None)
     penalty = torch.empty(width + size)
     for block in (taps, tokens):
@@ -184,7 +184,7 @@ def _solve(draft: DSparkDraft, samples: Samples, gain: Tensor, rank: int, spare:
 def _output(draft: DSparkDraft, samples: Samples, gain: Tensor, heads: int) -> Tensor:
     """o_proj [D, H*d] that maps what the heads will read to hidden / gain, by least squares."""
     c = draft.config
-    attention = draft.layers[0].self_attn
+    attention = draft.decoder_layers[0].self_attn
     groups = c.num_heads // c.num_kv_heads
     width = c.num_kv_heads * c.head_dim
     gram, cross = torch.zeros(width, width), torch.zeros(width, c.hidden_size)

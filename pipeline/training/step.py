@@ -22,11 +22,16 @@ from pipeline.training.objectives import position_weights, vocab_loss
 class Row(Protocol):
     """What the step needs of a feature row (pipeline.features.FeatureRow)."""
 
-    sample_id: str
-    input_ids: Tensor
-    loss_mask: Tensor
-    taps: Tensor
-    last_hidden: Tensor
+    @property
+    def sample_id(self) -> str: ...
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def loss_mask(self) -> Tensor: ...
+    @property
+    def taps(self) -> Tensor: ...
+    @property
+    def last_hidden(self) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
