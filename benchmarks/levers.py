@@ -14,75 +14,65 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pipeline.config import CorpusConfig, TargetConfig, TrainerConfig, WarmStartConfig
 from pipeline.corpus.build import build_corpus, read_rows
+from pipeline.corpus.rows import TokenRow
 from pipeline.drafts.config import DraftConfig
-from pipeline.target import TapCapture, load_target
+from pipeline.features.forward import feature_rows
+from pipeline.features.store import FeatureRow
+from pipeline.target import Target, load_target
 from pipeline.training.start import build_draft
 from pipeline.training.step import StepMetrics, TrainStep, Weights
 from pipeline.training.worker import learning_rate, rows_of_step
 
+# As conf/draft/dspark_small and conf/experiment/demo; the demo takes fewer and larger steps, as each costs collectives.
 BASE: dict[str, Any] = {
     "draft": {
         "block_size": 5,
         "num_layers": 1,
         "num_kv_heads": 9,
-        "markov_rank": 64,
+        "markov_rank": 128,
         "draft_vocab_size": 4096,
         "qk_norm": False,
     },
     "trainer": {
-        "lr": 2e-3,
+        "lr": 1e-3,
         "num_anchors": 32,
         "sequences_per_step": 2,
         "autocast": "bfloat16",
         "warmup_steps": 20,
-        "ce": 1.0,
+        "ce": 0.5,
+        "kl": 0.5,
         "tv": 0.0,
     },
     "warm": {"layers": "features", "markov": True},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
-    "cold layers": {"warm": {"layers": "none"}},
     "target layers": {"warm": {"layers": "target"}},
+    "target layers, lr 2e-3": {"warm": {"layers": "target"}, "trainer": {"lr": 2e-3}},
+    "cold layers": {"warm": {"layers": "none"}},
     "cold markov": {"warm": {"markov": False}},
+    "rank 64": {"draft": {"markov_rank": 64}},
+    "ce alone": {"trainer": {"ce": 1.0, "kl": 0.0}},
+    "kl alone": {"trainer": {"ce": 0.0, "kl": 1.0}},
+    "ce 0.1, tv 0.9": {"trainer": {"ce": 0.1, "kl": 0.0, "tv": 0.9}},
+    "lr 2e-3": {"trainer": {"lr": 2e-3}},
+    "4 x 40 anchors": {"trainer": {"num_anchors": 40, "sequences_per_step": 4}},
     "2 layers": {"draft": {"num_layers": 2}},
-    "3 KV heads": {"draft": {"num_kv_heads": 3}},
-    "qk norm": {"draft": {"qk_norm": True}},
     "vocabulary 8192": {"draft": {"draft_vocab_size": 8192}},
-    "rank 256": {"draft": {"markov_rank": 256}},
-    "4 x 64 anchors": {"trainer": {"num_anchors": 64, "sequences_per_step": 4}},
-    "lr 4e-3": {"trainer": {"lr": 4e-3}},
-    "lr 1e-3": {"trainer": {"lr": 1e-3}},
-    "ce 0.1, tv 0.9": {"trainer": {"ce": 0.1, "tv": 0.9}},
-    "fp32": {"trainer": {"autocast": ""}},
     "block 7": {"draft": {"block_size": 7}},
     "3 taps": {"draft": {"target_layer_ids": [8, 18, 28]}},
 }
 
 
-def features(target: Any, rows: list[Any], layer_ids: list[int]) -> list[Any]:
+def features(target: Target, rows: list[TokenRow], layer_ids: list[int]) -> list[FeatureRow]:
     """Feature rows in memory, bf16."""
-    out = []
-    with torch.inference_mode():
-        for row in rows:
-            ids = torch.as_tensor(row.input_ids).long()
-            with TapCapture(target.family, layer_ids) as capture:
-                hidden = target.family.backbone(ids[None], use_cache=False).last_hidden_state[0]
-            mask = torch.as_tensor(row.loss_mask)
-            taps = capture.taps()[0].bfloat16()
-            out.append(
-                SimpleNamespace(
-                    sample_id=row.sample_id, input_ids=ids, loss_mask=mask, taps=taps, last_hidden=hidden.bfloat16()
-                )
-            )
-    return [SimpleNamespace(**{k: v.clone() if torch.is_tensor(v) else v for k, v in vars(r).items()}) for r in out]
+    return [r for r in feature_rows(target, rows, layer_ids, 1024) if r is not None]
 
 
 def score(step: TrainStep, rows: list[Any]) -> dict[str, float]:
@@ -137,7 +127,7 @@ def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="pipeline/corpus/demo/demo.jsonl.zst")
-    parser.add_argument("--rows", type=int, default=0, help="of the corpus; 0 takes all")
+    parser.add_argument("--rows", type=int, default=0, help="conversations to read; 0 takes all")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--variants", default="")
     parser.add_argument("--cache", default=".cache/draftline")
@@ -152,8 +142,8 @@ def main() -> None:
     )
     names = [v.strip() for v in args.variants.split(",") if v.strip()] or list(VARIANTS)
     results: dict[str, Any] = {}
-    cached: dict[str, tuple[list[Any], list[Any]]] = {}
-    print(f"{'variant':<18}{'steps':>6}{'anchors/s':>11}{'tau held':>10}{'expected':>10}{'tau train':>11}  agreement")
+    cached: dict[str, tuple[list[FeatureRow], list[FeatureRow]]] = {}
+    print(f"{'variant':<24}{'steps':>6}{'anchors/s':>11}{'tau held':>10}{'expected':>10}{'tau train':>11}  agreement")
     for name in names:
         ids = VARIANTS[name].get("draft", {}).get("target_layer_ids") or [1, 8, 14, 20, 27]
         variant = {**VARIANTS[name], "draft": {**VARIANTS[name].get("draft", {}), "target_layer_ids": ids}}
@@ -165,7 +155,7 @@ def main() -> None:
             )
         r = results[name] = run(target, corpus, *cached[str(ids)], variant, args.seconds)
         print(
-            f"{name:<18}{r['steps']:>6}{r['anchors_per_second']:>11.0f}{r['tau_heldout']:>10.3f}"
+            f"{name:<24}{r['steps']:>6}{r['anchors_per_second']:>11.0f}{r['tau_heldout']:>10.3f}"
             f"{r['tau_expected']:>10.3f}{r['tau_train']:>11.3f}  {r['agreement']}",
             flush=True,
         )
