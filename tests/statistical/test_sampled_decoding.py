@@ -80,7 +80,7 @@ def decode(
         rule=rule,
         scheduler=scheduler,
     )
-    engine = Engine(target, config, step_cost=cost, layer_ids=draft.config.target_layer_ids)
+    engine = Engine(target, config, step_cost=cost)
     options = {"slots": 96, "capacity": 16, "rule": rule} if name == "dspark" else {}
     engine.set_proposer(make_proposer(name, draft, **options))
     temperature, top_k, top_p = ask
