@@ -70,7 +70,7 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     Args:
         ridge: of the mean variance of the inputs.
     Raises:
-        ConfigError: a draft with QK norm, with one KV head, or too wide for closed form; fewer samples than inputs.
+        ConfigError: a draft with QK norm, one KV head or few rotary frequencies, or too wide; too few samples.
     """
     c = draft.config
     size, dim = c.hidden_size, c.head_dim
@@ -78,11 +78,17 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     rank = min(heads * dim - 1, round(size * _CONTEXT_SHARE))
     spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
     inputs = samples.taps.shape[1] + size
+    near, far = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75), draft.inv_freq <= 1 / 160
     if c.qk_norm or c.num_kv_heads < 2:
         raise ConfigError(
             "trainer.warm_start.layers=features needs draft.qk_norm=false and two or more KV heads (they are "
             f"{str(c.qk_norm).lower()} and {c.num_kv_heads}). Change the draft, or use "
             "trainer.warm_start.layers=target."
+        )
+    if not (near.any() and far.any()):
+        raise ConfigError(
+            f"trainer.warm_start.layers=features needs fast and slow rotary frequencies; draft.head_dim={dim} with "
+            f"rope_theta={c.rope_theta:g} has {draft.inv_freq.tolist()}. Use trainer.warm_start.layers=target."
         )
     if inputs > WIDEST or len(samples.tokens) < inputs // 4:
         raise ConfigError(
@@ -116,14 +122,13 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     const = const_axis * math.sqrt((rank + amplitude**2) / size) / amplitude
     mask = F.rms_norm(draft.embed[c.mask_token_id].float(), (size,))
     asking = fit.token_const - mask * (mask @ fit.token_const) / (mask @ mask)
-    near = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75)
     half = dim // 2
     pattern = _pattern(near, _NEAREST, dim)
     k[:heads, :half] = pattern[:, None] * const
     q[:heads, :, :half] = pattern[:, None] * asking
     v[:heads].view(-1, size)[: rank + 1] = torch.cat((content_axes, const_axis[:, None]), 1).T
     answering = fit.subspace @ (fit.subspace.T @ fit.token_const)
-    pattern = _pattern(~near & (draft.inv_freq < 0.75), _ANCHOR, dim)
+    pattern = _pattern(far, _ANCHOR, dim)
     k[heads:, :half] = pattern[:, None] * answering
     q[heads:, :, :half] = pattern[:, None] * asking
     v[heads:].view(-1, size)[:spare] = fit.subspace.T

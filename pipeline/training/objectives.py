@@ -91,10 +91,9 @@ class _VocabLoss(torch.autograd.Function):
             within = p.sum(-1, keepdim=True)
             outside = (1 - within.squeeze(-1)).clamp_(min=0)
             pull = kl_weight[part][:, None]
-            # sum p (log p - log m - z + log mass), without another [chunk, Vd] of logarithms.
-            apart = torch.einsum("nv,nv->n", p, log_p.sub_(z)) + within.squeeze(-1) * (log_mass - within.log()).squeeze(
-                -1
-            )
+            # sum p (log p - z) + m (log mass of q - log m), without another [chunk, Vd] of logarithms.
+            inner = log_mass - within.clamp(min=1e-30).log()  # p may stay outside altogether
+            apart = torch.einsum("nv,nv->n", p, log_p.sub_(z)) + (within * inner).squeeze(-1)
             kl[part] = apart
             difference = q - p
             l1[part] = difference.abs().sum(-1) + outside

@@ -105,6 +105,19 @@ def test_mass_that_the_draft_cannot_propose_lowers_acceptance() -> None:
     assert torch.equal(stats.agree, reachable), "greedy decoding rejects every proposal where the best token is outside"
 
 
+def test_a_target_that_stays_outside_the_draft_vocabulary_gives_no_nan() -> None:
+    """Nothing of p is inside: no KL, no gradient from it, and an acceptance of 0."""
+    hidden = torch.randn(3, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rows = torch.eye(5, D)
+    ones, none = torch.ones(3), torch.zeros(3)
+    loss, stats = vocab_loss(
+        hidden, None, None, rows, hidden.detach(), torch.full((3,), 500.0), -ones.long(), -ones.long(), none, ones, none
+    )
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(hidden.grad, torch.zeros(3, D))
+    assert torch.equal(stats.acceptance, none)
+
+
 def test_blocks_of_several_sequences_attend_as_under_one_dense_mask() -> None:
     """Grouped heads, sequences of other lengths, an anchor at position 0 (no context at all)."""
     g = torch.Generator().manual_seed(7)
