@@ -244,8 +244,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.regenerate.dtype": ("float32", "bfloat16"),
     "trainer.autocast": ("", "bfloat16"),
     "trainer.warm_start.layers": ("target", "features", "none"),
-    "draft.algorithm": ("dspark",),
-    "draft.markov_head_type": ("none", "vanilla"),
+    "draft.algorithm": ("dspark", "dflash"),
+    "draft.markov_head_type": ("none", "vanilla", "gated", "rnn"),
 }
 _POSITIVE = (
     "corpus.max_length",

@@ -10,17 +10,18 @@ from pipeline.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """A block drafter (DSpark). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
+    """A block drafter (DSpark, DFlash). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
 
     Attributes:
-        algorithm: dspark.
-        block_size: K; slot k predicts token anchor + k + 1 (`sample_from_anchor`), so K tokens per block.
+        algorithm: dspark or dflash (no Markov and no confidence head).
+        block_size: K slots. sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
         num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
         hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
             layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
         qk_norm: RMSNorm on queries and keys.
+        sliding_windows: per layer, how many positions back a slot sees context (0: all); empty: all of it everywhere.
         mask_token_id: fills slots 1..K-1; must be an embedding row that no text uses.
-        markov_rank: r of the Markov head. markov_head_type: none or vanilla.
+        markov_rank: r of the Markov head. markov_head_type: none, vanilla, gated or rnn.
         enable_confidence_head, confidence_head_with_markov: the confidence head and whether it sees the Markov
             embedding of the token before.
         draft_vocab_size: Vd, most frequent tokens of the corpus (0: the target's whole vocabulary).
@@ -38,6 +39,7 @@ class DraftConfig:
     rope_theta: float = 0.0
     rms_norm_eps: float = 0.0
     qk_norm: bool = True
+    sliding_windows: list[int] = dataclasses.field(default_factory=list)
     sample_from_anchor: bool = True
     mask_token_id: int = -1
     markov_rank: int = 256
@@ -49,6 +51,15 @@ class DraftConfig:
     @property
     def has_markov(self) -> bool:
         return self.markov_head_type != "none" and self.markov_rank > 0
+
+    @property
+    def tokens_per_block(self) -> int:
+        """G: how many tokens a block proposes."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    def window(self, layer: int) -> int:
+        """Positions back that a layer's slots see, their own included; 0 for all."""
+        return self.sliding_windows[layer] if self.sliding_windows else 0
 
 
 def default_layer_ids(num_layers: int, count: int = 5) -> list[int]:
@@ -116,6 +127,21 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
         raise ConfigError(
             f"draft.draft_vocab_size={config.draft_vocab_size} is not from 0 (all) to the target's {vocab_rows} tokens."
         )
-    if not config.sample_from_anchor:
-        raise ConfigError("draft.sample_from_anchor=false (DFlash's slot layout) is not in this version; use true.")
+    if config.tokens_per_block < 1:
+        raise ConfigError("draft.block_size=1 with draft.sample_from_anchor=false proposes nothing; use 2 or more.")
+    if config.algorithm == "dflash" and (config.has_markov or config.enable_confidence_head):
+        raise ConfigError(
+            "draft.algorithm=dflash has neither head: set draft.markov_head_type=none and "
+            "draft.enable_confidence_head=false, or use draft.algorithm=dspark."
+        )
+    if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
+        raise ConfigError(
+            f"draft.sliding_windows={config.sliding_windows} has {len(config.sliding_windows)} entries; the draft has "
+            f"{config.num_layers} layers. Give one per layer (0: no window)."
+        )
+    if any(0 < w <= config.block_size or w < 0 for w in config.sliding_windows):
+        raise ConfigError(
+            f"draft.sliding_windows={config.sliding_windows}: a window must be above the block of {config.block_size} "
+            "slots, or 0 for none."
+        )
     validate_layer_ids(config.target_layer_ids, num_layers)

@@ -2,11 +2,13 @@
 
 Definitions: algorithms 3 and 4 of the house notes; DSpark (arXiv 2607.05147, eqs. 5-7), DFlash (arXiv 2602.06036).
 Letters: N context positions, A anchors, B requests, K block size, L taps, D hidden, H query heads, Hkv KV heads, d head
-dim, V target vocabulary, Vd draft vocabulary, r Markov rank.
+dim, V target vocabulary, Vd draft vocabulary, r Markov rank, G tokens per block.
 
-Slot k of a block at anchor a sits at position a + k and predicts token a + k + 1. It attends to every context
-position strictly before a and to all slots of its own block. Slot 0 holds the anchor token's embedding, the others the
-mask token's. The embedding and the lm_head rows are the target's, frozen, and not part of the checkpoint.
+Slot k of a block at anchor a sits at position a + k. With `sample_from_anchor` (DSpark) it predicts token a + k + 1, so
+G = K tokens; without (DFlash's own layout) slot k predicts token a + k and the anchor's slot nothing: G = K - 1. A slot
+attends to the context positions strictly before a (within its layer's sliding window, if it has one) and to all slots
+of its own block. Slot 0 holds the anchor token's embedding, the others the mask token's. The embedding and the lm_head
+rows are the target's, frozen, and not part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.heads import MARKOV_HEADS, ConfidenceHead
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) of the block slots -> [T, H, d], context included."""
@@ -74,23 +77,6 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-class MarkovHead(nn.Module):
-    """logits_k += W2 W1[x_{k-1}] (eq. 5): W1 is indexed by target ids, W2 gives draft ids."""
-
-    def __init__(self, vocab_rows: int, draft_vocab: int, rank: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocab_rows, rank)
-        self.markov_w2 = nn.Linear(rank, draft_vocab, bias=False)
-        nn.init.normal_(self.markov_w1.weight, std=0.02)
-        nn.init.zeros_(self.markov_w2.weight)
-
-
-class ConfidenceHead(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(size, 1)
-
-
 class DSparkDraft(nn.Module):
     """The draft's module.
 
@@ -101,7 +87,7 @@ class DSparkDraft(nn.Module):
         d2t: int64[Vd], ascending target ids of the draft vocabulary.
         embed_scale, logit_softcap: the target family's.
     Attributes:
-        temperatures: float32[K], calibration of the confidence logits (ones until fitted).
+        temperatures: float32[G], calibration of the confidence logits (ones until fitted).
     """
 
     d2t: torch.Tensor
@@ -127,11 +113,14 @@ class DSparkDraft(nn.Module):
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.markov_head = MarkovHead(embed.shape[0], d2t.shape[0], c.markov_rank) if c.has_markov else None
+        self.markov_head = None
+        if c.has_markov:
+            head = MARKOV_HEADS[c.markov_head_type]
+            self.markov_head = head(embed.shape[0], d2t.shape[0], c.markov_rank, c.hidden_size)
         size = c.hidden_size + (c.markov_rank if c.has_markov and c.confidence_head_with_markov else 0)
         self.confidence_head = ConfidenceHead(size) if c.enable_confidence_head else None
         self.register_buffer("d2t", d2t.clone())
-        self.register_buffer("temperatures", torch.ones(c.block_size))
+        self.register_buffer("temperatures", torch.ones(c.tokens_per_block))
         self.register_buffer("embed", embed.detach(), persistent=False)
         full = d2t.shape[0] == lm_head.shape[0]
         self.register_buffer("lm_rows", lm_head.detach() if full else lm_head.detach()[d2t], persistent=False)
@@ -171,7 +160,8 @@ class DSparkDraft(nn.Module):
         return (anchors[:, None] + torch.arange(self.config.block_size, device=anchors.device)).flatten()
 
     def blocks(self, anchor_tokens: torch.Tensor, anchors: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Runs the layers over blocks; returns hidden states [A*K, D] after the final norm (what lm_head reads)."""
+        """Runs the layers over blocks; returns hidden states [A*G, D], after the final norm, of the slots that predict:
+        slot j of the result, from 0, stands for token anchor + 1 + j."""
         x = self.block_input(anchor_tokens)
         cos, sin = self.rope(self.block_positions(anchors))
         for i, layer in enumerate(self.decoder_layers):
@@ -180,6 +170,8 @@ class DSparkDraft(nn.Module):
             mixed = attend(i, layer.self_attn.queries(h, cos, sin), k, v)
             x = x + layer.self_attn.o_proj(mixed.flatten(-2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if not self.config.sample_from_anchor:
+            x = x.unflatten(0, (-1, self.config.block_size))[:, 1:].flatten(0, 1)
         return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -190,11 +182,15 @@ class DSparkDraft(nn.Module):
         """Applies the target family's softcap, if it has one."""
         return logits if not self.logit_softcap else torch.tanh(logits / self.logit_softcap) * self.logit_softcap
 
-    def markov_bias(self, previous: torch.Tensor) -> torch.Tensor | float:
-        """Bias [.., Vd] after target tokens previous [..] (0.0 without a Markov head)."""
+    def markov_step(
+        self, hidden: torch.Tensor, previous: torch.Tensor, state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
+        """Bias [.., Vd] of slots with hidden [.., D] after target tokens previous [..] (0.0 without a Markov head), and
+        the head's state for the next slot."""
         if self.markov_head is None:
-            return 0.0
-        return self.markov_head.markov_w2(self.markov_head.markov_w1(previous))
+            return 0.0, None
+        code, state = self.markov_head.step(hidden, previous, state)
+        return self.markov_head.markov_w2(code), state
 
     def confidence(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
         """Confidence logits [..] of slots with hidden [.., D] after tokens previous [..]; None without the head."""

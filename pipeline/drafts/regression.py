@@ -79,6 +79,11 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
     inputs = samples.taps.shape[1] + size
     near, far = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75), draft.inv_freq <= 1 / 160
+    if not c.sample_from_anchor:
+        raise ConfigError(
+            "trainer.warm_start.layers=features teaches the anchor's slot, which predicts nothing with "
+            "draft.sample_from_anchor=false. Use trainer.warm_start.layers=target."
+        )
     if c.qk_norm or c.num_kv_heads < 2:
         raise ConfigError(
             "trainer.warm_start.layers=features needs draft.qk_norm=false and two or more KV heads (they are "

@@ -75,7 +75,6 @@ def markov_from_bigrams(
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(matrix, q=rank, niter=4)
     scale = s.sqrt()
-    head.markov_w1.weight.zero_()
-    head.markov_w1.weight[rows, :rank] = u * scale
-    head.markov_w2.weight.zero_()
-    head.markov_w2.weight[:, :rank] = v * scale
+    w1 = torch.zeros(draft.embed.shape[0], rank)
+    w1[rows] = u * scale
+    head.set_bigrams(w1, v * scale)

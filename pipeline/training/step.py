@@ -1,6 +1,7 @@
 """One training step's arithmetic: feature rows in, a loss and its metrics out. No Ray, no DeepSpeed.
 
-Letters: S sequence length, A anchors, K block size, N = sum over sequences of A * K, D hidden, L taps.
+Letters: S sequence length, A anchors, K block size, G tokens per block, N = sum over sequences of A * G, D hidden, L
+taps.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class TrainStep:
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
         """The blocks a row contributes at a step: a function of (seed, step, sample) only."""
         key = (self.seed * 1_000_003 + step) * 1_000_003 + int(row.sample_id[:12], 16)
-        return sample_blocks(row.loss_mask, self.draft.config.block_size, self.num_anchors, key % (1 << 63))
+        return sample_blocks(row.loss_mask, self.draft.config.tokens_per_block, self.num_anchors, key % (1 << 63))
 
     def __call__(
         self,
@@ -138,7 +139,7 @@ class TrainStep:
             world_size: gradients are averaged over this many ranks afterwards, which the loss makes up for.
         """
         picked = [(r, b) for r in rows if (b := self.blocks_of(r, step)) is not None]
-        block = self.draft.config.block_size
+        block = self.draft.config.tokens_per_block
         w = position_weights(block, self.weights.decay)
         if picked:
             supervised = torch.cat([b.supervised for _, b in picked])
@@ -155,10 +156,13 @@ class TrainStep:
         keep = supervised.flatten().nonzero().squeeze(-1)
         device_type = self.draft.embed.device.type
         with torch.autocast(device_type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            hidden = self._hidden(picked)[keep]
-            previous = torch.cat([self._previous(r, b) for r, b in picked]).flatten()[keep]
+            hidden = self._hidden(picked)
+            previous = torch.cat([self._previous(r, b) for r, b in picked])
             head = self.draft.markov_head
-            markov = None if head is None else head.markov_w1(previous)
+            markov = None
+            if head is not None:
+                markov = head.codes(hidden.unflatten(0, (-1, block)), previous).flatten(0, 1)[keep]
+            hidden, previous = hidden[keep], previous.flatten()[keep]
             confidence = self.draft.confidence(hidden, previous)
         scale = world_size
         flat = all_weight.flatten()[keep]
@@ -192,12 +196,16 @@ class TrainStep:
         anchors = torch.cat([b.anchors for _, b in picked])
         lengths = [len(r.input_ids) for r, _ in picked]
         counts = [len(b.anchors) for _, b in picked]
-        masks = [
-            _context_mask(b.anchors, n, draft.config.block_size) for (_, b), n in zip(picked, lengths, strict=True)
-        ]
+        c = draft.config
+        masks = {
+            window: [
+                _context_mask(b.anchors, n, c.block_size, window) for (_, b), n in zip(picked, lengths, strict=True)
+            ]
+            for window in {c.window(i) for i in range(c.num_layers)}
+        }
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_attention(q, k, v, kv[layer], lengths, counts, masks, draft.config.block_size)
+            return block_attention(q, k, v, kv[layer], lengths, counts, masks[c.window(layer)], c.block_size)
 
         return draft.blocks(tokens, anchors, attend)
 
@@ -265,10 +273,14 @@ class TrainStep:
         return StepMetrics(*zeros)  # type: ignore[arg-type]
 
 
-def _context_mask(anchors: Tensor, length: int, block: int) -> Tensor:
-    """Additive float[A*K, S]: a block sees positions strictly before its anchor."""
-    hidden = torch.arange(length) >= anchors[:, None]
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat_interleave(block, 0)
+def _context_mask(anchors: Tensor, length: int, block: int, window: int) -> Tensor:
+    """Additive float[A*K, S]: a slot sees positions strictly before its block's anchor, and less than `window` before
+    its own (0: any)."""
+    at = torch.arange(length)
+    hidden = (at >= anchors[:, None]).repeat_interleave(block, 0)
+    if window:
+        hidden |= at <= (anchors[:, None] + torch.arange(block)).flatten()[:, None] - window
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 def block_attention(

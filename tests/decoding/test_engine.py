@@ -125,7 +125,9 @@ def test_draft_context_is_the_training_forwards(tiny: Target, draft: DSparkDraft
         )
         wanted, previous = [], torch.tensor([token])
         for k in range(4):
-            previous = draft.d2t[(draft.logits(hidden[k : k + 1]) + draft.markov_bias(previous)).argmax(-1)]
+            previous = draft.d2t[
+                (draft.logits(hidden[k : k + 1]) + draft.markov_step(hidden[k : k + 1], previous)[0]).argmax(-1)
+            ]
             wanted.append(int(previous))
     engine = engine_for(tiny, draft, "dspark")
     engine.set_schedule("fixed")

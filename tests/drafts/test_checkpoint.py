@@ -16,6 +16,7 @@ from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.target import Target
+from tests.drafts.samples import small_draft
 
 
 def _save(path: Path, draft: DSparkDraft, target: Target, identity: dict[str, str] | None = None) -> Path:
@@ -98,15 +99,19 @@ def test_the_vocabulary_holds_the_most_frequent_tokens_and_the_kept_ones() -> No
         choose_vocabulary(counts, 9, [], 6)
 
 
-def test_the_markov_head_starts_from_the_corpus_bigrams(draft: DSparkDraft) -> None:
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_the_markov_head_starts_from_the_corpus_bigrams(tiny: Target, kind: str) -> None:
     """After the closed-form start, the likeliest follower of a token is the one that followed it most."""
+    draft = small_draft(tiny, vocabulary=0, markov_head_type=kind)
     previous = torch.tensor([10] * 30 + [11] * 30 + [12] * 30)
     following = torch.tensor([20] * 28 + [22] * 2 + [40] * 30 + [60] * 29 + [22])
     markov_from_bigrams(draft, (previous, following))
-    bias = draft.markov_bias(torch.tensor([10, 11, 12]))
+    hidden = torch.randn(3, draft.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    bias, _ = draft.markov_step(hidden, torch.tensor([10, 11, 12]))
     assert isinstance(bias, torch.Tensor)
     assert draft.d2t[bias.argmax(-1)].tolist() == [20, 40, 60]
-    assert torch.equal(draft.markov_bias(torch.tensor([99])), torch.zeros(1, len(draft.d2t)))
+    unseen, _ = draft.markov_step(hidden[:1], torch.tensor([99]))
+    assert torch.equal(unseen, torch.zeros(1, len(draft.d2t)))
 
 
 def test_layers_start_from_the_targets_last(draft: DSparkDraft, tiny: Target) -> None:

@@ -6,6 +6,8 @@ sequences with many anchors. Wrong context bounds, positions, slot layouts or a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,15 +18,19 @@ from pipeline.drafts.dspark import DSparkDraft
 from pipeline.target import Target
 from tests.drafts.samples import small_draft
 from tests.training.reference import training_hidden
+from tests.training.test_step import KINDS
 
 
 def training_logits(
     draft: DSparkDraft, tokens: torch.Tensor, taps: torch.Tensor, anchor: int, proposed: torch.Tensor
 ) -> torch.Tensor:
-    """[K, Vd] of the block at `anchor` by the training forward, with the proposed tokens as the Markov head's past."""
+    """[G, Vd] of the block at `anchor` by the training forward, with the proposed tokens as the Markov head's past."""
     hidden = training_hidden(draft, [tokens], [taps], [torch.tensor([anchor])])
     previous = torch.cat((tokens[anchor][None], proposed[:-1]))
-    return draft.logits(hidden) + draft.markov_bias(previous)
+    bias: torch.Tensor | float = 0.0
+    if draft.markov_head is not None:
+        bias = draft.markov_head.markov_w2(draft.markov_head.codes(hidden[None], previous[None])[0])
+    return draft.logits(hidden) + bias
 
 
 def commit(proposer: DSparkProposer, sequence: Sequence, start: int, taps: torch.Tensor) -> None:
@@ -32,9 +38,9 @@ def commit(proposer: DSparkProposer, sequence: Sequence, start: int, taps: torch
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bool, qk_norm: bool) -> None:
-    draft = small_draft(tiny, qk_norm=qk_norm)
+@pytest.mark.parametrize("kind", [{"qk_norm": False}, *KINDS.values()], ids=["no qk norm", *KINDS])
+def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bool, kind: dict[str, Any]) -> None:
+    draft = small_draft(tiny, **kind)
     generator = torch.Generator().manual_seed(3)
     lengths, slots = [14, 5, 9], [2, 0, 3]
     proposer = DSparkProposer(draft, slots=4, capacity=32, rule="ratio", pack=pack)

@@ -27,7 +27,10 @@ from tests.drafts.samples import small_draft
         ({"markov_rank": -1}, "markov_rank=-1"),
         ({"draft_vocab_size": -5}, "draft_vocab_size=-5"),
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of 3"),
-        ({"sample_from_anchor": False}, "sample_from_anchor=false"),
+        ({"sample_from_anchor": False, "block_size": 1}, "sample_from_anchor=false"),
+        ({"algorithm": "dflash"}, "markov_head_type=none"),
+        ({"sliding_windows": [64]}, "one per layer"),
+        ({"sliding_windows": [64, 3]}, "must be above the block of 7"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(tiny: Target, changes: dict[str, Any], message: str) -> None:

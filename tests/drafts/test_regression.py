@@ -79,6 +79,7 @@ def test_further_layers_start_as_the_identity(tiny: Target) -> None:
         ({"qk_norm": True}, N, "qk_norm"),
         ({"num_kv_heads": 1}, N, "KV heads"),
         ({"head_dim": 2}, N, "rotary frequencies"),
+        ({"sample_from_anchor": False}, N, "anchor's slot"),
         ({}, 10, "10 samples"),
     ],
 )

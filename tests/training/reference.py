@@ -12,13 +12,13 @@ from pipeline.training.step import _context_mask, block_attention
 
 
 def training_hidden(draft: DSparkDraft, tokens: list[Tensor], taps: list[Tensor], anchors: list[Tensor]) -> Tensor:
-    """Hidden states [sum A * K, D] by the training forward: several sequences, several anchors each."""
+    """Hidden states [sum A * G, D] by the training forward: several sequences, several anchors each."""
     block = draft.config.block_size
     lengths = [len(t) for t in taps]
     kv = draft.context_kv(draft.context(torch.cat(taps)), torch.cat([torch.arange(n) for n in lengths]))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return training_attention(q, k, v, kv[layer], lengths, anchors, block)
+        return training_attention(q, k, v, kv[layer], lengths, anchors, block, draft.config.window(layer))
 
     first = torch.cat([t[a] for t, a in zip(tokens, anchors, strict=True)])
     return draft.blocks(first, torch.cat(anchors), attend)
@@ -32,9 +32,10 @@ def training_attention(
     lengths: list[int],
     anchors: list[Tensor],
     block: int,
+    window: int = 0,
 ) -> Tensor:
     """The training step's attention for given anchors per sequence: [N, H, d]."""
-    masks = [_context_mask(a, n, block) for a, n in zip(anchors, lengths, strict=True)]
+    masks = [_context_mask(a, n, block, window) for a, n in zip(anchors, lengths, strict=True)]
     return block_attention(q, k, v, context, lengths, [len(a) for a in anchors], masks, block)
 
 

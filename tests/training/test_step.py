@@ -15,8 +15,7 @@ from pipeline.target import TapCapture, Target
 from pipeline.training.anchors import candidates, sample_blocks
 from pipeline.training.step import TrainStep, Weights
 from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
-
-K = 4
+from tests.drafts.samples import small_draft
 
 
 def _row(target: Target, length: int, seed: int) -> Any:
@@ -41,19 +40,27 @@ def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainS
         for i, a in enumerate(blocks.anchors.tolist()):
             kv = draft.context_kv(context[:a], torch.arange(a))
 
-            def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any = kv) -> torch.Tensor:
+            def attend(
+                layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any = kv, a: int = a
+            ) -> torch.Tensor:
                 k, v = torch.cat((kv[layer][0], k)), torch.cat((kv[layer][1], v))
-                groups = q.shape[1] // k.shape[1]
+                groups, window = q.shape[1] // k.shape[1], draft.config.window(layer)
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
                 q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-                return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+                seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+                for slot in range(q.shape[2]):
+                    if window:
+                        seen[slot, : max(0, min(a, a + slot - window + 1))] = False
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
 
             h = draft.blocks(r.input_ids[a : a + 1].long(), torch.tensor([a]), attend)
-            for k in range(K):
+            state = None
+            for k in range(draft.config.tokens_per_block):
                 if not blocks.supervised[i, k]:
                     continue
                 before, label = r.input_ids[a + k].long(), r.input_ids[a + k + 1].long()
-                z = draft.logits(h[k]) + draft.markov_bias(before)
+                bias, state = draft.markov_step(h[k], before, state)
+                z = draft.logits(h[k]) + bias
                 p = (r.last_hidden[a + k] @ target.family.lm_head.weight.T).softmax(-1)
                 l1 = (z.softmax(-1) - p[draft.d2t]).abs().sum() + 1 - p[draft.d2t].sum()
                 w = math.exp(-k / 4)
@@ -64,14 +71,32 @@ def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainS
                     ce = -z.log_softmax(-1)[column[0, 0]]
                     inside_weight += w
                 guess = draft.confidence(h[k], before)
-                assert guess is not None
-                bce = F.binary_cross_entropy_with_logits(guess, (1 - 0.5 * l1).detach())
+                bce: Any = 0.0
+                if guess is not None:
+                    bce = F.binary_cross_entropy_with_logits(guess, (1 - 0.5 * l1).detach())
                 terms.append((w, ce, l1, bce))
     return sum(0.1 * w * ce / inside_weight + (0.9 * l1 + bce) * w / weight for w, ce, l1, bce in terms)  # type: ignore[return-value]
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "gated": {"markov_head_type": "gated"},
+    "rnn": {"markov_head_type": "rnn"},
+    "confidence on hidden": {"confidence_head_with_markov": False},
+    "windows": {"sliding_windows": [6, 0]},
+    "dflash": {
+        "algorithm": "dflash",
+        "sample_from_anchor": False,
+        "markov_head_type": "none",
+        "enable_confidence_head": False,
+    },
+}
+
+
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_loss_and_gradients_equal_the_plain_formulation(tiny: Target, draft: DSparkDraft, chunk: int) -> None:  # noqa: F811
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_the_plain_formulation(tiny: Target, kind: str, chunk: int) -> None:  # noqa: F811
+    draft = small_draft(tiny, vocabulary=200, **KINDS[kind])  # noqa: F811
     rows = [_row(tiny, 30, 1), _row(tiny, 19, 2)]
     step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=6, seed=0, chunk=chunk)
     loss, _ = step(rows, 0)

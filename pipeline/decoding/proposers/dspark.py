@@ -1,6 +1,7 @@
-"""Decoding with a DSpark draft: context keys grow with accepted taps, a block is drafted for all requests at once.
+"""Decoding with a block drafter (DSpark, DFlash): context keys grow with accepted taps, one batch of blocks.
 
-Letters: B requests, K block size, G query heads per KV head, n context positions, d head dim, Vd draft vocabulary.
+Letters: B requests, K block size, T tokens per block, G query heads per KV head, n context positions, d head dim, Vd
+draft vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DSparkProposer:
         shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
         self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
         c = self.config = draft.config
-        self.block_size = c.block_size
+        self.block_size = c.tokens_per_block
         self.layer_ids = list(c.target_layer_ids)
         self.rule = rule
         self.device = draft.embed.device
@@ -96,6 +97,7 @@ class DSparkProposer:
         hidden = self.draft.blocks(anchor_tokens, anchors, self._attend(sequences))
         base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
         base = base.view(batch, block, -1)
+        hidden = hidden.view(batch, block, -1)
         sampling = Sampling.of(
             [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
             device=self.device,
@@ -103,10 +105,11 @@ class DSparkProposer:
         keep = self.rule == "ratio" and not sampling.greedy
         kept = torch.empty_like(base) if keep else None
         d2t = self.draft.d2t
-        previous = anchor_tokens
+        previous, state = anchor_tokens, None
         columns, seen = [], []
         for k in range(block):
-            logits = base[:, k] + self.draft.markov_bias(previous)
+            bias, state = self.draft.markov_step(hidden[:, k], previous, state)
+            logits = base[:, k] + bias
             seen.append(previous)
             if sampling.greedy:
                 previous = d2t[logits.argmax(-1)]
@@ -124,7 +127,7 @@ class DSparkProposer:
                     anchor=anchors if self.rule == "ratio" else None,
                 )
             columns.append(previous)
-        raw = self.draft.confidence(hidden.view(batch, block, -1), torch.stack(seen, 1))
+        raw = self.draft.confidence(hidden, torch.stack(seen, 1))
         if raw is None:
             confidence = torch.full((batch, block), 0.5)
         else:
@@ -148,13 +151,7 @@ class DSparkProposer:
         index = torch.tensor(slots, device=self.device).repeat_interleave(block)
         offsets = torch.tensor([n + j for n in lengths for j in range(block)], device=self.device)
         row = torch.tensor([s - low for s in slots], device=self.device)
-        mask = None
-        if len(slots) > 1:
-            visible = torch.zeros(high - low, 1, 1, end, dtype=torch.bool, device=self.device)
-            visible[..., 0] = True
-            limit = torch.tensor([n + block for n in lengths], device=self.device)
-            visible[row, 0, 0] = torch.arange(end, device=self.device) < limit[:, None]
-            mask = visible.expand(-1, 1, groups * block, -1)
+        masks = {w: self._visible(row, lengths, low, high, end, w) for w in {c.window(i) for i in range(c.num_layers)}}
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer, index, offsets, k, v)
@@ -164,7 +161,10 @@ class DSparkProposer:
                 full[row] = grid
                 grid = full
             out = F.scaled_dot_product_attention(
-                grid, self.cache.k[layer, low:high, :, :end], self.cache.v[layer, low:high, :, :end], attn_mask=mask
+                grid,
+                self.cache.k[layer, low:high, :, :end],
+                self.cache.v[layer, low:high, :, :end],
+                attn_mask=masks[c.window(layer)],
             )
             if out.shape[0] != len(slots) or slots != sorted(slots):
                 out = out[row]
@@ -172,3 +172,21 @@ class DSparkProposer:
             return out.reshape(-1, c.num_heads, c.head_dim)
 
         return attend
+
+    def _visible(
+        self, row: torch.Tensor, lengths: list[int], low: int, high: int, end: int, window: int
+    ) -> torch.Tensor | None:
+        """bool[slots low..high, 1, G*K, end] of what each slot may see; None if that is all of it."""
+        c = self.config
+        if len(lengths) == 1 and (not window or end <= window):
+            return None
+        length = torch.tensor(lengths, device=self.device)[:, None, None]
+        at = torch.arange(end, device=self.device)
+        mine = at < length + c.block_size
+        if window:
+            own = length + torch.arange(c.block_size, device=self.device)[:, None]
+            mine = mine & ((at >= length) | (at > own - window))
+        visible = torch.zeros(high - low, c.block_size, end, dtype=torch.bool, device=self.device)
+        visible[..., 0] = True  # rows of no request: a softmax over nothing would be NaN
+        visible[row] = mine.expand(-1, c.block_size, -1)
+        return visible.repeat(1, c.num_heads // c.num_kv_heads, 1)[:, None]
