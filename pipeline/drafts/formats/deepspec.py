@@ -174,9 +174,8 @@ def _config(path: Path, algorithm: str, raw: dict[str, Any]) -> DraftConfig:
     }
     missing = [theirs for theirs in wanted.values() if theirs not in raw]
     theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta")
-    if theta is None:
-        missing.append("rope_theta")
-    if missing:
+    if theta is None or missing:
+        missing += ["rope_theta"] if theta is None else []
         raise ArtifactError(f"{path / CONFIG} has no {', '.join(missing)}.")
     return dataclasses.replace(
         DraftConfig(**{ours: raw[theirs] for ours, theirs in wanted.items()}),
