@@ -138,7 +138,10 @@ def main() -> None:
     target = load_target(TargetConfig(dtype="bfloat16"), Path(args.cache))
     corpus = Path(args.cache) / "levers-corpus"
     build_corpus(
-        CorpusConfig(source=args.source, max_rows=args.rows), target.tokenizer, target.identity.as_dict(), corpus
+        CorpusConfig(source=args.source, max_rows=args.rows, max_length=384, heldout_fraction=0.06),
+        target.tokenizer,
+        target.identity.as_dict(),
+        corpus,
     )
     names = [v.strip() for v in args.variants.split(",") if v.strip()] or list(VARIANTS)
     results: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from pipeline.entry import recorder, run
 def main(config: PipelineConfig) -> None:
     began = time.monotonic()
     tracker = recorder(config)
+    (config.run_dir / "summary.json").unlink(missing_ok=True)  # a run that is refused must not leave another's figures
     with tracker.running(config.name) as parent:
         print("== regenerate", flush=True)
         regenerate.main(config)

@@ -18,10 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import MANIFEST, digest_json, sha256_file, write_json
+from pipeline.artifact import digest_json, sha256_file, write_json
 from pipeline.config import EngineConfig, PipelineConfig, TargetConfig
 from pipeline.corpus.conversations import Quarantined
-from pipeline.corpus.regeneration import Regenerator, ResponseSettings, prompt_rows, rows_of, write_conversations
+from pipeline.corpus.regeneration import (
+    Regenerator,
+    ResponseSettings,
+    prompt_rows,
+    read_provenance,
+    rows_of,
+    write_conversations,
+)
 from pipeline.errors import DraftlineError
 from pipeline.target.loading import load_identity
 
@@ -70,20 +77,19 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
         raise DraftlineError(f"corpus.regenerate.prompts={ask.prompts} holds no usable prompt.")
     info = {
         "target": load_identity(target, config.cache).as_dict(),
-        "sampling": {**dataclasses.asdict(settings), "dtype": ask.dtype},
+        "sampling": {**dataclasses.asdict(settings), "dtype": ask.dtype, "max_context": engine.max_context},
+        "system_prompt": config.target.system_prompt,
         "prompts": {"file": Path(ask.prompts).name, "sha256": sha256_file(Path(ask.prompts)), "rows": len(rows)},
         "quarantined": len(quarantine),
     }
-    known = out.parent / MANIFEST
-    if known.is_file():
-        manifest = json.loads(known.read_text())
-        if all(manifest.get(k) == v for k, v in info.items()):
-            print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
-            return manifest
-    key = digest_json(info)
+    manifest = read_provenance(out) if out.is_file() else {}
+    if manifest and all(manifest.get(k) == v for k, v in info.items()):
+        print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
+        return manifest
+    per_chunk = 2 * ask.concurrency
+    key = digest_json([info, per_chunk])  # chunks of another size hold other prompts under the same number
     parts = out.parent / f".{out.name}.parts-{key[:12]}"
     parts.mkdir(parents=True, exist_ok=True)
-    per_chunk = 2 * ask.concurrency
     chunks = [
         {"chunk": n, "rows": json.dumps(rows[i : i + per_chunk])}
         for n, i in enumerate(range(0, len(rows), per_chunk))

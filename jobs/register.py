@@ -21,8 +21,10 @@ def registered_name(config: PipelineConfig) -> str:
     """`tracking.model_name`, or one derived from the target and the draft's family."""
     from pipeline.registry.promotion import model_name
 
+    if config.tracking.model_name:
+        return config.tracking.model_name
     target = artifact.load(config.run_dir / "calibrated", "draft", verify=False).target or {}
-    return config.tracking.model_name or model_name(target["id"], config.draft.algorithm)
+    return model_name(target["id"], config.draft.algorithm)
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> str:

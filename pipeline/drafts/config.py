@@ -84,8 +84,7 @@ def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> Draft
     rope = getattr(target_config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(
-            f"The target's rope type is {rope['rope_type']!r}; drafts support 'default' only. Set draft.rope_theta is "
-            "not enough: choose another target."
+            f"The target's rope type is {rope['rope_type']!r}; drafts support 'default' only. Choose another target."
         )
     full = dataclasses.replace(
         config,

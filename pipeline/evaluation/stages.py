@@ -144,10 +144,19 @@ def _prepare(
     loaded = load_target(target, cache_dir)
     draft = load_draft(draft_dir, loaded)
     rows = read_rows(corpus_dir, "heldout")
+    room = engine.max_context - benchmark.max_new_tokens
+    fits = [r for r in rows if r.prompt_length <= room]
+    if len(fits) < len(rows):
+        print(
+            f"{len(rows) - len(fits)} of {len(rows)} held-out prompts are longer than engine.max_context="
+            f"{engine.max_context} leaves room for; they are left out",
+            flush=True,
+        )
+    rows = fits
     if len(rows) < 2:
         raise DraftlineError(
-            f"The corpus at {corpus_dir} has {len(rows)} held-out rows; evaluation needs 2 or more. Raise "
-            "corpus.heldout_fraction or give more conversations."
+            f"The corpus at {corpus_dir} has {len(rows)} held-out rows to decode; evaluation needs 2 or "
+            "more. Raise corpus.heldout_fraction or engine.max_context, or give more conversations."
         )
     picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
     return Engine(loaded, engine), draft, picked

@@ -159,6 +159,10 @@ def check(
     corpus = artifact.load(corpus_dir, "corpus", verify=False)
     check_identity(corpus, load_identity(target, Path(cache_dir)).as_dict(), corpus_dir)
     model = AutoConfig.from_pretrained(obtain(target, Path(cache_dir))).get_text_config()
+    if (kind := (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default")) != "default":
+        raise DraftlineError(
+            f"The target's rope type is {kind!r}; drafts support 'default' only. Choose another target."
+        )
     validate_layer_ids(config.target_layer_ids, int(model.num_hidden_layers))
     if not (rows := corpus.counts[f"{split}_rows"]):
         raise DraftlineError(f"{corpus_dir} has no {split} rows. Give more conversations (corpus.source).")

@@ -238,9 +238,10 @@ def _free_port(host: str, port: int) -> int:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError as e:
+        except (OSError, OverflowError) as e:
+            why = getattr(e, "strerror", None) or e
             raise DraftlineError(
-                f"serving.port={port} on {host} can't be used ({e.strerror or e}). Choose another serving.port, "
+                f"serving.port={port} on {host} can't be used ({why}). Choose another serving.port, "
                 "or 0 for a free one."
             ) from None
         return int(s.getsockname()[1])
