@@ -29,7 +29,9 @@ from pipeline.corpus.regeneration import (
     rows_of,
     write_conversations,
 )
+from pipeline.corpus.rows import ChatFormat
 from pipeline.errors import DraftlineError
+from pipeline.target import load_tokenizer
 from pipeline.target.loading import load_identity
 
 
@@ -86,6 +88,7 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
     if manifest and all(manifest.get(k) == v for k, v in info.items()):
         print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
         return manifest
+    ChatFormat(load_tokenizer(config.target, config.cache))  # a template that can't be used is one line here
     per_chunk = 2 * ask.concurrency
     key = digest_json([info, per_chunk])  # chunks of another size hold other prompts under the same number
     parts = out.parent / f".{out.name}.parts-{key[:12]}"
