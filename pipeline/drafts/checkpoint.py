@@ -68,6 +68,20 @@ def save_draft(
     return artifact.load(out, "draft", verify=False)
 
 
+def differences(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """What of a file's tensors is not as a draft expects: missing, unknown, of another shape, or not finite."""
+    problems = [f"{n} is missing" for n in expected.keys() - tensors.keys()]
+    problems += [f"{n} is unknown" for n in tensors.keys() - expected.keys()]
+    problems += [
+        f"{n} has shape {list(tensors[n].shape)}, the config gives {list(expected[n].shape)}"
+        for n in expected.keys() & tensors.keys()
+        if expected[n].shape != tensors[n].shape
+    ]
+    return problems + [
+        f"{n} has values that are not finite" for n, t in tensors.items() if not bool(t.isfinite().all())
+    ]
+
+
 def load_draft(path: Path | str, target: Target) -> DSparkDraft:
     """Loads a draft for a target.
 
@@ -109,15 +123,7 @@ def load_draft(path: Path | str, target: Target) -> DSparkDraft:
             f"{config.draft_vocab_size}."
         )
     draft = make_draft(config, target, d2t)
-    own = draft.state_dict()
-    problems = [f"{n} is missing" for n in own.keys() - tensors.keys()]
-    problems += [f"{n} is unknown" for n in tensors.keys() - own.keys()]
-    problems += [
-        f"{n} has shape {list(tensors[n].shape)}, the config gives {list(own[n].shape)}"
-        for n in own.keys() & tensors.keys()
-        if own[n].shape != tensors[n].shape
-    ]
-    problems += [f"{n} has values that are not finite" for n, t in tensors.items() if not bool(t.isfinite().all())]
+    problems = differences(tensors, draft.state_dict())
     if "temperatures" in tensors and bool((tensors["temperatures"] <= 0).any()):
         problems.append("temperatures must be above 0")
     if problems:

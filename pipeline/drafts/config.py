@@ -71,6 +71,13 @@ def default_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     return sorted({round(1 + i * (last - 1) / (count - 1)) for i in range(count)})
 
 
+def check_rope(target_config: Any) -> None:
+    """Raises ConfigError for a target whose rotary embedding drafts can't share."""
+    kind = (getattr(target_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind != "default":
+        raise ConfigError(f"The target's rope type is {kind!r}; drafts support 'default' only. Choose another target.")
+
+
 def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> DraftConfig:
     """Fills what the config leaves to the target.
 
@@ -81,11 +88,8 @@ def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> Draft
         ConfigError: values that can't fit the target.
     """
     heads = target_config.num_attention_heads
+    check_rope(target_config)
     rope = getattr(target_config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            f"The target's rope type is {rope['rope_type']!r}; drafts support 'default' only. Choose another target."
-        )
     full = dataclasses.replace(
         config,
         hidden_size=config.hidden_size or target_config.hidden_size,

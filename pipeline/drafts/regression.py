@@ -125,7 +125,7 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     q = attention.q_proj.weight.view(c.num_kv_heads, -1, dim, size)
     # RMSNorm brings a context vector of `rank` unit parts and the constant to length sqrt(D).
     const = const_axis * math.sqrt((rank + amplitude**2) / size) / amplitude
-    mask = F.rms_norm(draft.embed[c.mask_token_id].float(), (size,))
+    mask = _seen(draft, torch.tensor(c.mask_token_id))
     asking = fit.token_const - mask * (mask @ fit.token_const) / (mask @ mask)
     half = dim // 2
     pattern = _pattern(near, _NEAREST, dim)
@@ -147,10 +147,10 @@ def _pattern(dims: Tensor, score: float, dim: int) -> Tensor:
     return (chosen * score * math.sqrt(dim) / chosen.sum()).sqrt()
 
 
-def _inputs(draft: DSparkDraft, samples: Samples, part: slice, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled taps [m, L*D] and normalised embeddings [m, D] of a part of the samples, float32."""
-    embedding = draft.embed[samples.tokens[part]].float()
-    return samples.taps[part].float() / scale, F.rms_norm(embedding, embedding.shape[-1:])
+def _seen(draft: DSparkDraft, tokens: Tensor) -> Tensor:
+    """float32[.., D]: embeddings of tokens as the first layer's norm passes them on."""
+    embedding = draft.embed[tokens].float()
+    return F.rms_norm(embedding, embedding.shape[-1:])
 
 
 def _parts(samples: Samples) -> list[slice]:
@@ -166,7 +166,7 @@ def _solve(draft: DSparkDraft, samples: Samples, gain: Tensor, rank: int, spare:
     gram, cross = torch.zeros(width + size, width + size), torch.zeros(width + size, size)
     mean, aim = torch.zeros(width + size), torch.zeros(size)
     for part in _parts(samples):
-        x = torch.cat(_inputs(draft, samples, part, scale), 1)
+        x = torch.cat((samples.taps[part].float() / scale, _seen(draft, samples.tokens[part])), 1)
         y = samples.hidden[part].float() / gain
         gram.addmm_(x.T, x, alpha=1 / n)
         cross.addmm_(x.T, y, alpha=1 / n)
@@ -199,9 +199,8 @@ def _output(draft: DSparkDraft, samples: Samples, gain: Tensor, heads: int) -> T
     width = c.num_kv_heads * c.head_dim
     gram, cross = torch.zeros(width, width), torch.zeros(width, c.hidden_size)
     for part in _parts(samples):
-        embedding = draft.embed[samples.tokens[part]].float()
         context = attention.v_proj(draft.context(samples.taps[part].float()))
-        own = attention.v_proj(F.rms_norm(embedding, embedding.shape[-1:]))
+        own = attention.v_proj(_seen(draft, samples.tokens[part]))
         x = torch.cat((context[:, : heads * c.head_dim], own[:, heads * c.head_dim :]), 1)
         gram.addmm_(x.T, x)
         cross.addmm_(x.T, samples.hidden[part].float() / gain)

@@ -18,6 +18,7 @@ import numpy as np
 from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import Split, read_rows
+from pipeline.drafts.config import check_rope
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
@@ -159,10 +160,7 @@ def check(
     corpus = artifact.load(corpus_dir, "corpus", verify=False)
     check_identity(corpus, load_identity(target, Path(cache_dir)).as_dict(), corpus_dir)
     model = AutoConfig.from_pretrained(obtain(target, Path(cache_dir))).get_text_config()
-    if (kind := (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default")) != "default":
-        raise DraftlineError(
-            f"The target's rope type is {kind!r}; drafts support 'default' only. Choose another target."
-        )
+    check_rope(model)
     validate_layer_ids(config.target_layer_ids, int(model.num_hidden_layers))
     if not (rows := corpus.counts[f"{split}_rows"]):
         raise DraftlineError(f"{corpus_dir} has no {split} rows. Give more conversations (corpus.source).")

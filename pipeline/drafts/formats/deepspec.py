@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifact
-from pipeline.drafts.checkpoint import make_draft
+from pipeline.drafts.checkpoint import differences, make_draft
 from pipeline.drafts.config import DraftConfig, check
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import ArtifactError, ConfigError
@@ -132,18 +132,9 @@ def read(path: Path | str, target: Target) -> DSparkDraft:
         raise ArtifactError(f"The draft at {path} does not fit the target. {e}") from None
     draft = make_draft(config, target, torch.arange(target.vocab_size))
     own = {n: t for n, t in draft.state_dict().items() if n not in ("d2t", "temperatures")}
-    shapes = {n: t.shape for n, t in own.items()} | dict(
-        zip(_BORROWED, (draft.embed.shape, draft.lm_rows.shape), strict=True)
-    )
-    problems = [f"{n} is missing" for n in shapes.keys() - tensors.keys() - set(_BORROWED)]
-    problems += [f"{n} is unknown" for n in tensors.keys() - shapes.keys()]
-    problems += [
-        f"{n} has shape {list(tensors[n].shape)}, the config and the target give {list(shapes[n])}"
-        for n in shapes.keys() & tensors.keys()
-        if tensors[n].shape != shapes[n]
-    ]
-    problems += [f"{n} has values that are not finite" for n, t in tensors.items() if not bool(t.isfinite().all())]
-    for name, mine in zip(_BORROWED, (draft.embed, draft.lm_rows), strict=True):
+    borrowed = dict(zip(_BORROWED, (draft.embed, draft.lm_rows), strict=True))
+    problems = differences(tensors, own | {n: t for n, t in borrowed.items() if n in tensors})
+    for name, mine in borrowed.items():
         theirs = tensors.get(name)
         if theirs is not None and theirs.shape == mine.shape and not torch.equal(theirs, mine.to(theirs.dtype)):
             far = float((theirs.float() - mine.float()).abs().max())
