@@ -1,6 +1,7 @@
 """Fits the draft's confidence temperatures on held-out rounds (sequential temperature scaling).
 
-ray job submit --working-dir . -- python jobs/calibrate.py experiment=demo
+ray job submit --working-dir . -- python jobs/calibrate.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     return record(
         "calibrate",
         config,
-        lambda: calibrate_draft(
-            root / "draft", config.target, root / "corpus", config.engine, config.benchmark, out, config.cache
+        lambda begin: calibrate_draft(
+            root / "draft", config.target, root / "corpus", config.engine, config.benchmark, out, config.cache, begin
         ),
         out,
+        sources={"draft": root / "draft", "corpus": root / "corpus"},
         parent=parent,
         metrics=lambda m: {f"temperature_{k}": t for k, t in enumerate(m.info["calibration"]["temperatures"], 1)},
     )

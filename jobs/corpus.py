@@ -1,6 +1,7 @@
 """Conversations to token rows with loss masks, split into training and held-out prompts.
 
-ray job submit --working-dir . -- python jobs/corpus.py experiment=demo
+ray job submit --working-dir . -- python jobs/corpus.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import sys
 
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
+from collections.abc import Callable
 
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
@@ -22,12 +25,15 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
     out = config.run_dir / "corpus"
 
-    def make() -> Manifest:
+    def make(begin: Callable[[], object]) -> Manifest:
         tokenizer = load_tokenizer(config.target, config.cache)
         identity = load_identity(config.target, config.cache, tokenizer).as_dict()
-        return build_corpus(config.corpus, tokenizer, identity, out, system_prompt=config.target.system_prompt)
+        return build_corpus(
+            config.corpus, tokenizer, identity, out, system_prompt=config.target.system_prompt, begin=begin
+        )
 
-    manifest = record("corpus", config, make, out, parent=parent)
+    sources = {"source": config.corpus.source, "chat_template": config.target.path, "tokenizer": config.target.path}
+    manifest = record("corpus", config, make, out, sources=sources, parent=parent)
     print(f"corpus: {manifest.counts}")
     return manifest
 

@@ -1,6 +1,7 @@
 """Measures the calibrated draft against plain decoding by the same engine; writes report.json and report.html.
 
-ray job submit --working-dir . -- python jobs/evaluate.py experiment=demo
+ray job submit --working-dir . -- python jobs/evaluate.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     return record(
         "evaluate",
         config,
-        lambda: evaluate_draft(
-            root / "calibrated", config.target, root / "corpus", config.engine, config.benchmark, out, config.cache
+        lambda begin: evaluate_draft(
+            root / "calibrated",
+            config.target,
+            root / "corpus",
+            config.engine,
+            config.benchmark,
+            out,
+            config.cache,
+            begin,
         ),
         out,
+        sources={"draft": root / "calibrated", "corpus": root / "corpus"},
         parent=parent,
         metrics=lambda m: m.info["headline"],
         files=("report.json", "report.html"),

@@ -1,6 +1,7 @@
 """Hidden-state features of the corpus' training rows, through the frozen target on Ray Data.
 
-ray job submit --working-dir . -- python jobs/extract.py experiment=demo
+ray job submit --working-dir . -- python jobs/extract.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     return record(
         "extract",
         config,
-        lambda: extract(config.features, config.target, root / "corpus", out, config.cache),
+        lambda begin: extract(config.features, config.target, root / "corpus", out, config.cache, begin=begin),
         out,
+        sources={"corpus": root / "corpus"},
         parent=parent,
     )
 

@@ -1,6 +1,7 @@
 """Lets the gate decide about the challenger: moves `champion`, or refuses with exit status 3.
 
-ray job submit --working-dir . -- python jobs/promote.py experiment=demo
+ray job submit --working-dir . -- python jobs/promote.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -10,26 +11,39 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
-from contextlib import ExitStack
 from typing import Any
 
 from jobs.register import registered_name
 from pipeline.config import PipelineConfig
-from pipeline.entry import recorder, run
+from pipeline.entry import StageRecord, run
 
 REFUSED = 3
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> Any:
-    from pipeline.registry.promotion import promote
+    from pipeline.registry.promotion import fetch, promote
 
-    tracker = recorder(config)
     print("== promote", flush=True)
-    with ExitStack() as stack:
-        top = parent or stack.enter_context(tracker.running(config.name))
-        run_ = stack.enter_context(tracker.stage(top, "promote"))
-        decision = promote(tracker, run_, registered_name(config), config.gate)
-    print(decision.table(), flush=True)
+    with StageRecord("promote", config, parent) as record:
+
+        def compare(challenger: Any, champion: Any) -> dict[str, Any]:
+            from pipeline.evaluation.stages import compare_drafts
+
+            print(f"promote: measures version {challenger.version} beside the champion, {champion.version}", flush=True)
+            root, cache = config.run_dir, config.cache / "champions"
+            return compare_drafts(
+                fetch(record.recorder, challenger, cache).draft_dir,
+                fetch(record.recorder, champion, cache).draft_dir,
+                config.target,
+                root / "corpus",
+                config.engine,
+                config.benchmark,
+                root / "comparison",
+                config.cache,
+            )
+
+        decision = promote(record.recorder, record.begin(), registered_name(config), config.gate, compare)
+    print(decision.text(), flush=True)
     return decision
 
 

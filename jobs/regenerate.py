@@ -1,6 +1,7 @@
 """Answers prompts with the target itself: the corpus a draft should learn from.
 
-ray job submit --working-dir . -- python jobs/regenerate.py experiment=demo corpus.regenerate.limit=0
+ray job submit --working-dir . -- python jobs/regenerate.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline corpus.regenerate.limit=0
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ if sys.path and sys.path[0].endswith("jobs"):
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import digest_json, sha256_file, write_json
+from pipeline.artifact import MANIFEST, digest_json, sha256_file, write_json
 from pipeline.config import EngineConfig, PipelineConfig, TargetConfig
 from pipeline.corpus.conversations import Quarantined
 from pipeline.corpus.regeneration import (
@@ -30,7 +32,10 @@ from pipeline.corpus.regeneration import (
     write_conversations,
 )
 from pipeline.corpus.rows import ChatFormat
+from pipeline.entry import StageRecord, run
 from pipeline.errors import DraftlineError
+from pipeline.features.extract import num_gpus
+from pipeline.registry.recorder import ARTIFACT, identity_tags
 from pipeline.target import load_tokenizer
 from pipeline.target.loading import load_identity
 
@@ -58,16 +63,17 @@ class RegenerationActor:
         return {"chunk": np.array([chunk]), "tokens": np.array([tokens])}
 
 
-def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
+def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Regenerates `config.corpus.regenerate.prompts` into `out` (a .jsonl.zst with manifest.json beside it).
 
-    Interrupted, it goes on with the chunks that are missing. Needs Ray to be initialised.
+    Interrupted, it goes on with the chunks that are missing. Needs Ray to be initialised. `begin` is called when there
+    is work to do.
     """
     import ray
 
     ask = config.corpus.regenerate
     settings = ResponseSettings(ask.temperature, ask.top_k, ask.top_p, ask.max_new_tokens, ask.seed)
-    target = dataclasses.replace(config.target, dtype=ask.dtype)
+    target = dataclasses.replace(config.target, dtype=ask.dtype or config.target.dtype)
     engine = dataclasses.replace(
         config.engine, max_requests=ask.concurrency, threads=ask.threads, max_queue=4 * ask.concurrency
     )
@@ -79,7 +85,7 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
         raise DraftlineError(f"corpus.regenerate.prompts={ask.prompts} holds no usable prompt.")
     info = {
         "target": load_identity(target, config.cache).as_dict(),
-        "sampling": {**dataclasses.asdict(settings), "dtype": ask.dtype, "max_context": engine.max_context},
+        "sampling": {**dataclasses.asdict(settings), "dtype": target.dtype, "max_context": engine.max_context},
         "system_prompt": config.target.system_prompt,
         "prompts": {"file": Path(ask.prompts).name, "sha256": sha256_file(Path(ask.prompts)), "rows": len(rows)},
         "quarantined": len(quarantine),
@@ -88,6 +94,7 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
     if manifest and all(manifest.get(k) == v for k, v in info.items()):
         print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
         return manifest
+    begin()
     ChatFormat(load_tokenizer(config.target, config.cache))  # a template that can't be used is one line here
     per_chunk = 2 * ask.concurrency
     key = digest_json([info, per_chunk])  # chunks of another size hold other prompts under the same number
@@ -105,6 +112,7 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
             RegenerationActor,
             batch_size=1,
             num_cpus=1,
+            num_gpus=num_gpus(target),
             compute=ray.data.ActorPoolStrategy(size=ask.actors),
             fn_constructor_args=(target, engine, settings, str(config.cache), str(parts)),
         )
@@ -125,13 +133,20 @@ def regenerate(config: PipelineConfig, out: Path) -> dict[str, Any]:
     return manifest
 
 
-def main(config: PipelineConfig) -> None:
+def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
     out = config.run_dir / "regenerated" / "conversations.jsonl.zst"
-    manifest = regenerate(config, out)
-    print(f"regenerate: {manifest['counts']} -> {out}")
+    print("== regenerate", flush=True)
+    with StageRecord("regenerate", config, parent) as record:
+        manifest = regenerate(config, out, record.begin)
+        if record.begun:
+            run_ = record.begin()
+            run_.tag(identity_tags(manifest["target"]) | {ARTIFACT: manifest["sha256"]})
+            run_.log_input("prompts", manifest["prompts"]["sha256"], config.corpus.regenerate.prompts, "regenerate")
+            run_.log_metrics({k: float(v) for k, v in manifest["counts"].items()})
+            run_.log_dict(manifest, MANIFEST)
+    print(f"regenerate: {manifest['counts']} -> {out}", flush=True)
+    return manifest
 
 
 if __name__ == "__main__":
-    from pipeline.entry import run
-
-    sys.exit(run(main, name="regenerate"))
+    sys.exit(run(stage, name="regenerate"))

@@ -1,6 +1,7 @@
 """Registers the measured draft as a new version with alias `challenger`.
 
-ray job submit --working-dir . -- python jobs/register.py experiment=demo
+ray job submit --working-dir . -- python jobs/register.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
-from contextlib import ExitStack
-
 from pipeline import artifact
 from pipeline.config import PipelineConfig
-from pipeline.entry import recorder, run
+from pipeline.entry import StageRecord, run
 
 
 def registered_name(config: PipelineConfig) -> str:
@@ -30,12 +29,11 @@ def registered_name(config: PipelineConfig) -> str:
 def stage(config: PipelineConfig, parent: str | None = None) -> str:
     from pipeline.registry.promotion import register
 
-    tracker, name = recorder(config), registered_name(config)
+    name = registered_name(config)
     print("== register", flush=True)
-    with ExitStack() as stack:
-        top = parent or stack.enter_context(tracker.running(config.name))
-        run_ = stack.enter_context(tracker.stage(top, "register"))
-        version = register(tracker, run_, name, config.run_dir / "calibrated", config.run_dir / "report")
+    with StageRecord("register", config, parent) as record:
+        draft, report = config.run_dir / "calibrated", config.run_dir / "report"
+        version = register(record.recorder, record.begin(), name, draft, report)
     print(f"== register: {name} version {version}", flush=True)
     return version
 

@@ -1,6 +1,7 @@
 """Serves the champion behind an OpenAI-compatible API until it is interrupted.
 
-ray job submit --working-dir . -- python jobs/serve.py experiment=demo serving.port=8000
+ray job submit --working-dir . -- python jobs/serve.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline serving.port=8000
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
+import json
 import time
 from typing import Any
 
 from jobs.register import registered_name
-from pipeline.config import PipelineConfig
-from pipeline.entry import recorder, run
+from pipeline.artifact import digest_json, write_json
+from pipeline.config import PipelineConfig, to_plain
+from pipeline.entry import StageRecord, recorder, run
 
 
 def start(config: PipelineConfig) -> tuple[str, str]:
@@ -48,16 +51,51 @@ def ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
     return {"model": model, "answer": reply.choices[0].message.content, "draftline": extra.get("draftline", {})}
 
 
+def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
+    """Deploys the champion, asks one question, takes it down; skipped when this champion has answered it before."""
+    from pipeline.registry.promotion import champion
+    from pipeline.serving.app import undeploy
+
+    print("== serve", flush=True)
+    file = config.run_dir / "served.json"
+    with StageRecord("serve", config, parent) as record:
+        best = champion(record.recorder, registered_name(config), config.cache / "champions")
+        plain = [to_plain(c) for c in (config.serving, config.target, config.engine)]
+        key = digest_json([best.version, best.manifest.digest, *plain])
+        if file.is_file() and (before := json.loads(file.read_text())).get("key") == key:
+            print(f"== serve: skipped, this champion answered before ({file})", flush=True)
+            return before
+        began, run_ = time.monotonic(), record.begin()
+        url, version = start(config)
+        try:
+            reply = ask(url, config.serving.question, config.serving.max_tokens)
+        finally:
+            undeploy(config.serving.app_name)
+        content = {"key": key, "version": version, "question": config.serving.question, **reply}
+        write_json(file, content)
+        tau = reply["draftline"]["tau"]
+        run_.tag({"model": best.name, "version": version})
+        run_.log_metrics({"tau": tau, "seconds": time.monotonic() - began})
+        run_.log_artifact(file)
+    print(f"serve: champion version {version} at {url}\n  Q: {config.serving.question}", flush=True)
+    print(f"  A: {reply['answer']}\n  tau {tau}", flush=True)
+    print(f"== serve: done in {time.monotonic() - began:.0f} s", flush=True)
+    return content
+
+
 def main(config: PipelineConfig) -> None:
     from pipeline.serving.app import undeploy
 
-    url, version = start(config)
-    print(f"serving champion version {version} at {url}/v1 (Ctrl-C ends it)", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    finally:
-        undeploy(config.serving.app_name)
+    with StageRecord("serve", config, None) as record:
+        run_ = record.begin()
+        url, version = start(config)
+        run_.tag({"version": version, "url": url})
+        print(f"serving champion version {version} at {url}/v1 (Ctrl-C ends it)", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        finally:
+            undeploy(config.serving.app_name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Sharded draft training on Ray Train with DeepSpeed; goes on where an interrupted run stopped.
 
-ray job submit --working-dir . -- python jobs/train.py experiment=demo
+ray job submit --working-dir . -- python jobs/train.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     return record(
         "train",
         config,
-        lambda: train(
+        lambda begin: train(
             config,
             features_dir=features,
             corpus_dir=root / "corpus",
             out=out,
             run_dir=root,
             cache_dir=config.cache,
+            begin=begin,
         ),
         out,
+        sources={"corpus": root / "corpus", "features": root / "features"},
         parent=parent,
-        metrics=lambda m: {k: v for k, v in m.info["training"].items() if isinstance(v, float)},
+        metrics=lambda m: {f"final.{k}": v for k, v in m.info["training"].items() if isinstance(v, float)},
     )
 
 

@@ -38,7 +38,10 @@ class TargetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegenerateConfig:
-    """Answers by the target itself. limit: prompts (0: all). actors: engines. concurrency: prompts per engine."""
+    """Answers by the target itself. limit: prompts (0: all). actors: engines. concurrency: prompts per engine.
+
+    dtype: what the target answers in ("" takes the target's).
+    """
 
     prompts: str = "pipeline/corpus/demo/prompts.jsonl"
     limit: int = 0
@@ -50,7 +53,7 @@ class RegenerateConfig:
     actors: int = 1
     concurrency: int = 32
     threads: int = 2
-    dtype: str = "float32"
+    dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +165,11 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-    """What a draft must show to become champion. min_tau 0: no floor."""
+    """What a draft must show to become champion. min_tau 0: no floor. max_regression: of the champion's tokens/s."""
 
     require_exact_greedy: bool = True
     min_speedup_low: float = 1.0
+    min_prompts: int = 8
     max_regression: float = 0.05
     min_tau: float = 0.0
 
@@ -241,7 +245,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "features.dtype": ("bfloat16",),
     "features.compute_dtype": ("", "float32", "bfloat16"),
     "target.dtype": ("float32", "bfloat16", "float16"),
-    "corpus.regenerate.dtype": ("float32", "bfloat16"),
+    "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
     "trainer.warm_start.layers": ("target", "features", "none"),
     "draft.algorithm": ("dspark", "dflash"),

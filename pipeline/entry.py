@@ -10,11 +10,14 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import MANIFEST, Manifest, sha256_file
+from pipeline.artifact import MANIFEST, Manifest
 from pipeline.config import PipelineConfig, from_plain, to_plain
 from pipeline.errors import ConfigError, DraftlineError, nearest
+
+if TYPE_CHECKING:
+    from pipeline.registry.recorder import StageRun
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -85,6 +88,7 @@ def run(main: Callable[[PipelineConfig], Any], name: str, argv: list[str] | None
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         config = compose(sys.argv[1:] if argv is None else argv)
+        _check_places(config)
         if ray:
             connect(config)
         main(config)
@@ -98,6 +102,18 @@ def run(main: Callable[[PipelineConfig], Any], name: str, argv: list[str] | None
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _check_places(config: PipelineConfig) -> None:
+    """Refuses, in a submitted job, places under Ray's own copy of the working directory: Ray deletes it."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    for key in ("output_root", "cache_dir"):
+        if not Path(getattr(config, key)).is_absolute():
+            raise ConfigError(
+                f"{key}={getattr(config, key)!r} is relative, and a submitted job runs in a copy of its working "
+                f"directory that Ray deletes. Give an absolute path that every node sees: {key}=/shared/..."
+            )
 
 
 def connect(config: PipelineConfig) -> None:
@@ -133,54 +149,76 @@ def recorder(config: PipelineConfig) -> Any:
     return Recorder(config.tracking.uri, config.tracking.experiment, root=Path(config.output_root).absolute())
 
 
+class StageRecord:
+    """The MLflow run of a stage, opened when the stage has work to do: one that is skipped leaves none."""
+
+    def __init__(self, name: str, config: PipelineConfig, parent: str | None) -> None:
+        self.recorder = recorder(config)
+        self._name, self._config, self._parent = name, config, parent
+        self._run: StageRun | None = None
+        self._stack = ExitStack()
+
+    @property
+    def begun(self) -> bool:
+        return self._run is not None
+
+    def begin(self) -> StageRun:
+        """Opens the run, with the whole configuration on it; the same one at every call."""
+        if self._run is None:
+            top = self._parent or self._stack.enter_context(self.recorder.running(self._config.name))
+            self._run = self._stack.enter_context(self.recorder.stage(top, self._name))
+            self._run.log_config(to_plain(self._config))
+        return self._run
+
+    def __enter__(self) -> StageRecord:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
 def record(
     name: str,
     config: PipelineConfig,
-    make: Callable[[], Manifest],
+    make: Callable[[Callable[[], StageRun]], Manifest],
     out: Path,
     *,
+    sources: Mapping[str, Path | str],
     parent: str | None = None,
     metrics: Callable[[Manifest], Mapping[str, float]] | None = None,
     files: Iterable[str] = (),
-    tracker: Any = None,
 ) -> Manifest:
     """Runs a stage that makes one artifact: prints its header and time, or why it was skipped, and records it.
 
-    A stage whose artifact is there, made from the same inputs and settings, returns it unchanged; then nothing is
-    recorded again.
+    The stage's run is there while it works, and ends as it did (finished, failed, killed). A stage whose artifact is
+    current is skipped; if no finished run tells of that artifact (the tracking server was lost), it is recorded then.
 
     Args:
-        make: the stage; returns the manifest of what is at `out`.
-        parent: MLflow run it belongs to; None makes one of its own.
+        make: the stage; calls its argument when it finds that there is work, returns the manifest of what is at `out`.
+        sources: where each input of the manifest is.
+        parent: MLflow run it belongs to; None takes the one of `config.name`.
         metrics: numbers to record from the manifest. files: names in `out` to store with the run.
     """
+    from pipeline.registry.recorder import ARTIFACT, identity_tags
+
     began = time.monotonic()
     print(f"== {name}", flush=True)
-    before = _there(out)
-    manifest = make()
-    if before is not None and before == _there(out):
+    with StageRecord(name, config, parent) as stage:
+        manifest = make(stage.begin)
+        worked = stage.begun
+        if worked or not stage.recorder.recorded(config.name, name, manifest.digest):
+            run_ = stage.begin()
+            run_.tag(identity_tags(manifest.target or {}) | {ARTIFACT: manifest.digest})
+            for key, digest in manifest.inputs.items():
+                run_.log_input(key, digest, sources[key], name)
+            numbers = {k: float(v) for k, v in manifest.counts.items()} | dict(metrics(manifest) if metrics else {})
+            run_.log_metrics(numbers | ({"seconds": time.monotonic() - began} if worked else {}))
+            run_.log_artifact(out / MANIFEST)
+            for file in files:
+                run_.log_artifact(out / file)
+    if worked:
+        print(f"== {name}: done in {time.monotonic() - began:.0f} s -> {out}", flush=True)
+    else:
         print(f"== {name}: skipped, inputs and settings unchanged (artifact {manifest.digest[:12]})", flush=True)
-        return manifest
-    from pipeline.registry.recorder import identity_tags, standard_tags
-
-    tracker = tracker or recorder(config)
-    with ExitStack() as stack:
-        top = parent or stack.enter_context(tracker.running(config.name))
-        run_ = stack.enter_context(tracker.stage(top, name))
-        run_.log_config(to_plain(config))
-        run_.tag(standard_tags() | identity_tags(manifest.target or {}) | {"artifact_digest": manifest.digest})
-        for key, digest in manifest.inputs.items():
-            run_.log_input(key, digest, out, name)
-        numbers = {k: float(v) for k, v in manifest.counts.items()} | dict(metrics(manifest) if metrics else {})
-        run_.log_metrics(numbers | {"seconds": time.monotonic() - began})
-        run_.log_artifact(out / MANIFEST)
-        for file in files:
-            run_.log_artifact(out / file)
-    print(f"== {name}: done in {time.monotonic() - began:.0f} s -> {out}", flush=True)
     return manifest
-
-
-def _there(out: Path) -> str | None:
-    """Fingerprint of the artifact at `out`: its manifest's own digest."""
-    file = out / MANIFEST
-    return sha256_file(file) if file.is_file() else None

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -53,6 +53,7 @@ def build_corpus(
     out: Path | str,
     *,
     system_prompt: str | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
     """Makes the corpus artifact at `out`, or returns the one there if it was made from the same things.
 
@@ -61,6 +62,7 @@ def build_corpus(
         tokenizer: the target's, with the chat template that serving will use.
         identity: the target's identity (`TargetIdentity.as_dict()`).
         system_prompt: put before conversations that have no system message.
+        begin: called when there is work to do.
 
     Returns:
         Manifest of kind "corpus". counts: {train,heldout}_{rows,tokens,loss_tokens}, and of the rows left out
@@ -87,14 +89,15 @@ def build_corpus(
     }
     if (found := artifact.current(out, "corpus", config=settings, inputs=inputs)) and found.target == target:
         return found
+    begin()
     with artifact.create(out, "corpus", config=settings, inputs=inputs, target=target) as staging:
         with _Writer(staging.path, len(tokenizer)) as writer:
             quarantine: list[Quarantined] = []
             for conversation in read_conversations(source, quarantine):
                 if config.max_rows and writer.rows >= config.max_rows:
                     break
-                if system_prompt:
-                    conversation = with_system_prompt(conversation, system_prompt)
+                messages = with_system_prompt(conversation.messages, system_prompt)
+                conversation = dataclasses.replace(conversation, messages=messages)
                 try:
                     row = chat.row(conversation, config.max_length)
                 except RowError as e:

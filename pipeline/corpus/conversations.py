@@ -14,8 +14,8 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,11 +146,11 @@ def parse_prompt(value: Any, row: int, default_source: str = "") -> Conversation
     return Conversation((Message("user", _text(content, name)),), source, row)
 
 
-def with_system_prompt(conversation: Conversation, system_prompt: str) -> Conversation:
-    """The conversation with this system message first, unless it has one of its own."""
-    if conversation.messages[0].role == "system":
-        return conversation
-    return replace(conversation, messages=(Message("system", system_prompt), *conversation.messages))
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    """The messages with this system message first, unless they have one of their own (or it is empty)."""
+    if not system_prompt or messages[0].role == "system":
+        return tuple(messages)
+    return (Message("system", system_prompt), *messages)
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -152,9 +152,7 @@ class Regenerator:
         from pipeline.decoding import Request
 
         messages = tuple(Message(m["role"], m["content"]) for m in json.loads(row["messages"]))
-        prompt = Conversation(messages, row["source"], row["row"])
-        if self.system_prompt:
-            prompt = with_system_prompt(prompt, self.system_prompt)
+        prompt = Conversation(with_system_prompt(messages, self.system_prompt), row["source"], row["row"])
         prompt_ids = chat.prompt_ids(prompt.messages)
         room = engine.config.max_context - len(prompt_ids)
         if room < 1:

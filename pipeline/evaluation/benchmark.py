@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,15 @@ from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation.metrics import positions, speedup, summed, totals
 
+Proposers = dict[tuple[str, str], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A way to decode: proposer, scheduler (None length: whole block), rule, sampled or greedy."""
+    """A way to decode: a proposer (none, ngram, or a draft by its name here), scheduler, rule, sampled or greedy.
+
+    baseline: the arm that it is compared with.
+    """
 
     name: str
     proposer: str
@@ -33,15 +38,20 @@ class Arm:
     sampled: bool = False
     baseline: str = "none"
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What its proposer is kept under: (name, rule), as a neural draft's proposals depend on the rule."""
+        return self.proposer, "" if self.proposer in ("none", "ngram") else self.rule
+
 
 ARMS = (
     Arm("none", "none"),
     Arm("ngram", "ngram"),
-    Arm("dspark", "dspark"),
-    Arm("dspark fixed", "dspark", "fixed"),
+    Arm("draft", "draft"),
+    Arm("draft fixed", "draft", "fixed"),
     Arm("none t1", "none", sampled=True, baseline="none t1"),
-    Arm("dspark t1", "dspark", sampled=True, baseline="none t1"),
-    Arm("dspark t1 ratio", "dspark", "early_stop", "ratio", sampled=True, baseline="none t1"),
+    Arm("draft t1", "draft", sampled=True, baseline="none t1"),
+    Arm("draft t1 ratio", "draft", "early_stop", "ratio", sampled=True, baseline="none t1"),
 )
 
 
@@ -70,24 +80,23 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
     return spread[len(evaluation) : len(evaluation) + calibrate], evaluation
 
 
-def dspark(draft: DSparkDraft, engine: EngineConfig, rule: str = "coupled") -> Any:
+def block_proposer(draft: DSparkDraft, engine: EngineConfig, rule: str = "coupled") -> Any:
     """The draft as a proposer with a slot for every request of the engine."""
     return make_proposer(
         "dspark", draft, rule=rule, slots=engine.max_requests, capacity=engine.max_context, pack=engine.prepack
     )
 
 
-def proposers(draft: DSparkDraft, engine: EngineConfig) -> dict[tuple[str, str], Any]:
-    """Every proposer the arms need, by (name, rule)."""
-    made: dict[tuple[str, str], Any] = {}
-    for key in dict.fromkeys(map(_key, ARMS)):
-        name, rule = key
-        if name == "dspark":
-            made[key] = dspark(draft, engine, rule)
+def proposers(arms: Sequence[Arm], drafts: Mapping[str, DSparkDraft], engine: EngineConfig) -> Proposers:
+    """Every proposer the arms need, by `Arm.key`; ngram looks as far ahead as the first draft."""
+    made: Proposers = {}
+    for name, rule in dict.fromkeys(a.key for a in arms):
+        if name in drafts:
+            made[name, rule] = block_proposer(drafts[name], engine, rule)
         elif name == "ngram":
-            made[key] = make_proposer("ngram", block_size=draft.config.block_size)
+            made[name, rule] = make_proposer("ngram", block_size=next(iter(drafts.values())).config.block_size)
         else:
-            made[key] = make_proposer("none")
+            made[name, rule] = make_proposer(name)
     return made
 
 
@@ -121,14 +130,23 @@ def collect_rounds(
 
 
 def run_arms(
-    engine: Engine, draft: DSparkDraft, rows: Sequence[TokenRow], config: BenchmarkConfig
-) -> dict[str, list[Completion]]:
+    engine: Engine,
+    arms: Sequence[Arm],
+    made: Proposers,
+    rows: Sequence[TokenRow],
+    config: BenchmarkConfig,
+    shown: tuple[str, str],
+) -> tuple[dict[str, list[Completion]], dict[tuple[str, str], StepCost]]:
     """Decodes every prompt with every arm, one request at a time.
 
-    Raises DraftlineError when a request ends with an error, or no prompt is decoded past its first token.
+    Args:
+        made: what `proposers` returned. shown: the two arms whose speeds the progress lines tell.
+    Returns:
+        (completions by arm, in the order of rows; what a step cost with each proposer).
+    Raises:
+        DraftlineError: a request ended with an error, or no prompt was decoded past its first token.
     """
-    made = proposers(draft, engine.config)
-    done: dict[str, list[Completion]] = {a.name: [] for a in ARMS}
+    done: dict[str, list[Completion]] = {a.name: [] for a in arms}
     # The engine learns what drafting costs as it runs: each proposer has its own table, or n-gram's near-zero cost
     # would mix into the neural draft's and the schedule would be neither's.
     costs: dict[tuple[str, str], StepCost] = {}
@@ -136,44 +154,45 @@ def run_arms(
     shared = engine.step_cost or engine.profile()
     for _ in range(2):  # The first pass pays for what is made on first use; the second learns from the rest.
         costs = {key: dataclasses.replace(shared, draft=0.0) for key in made}
-        for arm in ARMS:
-            engine.step_cost = costs[_key(arm)]
+        for arm in arms:
+            engine.step_cost = costs[arm.key]
             _decode(engine, arm, made, rows[0], 0, warm)
     # Copied: a table keeps what it answered before it had learned.
     costs = {key: dataclasses.replace(cost) for key, cost in costs.items()}
     began = time.monotonic()
     for i, row in enumerate(rows):
-        turn = i % len(ARMS)
-        for arm in (*ARMS[turn:], *ARMS[:turn]):
-            engine.step_cost = costs[_key(arm)]
+        turn = i % len(arms)
+        for arm in (*arms[turn:], *arms[:turn]):
+            engine.step_cost = costs[arm.key]
             done[arm.name].append(_decode(engine, arm, made, row, i, config))
         left = (time.monotonic() - began) / (i + 1) * (len(rows) - i - 1)
-        rates = [_rate(done[a][i]) for a in ("none", "dspark")]
+        base, mine = ((a, done[a][i]) for a in shown)
         print(
-            f"evaluate: prompt {i + 1}/{len(rows)}, plain {rates[0]:.1f} tokens/s, dspark {rates[1]:.1f} "
-            f"(tau {done['dspark'][i].metrics.tau:.2f}), {left:.0f} s left",
+            f"evaluate: prompt {i + 1}/{len(rows)}, {base[0]} {rate(base[1]):.1f} tokens/s, {mine[0]} "
+            f"{rate(mine[1]):.1f} (tau {mine[1].metrics.tau:.2f}), {left:.0f} s left",
             flush=True,
         )
-    engine.step_cost = dataclasses.replace(shared, draft=costs["dspark", "coupled"].draft)
-    if not any(c.metrics.decoded for c in done["none"]):
+    if not any(c.metrics.decoded for c in done[shown[0]]):
         raise DraftlineError(
             f"None of {len(rows)} held-out prompts was decoded past its first token, so there is no speed to compare: "
             f"raise benchmark.max_new_tokens (now {config.max_new_tokens}) or take other prompts."
         )
-    return done
+    return done, costs
 
 
-def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig) -> dict[str, Any]:
+def summarise(
+    done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig, arms: Sequence[Arm] = ARMS
+) -> dict[str, Any]:
     """Per arm: tau, acceptance, tokens/s, speedup with interval, positions, lengths, agreement with its baseline."""
     out: dict[str, Any] = {}
-    for arm in ARMS:
+    for arm in arms:
         mine, base = done[arm.name], done[arm.baseline]
         metrics = [c.metrics for c in mine]
         steps, decoded = sum(m.target_steps for m in metrics), sum(m.decoded for m in metrics)
         verified, accepted = sum(m.verified for m in metrics), sum(m.accepted for m in metrics)
         usable = [i for i, (a, b) in enumerate(zip(mine, base, strict=True)) if a.metrics.decoded and b.metrics.decoded]
-        rates = [_rate(mine[i]) for i in usable]
-        base_rates = [_rate(base[i]) for i in usable]
+        rates = [rate(mine[i]) for i in usable]
+        base_rates = [rate(base[i]) for i in usable]
         work = [[c[i].metrics for i in usable] for c in (mine, base)]
         tokens, seconds = (
             [[f(m) for m in ms] for ms in work] for f in (lambda m: m.decoded, lambda m: m.decode_seconds)
@@ -197,8 +216,8 @@ def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], confi
                 {
                     "sample_id": rows[i].sample_id,
                     "source": rows[i].source,
-                    "tokens_per_second": _rate(mine[i]),
-                    "speedup": _rate(mine[i]) / _rate(base[i]),
+                    "tokens_per_second": rate(mine[i]),
+                    "speedup": rate(mine[i]) / rate(base[i]),
                     "tau": mine[i].metrics.tau,
                     "tokens": len(mine[i].token_ids),
                 }
@@ -208,10 +227,8 @@ def summarise(done: dict[str, list[Completion]], rows: Sequence[TokenRow], confi
     return out
 
 
-def _decode(
-    engine: Engine, arm: Arm, made: dict[tuple[str, str], Any], row: TokenRow, i: int, config: BenchmarkConfig
-) -> Completion:
-    engine.set_proposer(made[_key(arm)])
+def _decode(engine: Engine, arm: Arm, made: Proposers, row: TokenRow, i: int, config: BenchmarkConfig) -> Completion:
+    engine.set_proposer(made[arm.key])
     engine.set_schedule(arm.scheduler, rule=arm.rule)
     completion = engine.generate([_request(row, i, config, temperature=config.temperature if arm.sampled else 0.0)])[0]
     if completion.finish_reason == "error":
@@ -219,14 +236,11 @@ def _decode(
     return completion
 
 
-def _key(arm: Arm) -> tuple[str, str]:
-    return arm.proposer, arm.rule if arm.proposer == "dspark" else ""
-
-
 def _request(row: TokenRow, i: int, config: BenchmarkConfig, temperature: float) -> Request:
     prompt = [int(t) for t in row.input_ids[: row.prompt_length]]
     return Request(prompt, max_new_tokens=config.max_new_tokens, temperature=temperature, seed=config.seed + i)
 
 
-def _rate(c: Completion) -> float:
+def rate(c: Completion) -> float:
+    """Decode tokens/s of one answer; its first token, prefill's, doesn't count."""
     return c.metrics.decoded / max(c.metrics.decode_seconds, 1e-9)

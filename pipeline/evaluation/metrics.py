@@ -17,7 +17,7 @@ CONVENTIONS = {
     "tau": "tokens emitted per decoding step of the target, bonus token included, prefill's token excluded",
     "accept_rate": "accepted / verified draft tokens",
     "speedup": "median over prompts of the ratio of decode tokens/s to the `none` arm's on the same prompt",
-    "totals": "ratio of all prompts' decode tokens/s together, same pairing",
+    "totals": "ratio of all prompts' decode tokens/s together to the baseline arm's, same pairing",
     "interval": "95 %, percentile bootstrap over prompts",
 }
 

@@ -34,7 +34,7 @@ color:#4a4f57;word-break:break-all}.good{color:#156c3a}.bad{color:#a32020}
 Greedy output equals plain decoding:
 {% if r.exact_greedy %}<b class="good">yes, token for token</b>{% else %}<b class="bad">NO</b>{% endif %}.
 Sampled output equals plain sampling for the same seed (coupled rule):
-{{ r.arms["dspark t1"].same_text }} of {{ r.arms["dspark t1"].prompts }}.</p>
+{{ r.arms["draft t1"].same_text }} of {{ r.arms["draft t1"].prompts }}.</p>
 <div class="tiles">
 <div class="tile"><b>{{ "%.2f"|format(h.speedup) }}x</b><span>speedup, greedy
 ({{ "%.2f"|format(h.speedup_low) }} to {{ "%.2f"|format(h.speedup_high) }})</span></div>
@@ -42,7 +42,7 @@ Sampled output equals plain sampling for the same seed (coupled rule):
 <div class="tile"><b>{{ "%.2f"|format(h.tau_fixed) }}</b><span>tau, whole blocks</span></div>
 <div class="tile"><b>{{ "%.0f"|format(100 * h.accept_rate) }} %</b><span>acceptance rate</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.speedup_t1) }}x</b><span>speedup, temperature
-{{ "%g"|format(r.arms["dspark t1"].temperature) }} ({{ "%.2f"|format(h.speedup_t1_low) }} to
+{{ "%g"|format(r.arms["draft t1"].temperature) }} ({{ "%.2f"|format(h.speedup_t1_low) }} to
 {{ "%.2f"|format(h.speedup_t1_high) }})</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.ngram_speedup) }}x</b><span>ngram, greedy</span></div>
 </div>
@@ -119,7 +119,7 @@ def _svg(figure: Any) -> str:
 
 def _positions(r: dict[str, Any]) -> str:
     figure, axes = _figure()
-    for shift, name, colour in ((-0.2, "dspark fixed", BLUE), (0.2, "ngram", ORANGE)):
+    for shift, name, colour in ((-0.2, "draft fixed", BLUE), (0.2, "ngram", ORANGE)):
         rows = [p for p in r["arms"][name]["positions"] if p["offered"]]
         x = [p["position"] for p in rows]
         value = [p["acceptance"] for p in rows]
@@ -178,7 +178,7 @@ def _ece(r: dict[str, Any]) -> str:
 
 def _lengths(r: dict[str, Any]) -> str:
     figure, axes = _figure()
-    lengths = r["arms"]["dspark"]["lengths"]
+    lengths = r["arms"]["draft"]["lengths"]
     axes.bar([int(k) for k in lengths], list(lengths.values()), color=BLUE)
     axes.set(xlabel="verified tokens", ylabel="rounds")
     return _svg(figure)
@@ -186,7 +186,7 @@ def _lengths(r: dict[str, Any]) -> str:
 
 def _prompts(r: dict[str, Any]) -> str:
     figure, axes = _figure()
-    rows = r["arms"]["dspark"]["per_prompt"]
+    rows = r["arms"]["draft"]["per_prompt"]
     axes.scatter([p["tau"] for p in rows], [p["speedup"] for p in rows], color=BLUE, alpha=0.7)
     axes.axhline(1, color="#444", lw=1)
     axes.set(xlabel="tau", ylabel="speedup")
@@ -195,7 +195,7 @@ def _prompts(r: dict[str, Any]) -> str:
 
 def _sources(r: dict[str, Any]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
-    for p in r["arms"]["dspark"]["per_prompt"]:
+    for p in r["arms"]["draft"]["per_prompt"]:
         groups.setdefault(p["source"], []).append(p)
     out = []
     for source, rows in sorted(groups.items()):

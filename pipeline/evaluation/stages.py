@@ -1,9 +1,14 @@
-"""The two stages of evaluation: calibrate a draft, then measure it."""
+"""The stages of evaluation: calibrate a draft, measure it, and measure it beside another.
+
+`begin` is called once a stage finds that what it would make isn't there already.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,16 @@ from pipeline.decoding import Engine
 from pipeline.drafts.checkpoint import load_draft, save_draft
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import DraftlineError
-from pipeline.evaluation.benchmark import collect_rounds, dspark, pick_prompts, run_arms, summarise
+from pipeline.evaluation.benchmark import (
+    ARMS,
+    Arm,
+    block_proposer,
+    collect_rounds,
+    pick_prompts,
+    proposers,
+    run_arms,
+    summarise,
+)
 from pipeline.evaluation.calibration import Calibration, fit
 from pipeline.evaluation.metrics import CONVENTIONS, rounded
 from pipeline.evaluation.report import render
@@ -32,6 +46,7 @@ def calibrate_draft(
     benchmark: BenchmarkConfig,
     out: Path,
     cache_dir: Path,
+    begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
     """Fits the confidences' temperatures on held-out rounds; returns a draft artifact that holds them."""
     inputs = _inputs(draft_dir, corpus_dir)
@@ -39,11 +54,12 @@ def calibrate_draft(
     identity = load_identity(target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
-    running, draft, (calibration, _) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
+    begin()
+    running, (draft,), (calibration, _) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
     if not calibration:
         raise DraftlineError("No held-out prompt is left for calibration; raise corpus.heldout_fraction.")
     print(f"calibrate: {len(calibration)} prompts, whole blocks verified", flush=True)
-    fitted = fit(*collect_rounds(running, dspark(draft, engine, engine.rule), calibration, benchmark))
+    fitted = fit(*collect_rounds(running, block_proposer(draft, engine, engine.rule), calibration, benchmark))
     draft.temperatures.copy_(torch.tensor(fitted.temperatures))
     for p in fitted.positions:
         note = " (too few rounds: kept)" if p["too_few"] else ""
@@ -71,6 +87,7 @@ def evaluate_draft(
     benchmark: BenchmarkConfig,
     out: Path,
     cache_dir: Path,
+    begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
     """Measures a draft on held-out prompts; returns a report artifact (report.json, report.html)."""
     inputs = _inputs(draft_dir, corpus_dir)
@@ -78,14 +95,17 @@ def evaluate_draft(
     identity = load_identity(target, cache_dir).as_dict()
     if (done := artifact.current(out, "report", config=plain, inputs=inputs, target=identity)) is not None:
         return done
-    running, draft, (_, evaluation) = _prepare(draft_dir, target, corpus_dir, engine, benchmark, cache_dir)
+    begin()
+    running, (draft,), (_, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
     profiled = running.profile()
-    arms = summarise(run_arms(running, draft, evaluation, benchmark), evaluation, benchmark)
-    cost = running.step_cost or profiled
+    made = proposers(ARMS, {"draft": draft}, engine)
+    done_by_arm, costs = run_arms(running, ARMS, made, evaluation, benchmark, ("none", "draft"))
+    arms = summarise(done_by_arm, evaluation, benchmark)
+    cost = dataclasses.replace(profiled, draft=costs["draft", "coupled"].draft)
     measured = _measure_calibration(running, draft, evaluation, engine, benchmark)
     manifest = artifact.load(draft_dir, "draft", verify=False)
     greedy = [a for a in arms.values() if a["temperature"] == 0]
-    main, sampled = arms["dspark"], arms["dspark t1"]
+    main, sampled = arms["draft"], arms["draft t1"]
     content: dict[str, Any] = {
         "exact_greedy": all(a["same_text"] == a["prompts"] for a in greedy),
         "exact_sampled": sampled["same_text"] == sampled["prompts"],
@@ -95,15 +115,16 @@ def evaluate_draft(
             "speedup_high": main["high"],
             "tau": main["tau"],
             "accept_rate": main["accept_rate"],
+            "prompts": main["prompts"],
             "speedup_totals": main["totals"],
             # The coupled rule is what serves by default; the better of two noisy measurements would flatter.
             "speedup_t1": sampled["speedup"],
             "speedup_t1_low": sampled["low"],
             "speedup_t1_high": sampled["high"],
             "tau_t1": sampled["tau"],
-            "speedup_t1_ratio": arms["dspark t1 ratio"]["speedup"],
-            "speedup_fixed": arms["dspark fixed"]["speedup"],
-            "tau_fixed": arms["dspark fixed"]["tau"],
+            "speedup_t1_ratio": arms["draft t1 ratio"]["speedup"],
+            "speedup_fixed": arms["draft fixed"]["speedup"],
+            "tau_fixed": arms["draft fixed"]["tau"],
             "ngram_speedup": arms["ngram"]["speedup"],
             "tokens_per_second": main["tokens_per_second"],
             "baseline_tokens_per_second": arms["none"]["tokens_per_second"],
@@ -133,16 +154,70 @@ def evaluate_draft(
     return artifact.load(out, "report", verify=False)
 
 
+def compare_drafts(
+    challenger_dir: Path,
+    champion_dir: Path,
+    target: TargetConfig,
+    corpus_dir: Path,
+    engine: EngineConfig,
+    benchmark: BenchmarkConfig,
+    out: Path,
+    cache_dir: Path,
+) -> dict[str, Any]:
+    """Measures two drafts of one target side by side on held-out prompts: greedy, scheduled, interleaved by prompt.
+
+    A champion that was trained on other splits of the corpus may have seen some of these prompts; that favours it.
+
+    Returns:
+        comparison.json, which is also kept as an artifact at `out`: `ratio` of the challenger's tokens/s over the
+        champion's, all prompts together, with its paired 95 % interval (`low`, `high`), `prompts`, and for
+        `challenger` and `champion` draft_digest, tau, accept_rate and tokens_per_second.
+    """
+    dirs = {"challenger": challenger_dir, "champion": champion_dir}
+    inputs = {name: artifact.load(path, "draft", verify=False).digest for name, path in dirs.items()}
+    inputs |= {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
+    plain = _settings(target, engine, benchmark)
+    identity = load_identity(target, cache_dir).as_dict()
+    file = out / "comparison.json"
+    if artifact.current(out, "comparison", config=plain, inputs=inputs, target=identity) is not None:
+        return json.loads(file.read_text())
+    running, drafts, (_, rows) = _prepare(list(dirs.values()), target, corpus_dir, engine, benchmark, cache_dir)
+    arms = tuple(Arm(name, name, baseline="champion") for name in dirs)
+    made = proposers(arms, dict(zip(dirs, drafts, strict=True)), engine)
+    done, _ = run_arms(running, arms, made, rows, benchmark, ("champion", "challenger"))
+    numbers = summarise(done, rows, benchmark, arms)
+    mine = numbers["challenger"]
+    content: dict[str, Any] = {
+        "ratio": mine["totals"],
+        "low": mine["totals_low"],
+        "high": mine["totals_high"],
+        "prompts": mine["prompts"],
+        **{
+            name: {
+                "draft_digest": inputs[name],
+                **{k: numbers[name][k] for k in ("tau", "accept_rate", "tokens_per_second")},
+            }
+            for name in dirs
+        },
+        "conventions": {k: CONVENTIONS[k] for k in ("tau", "accept_rate", "totals", "interval")},
+    }
+    content = rounded(content, 6)
+    with artifact.create(out, "comparison", config=plain, inputs=inputs, target=identity) as staging:
+        artifact.write_json(staging.path / "comparison.json", content)
+        staging.counts["prompts"] = len(rows)
+    return content
+
+
 def _prepare(
-    draft_dir: Path,
+    draft_dirs: Sequence[Path],
     target: TargetConfig,
     corpus_dir: Path,
     engine: EngineConfig,
     benchmark: BenchmarkConfig,
     cache_dir: Path,
-) -> tuple[Engine, DSparkDraft, tuple[list[Any], ...]]:
+) -> tuple[Engine, list[DSparkDraft], tuple[list[Any], ...]]:
     loaded = load_target(target, cache_dir)
-    draft = load_draft(draft_dir, loaded)
+    drafts = [load_draft(path, loaded) for path in draft_dirs]
     rows = read_rows(corpus_dir, "heldout")
     room = engine.max_context - benchmark.max_new_tokens
     fits = [r for r in rows if r.prompt_length <= room]
@@ -159,13 +234,13 @@ def _prepare(
             "more. Raise corpus.heldout_fraction or engine.max_context, or give more conversations."
         )
     picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
-    return Engine(loaded, engine), draft, picked
+    return Engine(loaded, engine), drafts, picked
 
 
 def _measure_calibration(
     running: Engine, draft: DSparkDraft, rows: list[Any], engine: EngineConfig, benchmark: BenchmarkConfig
 ) -> Calibration:
-    raw, accepted = collect_rounds(running, dspark(draft, engine, engine.rule), rows, benchmark)
+    raw, accepted = collect_rounds(running, block_proposer(draft, engine, engine.rule), rows, benchmark)
     return fit(raw, accepted, np.asarray(draft.temperatures.tolist()))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,12 @@ def extract(
     out: Path | str,
     cache_dir: Path | str,
     split: Split = "train",
+    begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
     """Extracts the features of one split of a corpus into a features artifact; Ray must be initialised.
 
     One that is there and was made from the same things is returned as it is; an interrupted one is gone on with.
+    `begin` is called when there is work to do.
 
     Returns:
         Manifest of kind "features". counts: rows, tokens, shards, not_finite (rows left out). info:
@@ -110,6 +113,7 @@ def extract(
     identity = load_identity(target, Path(cache_dir)).as_dict()
     if (done := artifact.current(out, "features", config=plain, inputs=inputs, target=identity)) is not None:
         return done
+    begin()
     rows, hidden_size = check(config, target, corpus_dir, cache_dir, split)
     total = -(-rows // config.shard_rows)
     with artifact.create(out, "features", config=plain, inputs=inputs, target=identity, resumable=True) as staging:

@@ -1,20 +1,22 @@
-"""The gate: may this draft become champion? A pure function of two reports and a policy.
+"""The gate: may this draft become champion? A pure function of a report, a comparison and a policy.
 
-    decision = decide(candidate_report, champion_report, config.gate)
-    print(decision.table())
+    decision = decide(report, config.gate, champion_target=target, comparison=comparison)
+    print(decision.text())
     decision.require()        # raises PromotionRefused when the verdict is "refuse"
 
-Speed is compared by intervals, never by point estimates. The ratio of two speedups that were measured apart gets the
-interval whose logarithmic half-widths add in quadrature, sqrt(wa^2 + wb^2): what two independent measurements allow.
+Speed is compared by intervals, never by point estimates, and with the champion only as the two drafts were measured
+side by side (pipeline/evaluation/comparison.py): speeds of two days, machines or prompt sets are no comparison.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from pipeline.errors import DraftlineError
+
+_REMEDY = "Train a better draft, or change the gate's settings (gate.*) if its bounds are not yours."
 
 Verdict = Literal["promote", "refuse"]
 
@@ -29,7 +31,8 @@ class GatePolicy(Protocol):
     Attributes:
         require_exact_greedy: greedy output equals plain decoding's, token for token.
         min_speedup_low: the lower bound of the speedup must be above this.
-        max_regression: most of the champion's speedup that may be lost, as a fraction (0.05: 5 %).
+        min_prompts: least number of prompts that the speedup was measured on: fewer give intervals that mean little.
+        max_regression: most of the champion's speed that may be lost, as a fraction (0.05: 5 %).
         min_tau: least acceptance length (0: no floor).
     """
 
@@ -38,6 +41,8 @@ class GatePolicy(Protocol):
     @property
     def min_speedup_low(self) -> float: ...
     @property
+    def min_prompts(self) -> int: ...
+    @property
     def max_regression(self) -> float: ...
     @property
     def min_tau(self) -> float: ...
@@ -45,13 +50,14 @@ class GatePolicy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One reason of a verdict: what was measured, the bound it had to meet, and whether it did."""
+    """One reason of a verdict: what was measured, the bound it had to meet, whether it did, and else what to do."""
 
     name: str
     value: float | bool | str
     bound: str
     passed: bool
     detail: str = ""
+    remedy: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,63 +92,87 @@ class GateDecision:
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         return "\n".join([f"verdict: {self.verdict}", *(line.rstrip() for line in lines)])
 
+    def text(self) -> str:
+        """The table, and for a refusal what to do about it."""
+        if self.promoted:
+            return self.table()
+        advice = list(dict.fromkeys(c.remedy or _REMEDY for c in self.failed))
+        return "\n".join([self.table(), "The champion, if there is one, stays as it was.", *advice])
+
     def require(self) -> None:
         """Raises PromotionRefused unless the verdict is to promote."""
         if not self.promoted:
             names = ", ".join(c.name for c in self.failed)
-            raise PromotionRefused(
-                f"The gate refused the challenger ({names}). The champion stays as it was.\n{self.table()}\n"
-                "Train a better draft, or change the gate's settings (gate.*) if its bounds are not yours."
-            )
+            raise PromotionRefused(f"The gate refused the challenger ({names}).\n{self.text()}")
 
 
-def decide(candidate: dict[str, Any], champion: dict[str, Any] | None, policy: GatePolicy) -> GateDecision:
-    """Decides whether a candidate may replace the champion.
+def decide(
+    candidate: dict[str, Any],
+    policy: GatePolicy,
+    *,
+    champion_target: Mapping[str, str] | None = None,
+    comparison: dict[str, Any] | None = None,
+) -> GateDecision:
+    """Decides whether a candidate may become champion.
 
     Args:
-        candidate, champion: `report.json` of the drafts (pipeline/evaluation); None when there is no champion yet.
-            Read here: exact_greedy, headline.{speedup, speedup_low, speedup_high, tau}, target, evaluation_set_digest.
+        candidate: `report.json` of the draft (pipeline/evaluation). Read here: exact_greedy, target, draft_digest,
+            headline.{speedup, speedup_low, speedup_high, tau, prompts}.
         policy: the bounds.
+        champion_target: identity of the champion's target; None when there is no champion, or the candidate is it.
+        comparison: `comparison.json` of candidate and champion, measured side by side; None likewise, or when the
+            targets differ (which refuses by itself).
     Raises:
-        DraftlineError: a report lacks one of these fields, or holds something that is not a number.
+        DraftlineError: a report lacks one of these fields, holds something that is not a number, or the comparison is
+            of another draft.
     """
-    headline = _Headline.of(candidate, "candidate")
+    headline = _Headline.of(candidate)
     checks = [
         Check("exact_greedy", _exact(candidate), "true" if policy.require_exact_greedy else "any",
               _exact(candidate) or not policy.require_exact_greedy,
-              "" if _exact(candidate) else "greedy output differs from plain decoding"),
+              "" if _exact(candidate) else "greedy output differs from plain decoding",
+              "An output that differs is a fault of the engine or of its numerics: a draft can't cause it. Report it."),
+        Check("prompts", headline.prompts, f">= {policy.min_prompts}", headline.prompts >= policy.min_prompts, "",
+              f"Evaluate on more prompts: raise benchmark.prompts to {policy.min_prompts} or more (the corpus must "
+              "hold out as many)."),
         Check("speedup_low", headline.low, f"> {policy.min_speedup_low:g}", headline.low > policy.min_speedup_low,
               f"speedup {headline.text()} against plain decoding"),
     ]  # fmt: skip
     if policy.min_tau > 0:
         checks.append(Check("tau", headline.tau, f">= {policy.min_tau:g}", headline.tau >= policy.min_tau))
-    if champion is not None:
-        checks += _against(candidate, headline, champion, policy)
+    if champion_target is not None:
+        checks += _same_target(candidate, champion_target)
+    if comparison is not None:
+        checks.append(_over_champion(candidate, comparison, policy))
     passed = all(c.passed for c in checks)
     return GateDecision("promote" if passed else "refuse", tuple(checks))
 
 
-def _against(
-    candidate: dict[str, Any], headline: _Headline, champion: dict[str, Any], policy: GatePolicy
-) -> list[Check]:
-    checks = []
-    ours, theirs = _field(candidate, "target", "candidate"), _field(champion, "target", "champion")
-    for part in sorted({*ours, *theirs}):
-        same = ours.get(part) == theirs.get(part)
-        detail = "" if same else f"the champion's target has {_short(theirs.get(part))}; use another model name"
-        checks.append(Check(f"target.{part}", _short(ours.get(part)), "as champion's", same, detail))
-    digests = [_field(r, "evaluation_set_digest", who) for r, who in ((candidate, "candidate"), (champion, "champion"))]
-    same = digests[0] == digests[1]
-    detail = "" if same else f"the champion was measured on {_short(digests[1])}; measure both on one set"
-    checks.append(Check("evaluation_set", _short(digests[0]), "as champion's", same, detail))
-    other = _Headline.of(champion, "champion")
-    ratio, low, high = _ratio(headline, other)
-    bound = 1.0 - policy.max_regression
-    checks.append(
-        Check("speedup_ratio_low", low, f">= {bound:g}", low >= bound,
-              f"{headline.text()} over the champion's {other.text()} is {ratio:.3f} [{low:.3f}, {high:.3f}]")
-    )  # fmt: skip
+def _same_target(candidate: dict[str, Any], champion: Mapping[str, str]) -> list[Check]:
+    checks, ours = [], _field(candidate, "target")
+    for part in sorted({*ours, *champion}):
+        same = ours.get(part) == champion.get(part)
+        detail = "" if same else f"the champion's target has {_short(champion.get(part))}"
+        remedy = "A draft of another target needs a name of its own: set tracking.model_name."
+        checks.append(Check(f"target.{part}", _short(ours.get(part)), "as champion's", same, detail, remedy))
     return checks
+
+
+def _over_champion(candidate: dict[str, Any], comparison: dict[str, Any], policy: GatePolicy) -> Check:
+    measured = comparison["challenger"]["draft_digest"]
+    if measured != _field(candidate, "draft_digest"):
+        raise DraftlineError(
+            f"The comparison measured the draft {_short(measured)}, not the challenger. Promote again."
+        )
+    ratio, low, high, prompts = (comparison[k] for k in ("ratio", "low", "high", "prompts"))
+    bound = 1.0 - policy.max_regression
+    remedy = ""
+    if not low >= bound and high >= bound:
+        remedy = f"{prompts} prompts can't tell whether it is slower: raise benchmark.prompts and evaluate again."
+    return Check(
+        "over_champion_low", low, f">= {bound:g}", low >= bound,
+        f"{ratio:.3f} [{low:.3f}, {high:.3f}] times the champion's tokens/s, side by side on {prompts} prompts", remedy,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,41 +181,31 @@ class _Headline:
     low: float
     high: float
     tau: float
+    prompts: int
 
     @classmethod
-    def of(cls, report: dict[str, Any], who: str) -> _Headline:
-        block = _field(report, "headline", who)
+    def of(cls, report: dict[str, Any]) -> _Headline:
+        block = _field(report, "headline")
         values = []
-        for name in ("speedup", "speedup_low", "speedup_high", "tau"):
-            value = _field(block, name, who, "headline.")
+        for name in ("speedup", "speedup_low", "speedup_high", "tau", "prompts"):
+            value = _field(block, name, "headline.")
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DraftlineError(f"The {who}'s report has headline.{name}={value!r}; it must be a number.")
+                raise DraftlineError(f"The report has headline.{name}={value!r}; it must be a number.")
             values.append(float(value))
-        return cls(*values)
+        speedup, low, high, tau, prompts = values
+        return cls(speedup, low, high, tau, int(prompts))
 
     def text(self) -> str:
         return f"{self.speedup:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def _ratio(ours: _Headline, theirs: _Headline) -> tuple[float, float, float]:
-    """Ratio of two speedups and its interval; NaN, which fails every bound, when an interval isn't positive."""
-    if not all(math.isfinite(x) and x > 0 for h in (ours, theirs) for x in (h.speedup, h.low, h.high)):
-        return math.nan, math.nan, math.nan
-    down = math.hypot(math.log(ours.speedup / ours.low), math.log(theirs.high / theirs.speedup))
-    up = math.hypot(math.log(ours.high / ours.speedup), math.log(theirs.speedup / theirs.low))
-    ratio = ours.speedup / theirs.speedup
-    return ratio, ratio * math.exp(-down), ratio * math.exp(up)
-
-
 def _exact(report: dict[str, Any]) -> bool:
-    return _field(report, "exact_greedy", "candidate") is True
+    return _field(report, "exact_greedy") is True
 
 
-def _field(report: dict[str, Any], name: str, who: str, prefix: str = "") -> Any:
+def _field(report: dict[str, Any], name: str, prefix: str = "") -> Any:
     if name not in report:
-        raise DraftlineError(
-            f"The {who}'s report has no field {prefix}{name}: make it again with this version's evaluate."
-        )
+        raise DraftlineError(f"The report has no field {prefix}{name}: make it again with this version's evaluate.")
     return report[name]
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import Manifest, code_version, load
 from pipeline.errors import ArtifactError, DraftlineError
-from pipeline.registry.gate import Check, GateDecision, GatePolicy, decide
-from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags
+from pipeline.registry.gate import GateDecision, GatePolicy, decide
+from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags, tagged_identity
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
@@ -30,7 +31,7 @@ PREVIOUS = "previous"
 
 
 @dataclasses.dataclass(frozen=True)
-class Champion:
+class DraftVersion:
     """A resolved version with its draft on this machine, digests checked."""
 
     name: str
@@ -38,6 +39,10 @@ class Champion:
     draft_dir: Path
     manifest: Manifest
     tags: dict[str, str]
+
+
+Compare = Callable[[ModelVersion, ModelVersion], dict[str, Any]]
+"""Measures (challenger, champion) side by side; returns a `comparison.json` (pipeline/evaluation/comparison.py)."""
 
 
 def model_name(target_id: str, family: str) -> str:
@@ -99,45 +104,48 @@ def register(recorder: Recorder, run: StageRun, name: str, draft_dir: Path | str
     return version
 
 
-def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy) -> GateDecision:
+def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy, compare: Compare) -> GateDecision:
     """Lets the gate decide on the challenger; moves `champion` to it, or leaves everything as it was.
 
     The decision goes onto the version (tags) and the run (artifact `decision.json`, metrics). Call
     `decision.require()` afterwards to fail when it was refused.
 
+    Args:
+        compare: measures challenger and champion side by side; called when there is a champion of the same target
+            with another draft.
     Raises:
-        DraftlineError: there is no challenger. ArtifactError: a stored report was altered.
+        DraftlineError: there is no challenger. ArtifactError: a stored report or draft was altered.
     """
     client = recorder.client
     challenger = _by_alias(recorder, name, CHALLENGER)
     if challenger is None:
         raise DraftlineError(f"{name} has no challenger. Register a draft first (the register stage).")
     champion = _by_alias(recorder, name, CHAMPION)
-    if champion is not None and champion.version == challenger.version:
-        same = Check("already_champion", f"version {champion.version}", "champion or better", True)
-        decision = GateDecision("promote", (same,))
-        run.log_dict(decision.as_dict(), "decision.json")
-        run.tag({"model": name, "version": challenger.version, "verdict": decision.verdict})
-        return decision
-    reports = [None if v is None else stored_report(recorder, v) for v in (challenger, champion)]
-    assert reports[0] is not None
-    decision = decide(reports[0], reports[1], policy)
-    record = {**decision.as_dict(), "model": name, "challenger": challenger.version}
+    report = stored_report(recorder, challenger)
+    comparison, target = None, None
+    if champion is not None and champion.tags["draft_digest"] != challenger.tags["draft_digest"]:
+        target = tagged_identity(champion.tags)
+        if target == report.get("target"):
+            comparison = compare(challenger, champion)
+    decision = decide(report, policy, champion_target=target, comparison=comparison)
+    record = {**decision.as_dict(), "model": name, "challenger": challenger.version, "comparison": comparison}
     record["champion"] = champion.version if champion else None
     run.log_dict(record, "decision.json")
     run.log_metrics({f"gate.{c.name}": float(c.value) for c in decision.reasons if not isinstance(c.value, str)})
     run.tag({"model": name, "version": challenger.version, "verdict": decision.verdict})
     tags = {"verdict": decision.verdict, "decision_run_id": run.run_id}
     tags |= {f"gate.{c.name}": f"{c.value} {c.bound} {'ok' if c.passed else 'FAILED'}" for c in decision.reasons}
-    if decision.promoted and champion is not None:
+    moves = decision.promoted and (champion is None or champion.version != challenger.version)
+    if moves and champion is not None:
         tags["supersedes"] = str(champion.version)
     for key, value in tags.items():
         client.set_model_version_tag(name, challenger.version, key, value)
-    if decision.promoted:
+    if moves:
         # In this order: whenever this stops between two lines, a champion serves and can be rolled back.
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion.version)
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
+    if decision.promoted:
         client.delete_registered_model_alias(name, CHALLENGER)
     return decision
 
@@ -164,7 +172,7 @@ def rollback(recorder: Recorder, name: str) -> str:
     return str(previous.version)
 
 
-def champion(recorder: Recorder, name: str, cache_dir: Path | str) -> Champion:
+def champion(recorder: Recorder, name: str, cache_dir: Path | str) -> DraftVersion:
     """Resolves the champion and brings its draft to this machine (once per digest).
 
     Raises:
@@ -173,7 +181,16 @@ def champion(recorder: Recorder, name: str, cache_dir: Path | str) -> Champion:
     version = _by_alias(recorder, name, CHAMPION)
     if version is None:
         raise DraftlineError(f"{name} has no champion. Register a draft and promote it first.")
-    digest = version.tags["draft_digest"]
+    return fetch(recorder, version, cache_dir)
+
+
+def fetch(recorder: Recorder, version: ModelVersion, cache_dir: Path | str) -> DraftVersion:
+    """Brings a version's draft to this machine (once per digest).
+
+    Raises:
+        ArtifactError: the stored draft is not the one that was registered.
+    """
+    name, digest = str(version.name), version.tags["draft_digest"]
     place = Path(cache_dir).absolute() / "drafts" / digest[:16]
     manifest = _intact(place, digest)
     if manifest is None:
@@ -196,7 +213,7 @@ def champion(recorder: Recorder, name: str, cache_dir: Path | str) -> Champion:
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(got, aside_copy := Path(aside) / "whole")
             aside_copy.rename(place)
-    return Champion(name, str(version.version), place, manifest, dict(version.tags))
+    return DraftVersion(name, str(version.version), place, manifest, dict(version.tags))
 
 
 def stored_report(recorder: Recorder, version: ModelVersion) -> dict[str, Any]:

@@ -45,6 +45,7 @@ MAX_DIGEST = 32
 PIPELINE = "draftline.pipeline"
 STAGE = "draftline.stage"
 PARENT = "mlflow.parentRunId"
+ARTIFACT = "artifact_digest"
 
 _KILLED_CODES = (15, 130, 143)  # a signal's exit: Ray's own handler exits with 15, shells say 128 + n
 
@@ -58,15 +59,15 @@ class Recorder:
     """An MLflow experiment: where runs, drafts and decisions are kept.
 
     Args:
-        uri: `http(s)://...` of a server, `sqlite:///` with an absolute path, or None for `sqlite_uri(root)`.
+        uri: `http(s)://...` of a server, `sqlite:///` with an absolute path, or None or "" for `sqlite_uri(root)`.
         experiment: name; made if it doesn't exist.
-        root: output root, needed when `uri` is None.
+        root: output root, needed when `uri` is empty.
     Raises:
         DraftlineError: a relative sqlite path, another kind of URI, or a server that doesn't answer.
     """
 
     def __init__(self, uri: str | None, experiment: str, root: Path | str | None = None) -> None:
-        if uri is None:
+        if not uri:
             if root is None:
                 raise DraftlineError("tracking.uri is not set and there is no output root to keep a store in. Set one.")
             uri = sqlite_uri(root)
@@ -126,6 +127,14 @@ class Recorder:
         self._tag(run_id, {**standard_tags(), **(tags or {})})
         return run_id
 
+    def recorded(self, name: str, stage: str, digest: str) -> bool:
+        """Whether the pipeline run `name` has a finished run of a stage whose artifact has this digest."""
+        for run in self._search(f"tags.`{PIPELINE}` = '{_quotable(name)}'"):
+            query = f"tags.`{PARENT}` = '{run.info.run_id}' and tags.`{STAGE}` = '{_quotable(stage)}'"
+            if self._search(f"{query} and tags.`{ARTIFACT}` = '{digest}' and attributes.status = 'FINISHED'"):
+                return True
+        return False
+
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a parent run: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
@@ -177,10 +186,13 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """One stage's run. Safe to send metrics to from Ray Train's controller: it holds a client and an id."""
+    """One stage's run: a client and an id. Pickled, it opens a client of its own where it arrives."""
 
     client: MlflowClient
     run_id: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.client.tracking_uri, self.run_id)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Logs a resolved config: flattened (`a.b.c`) as params, whole as the artifact `config.json`.
@@ -235,6 +247,10 @@ class StageRun:
             self.client.set_tag(self.run_id, key, str(value))
 
 
+def _reopened(uri: str, run_id: str) -> StageRun:
+    return StageRun(MlflowClient(uri, uri), run_id)
+
+
 def standard_tags() -> dict[str, str]:
     """Tags that every run carries: code version, and the Ray job when there is one."""
     tags = {"code_version": code_version()}
@@ -258,6 +274,11 @@ def ray_job_id() -> str | None:
 def identity_tags(target: Mapping[str, str]) -> dict[str, str]:
     """A target's identity as tags: target.id, target.revision, target.weight_digest, target.tokenizer_digest."""
     return {f"target.{key}": value for key, value in target.items()}
+
+
+def tagged_identity(tags: Mapping[str, str]) -> dict[str, str]:
+    """The target's identity that `identity_tags` wrote."""
+    return {key.removeprefix("target."): value for key, value in tags.items() if key.startswith("target.")}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -50,7 +50,7 @@ class ServedTarget(TargetReplica):
         draft_version: str | None,
     ) -> None:
         built = build_engine(TargetConfig(**target), EngineConfig(**engine), cache_dir, draft_dir)
-        super().__init__(built, model_name, draft_version)
+        super().__init__(built, model_name, draft_version, target.get("system_prompt"))
 
 
 class HandleBackend:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.corpus.conversations import Message
+from pipeline.corpus.conversations import Message, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, TemplateError
 from pipeline.decoding.engine import Engine, QueueFull
 from pipeline.decoding.proposers import make_proposer
@@ -60,14 +60,22 @@ class TargetReplica:
         engine: owned from now on; stepped by a thread of this object's.
         model_name: the registered model's name, which clients may use beside the target's id.
         draft_version: version of the draft in the registry, told with every answer.
+        system_prompt: put before chats that have no system message, as the corpus had it: the draft learned after it.
     """
 
-    def __init__(self, engine: Any, model_name: str | None = None, draft_version: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        model_name: str | None = None,
+        draft_version: str | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
         self._tokenizer = engine.target.tokenizer
         self._id: str = engine.target.identity.id
         self._context: int = engine.config.max_context
         self._names = [self._id, *([model_name] if model_name else [])]
         self._draft_version = draft_version
+        self._system_prompt = system_prompt
         self._created = int(time.time())
         self._draining = False
         try:
@@ -202,7 +210,8 @@ class TargetReplica:
                 400, "messages end with an assistant's turn; end with the user's.", "messages", "invalid_value"
             )
         try:
-            return self._chat.prompt_ids([Message(role, content) for role, content in messages])
+            turns = [Message(role, content) for role, content in messages]
+            return self._chat.prompt_ids(with_system_prompt(turns, self._system_prompt))
         except DraftlineError as e:
             raise ApiError(400, str(e), "messages", "invalid_value") from None
 

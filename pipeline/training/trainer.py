@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from ray.train import UserCallback
 
 from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target.loading import load_identity
 from pipeline.training.worker import WorkerPlan, replay_files, train_worker
+
+
+class Sink(Protocol):
+    """Takes metrics of a step (`pipeline.registry.recorder.StageRun`); travels to the controller pickled."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
 
 
 def stage_config(config: PipelineConfig) -> dict[str, Any]:
@@ -34,12 +43,15 @@ def train(
     out: Path,
     run_dir: Path,
     cache_dir: Path,
+    begin: Callable[[], Sink | None] = lambda: None,
 ) -> artifact.Manifest:
     """Trains a draft; Ray must be initialised.
 
     Args:
         features_dir: a features artifact; None streams features from extraction (features.mode=stream).
-        out: the draft artifact. run_dir: checkpoints and `train/history.jsonl`.
+        out: the draft artifact. run_dir: checkpoints and `train/history-<key>.jsonl`.
+        begin: called when there is training to do; what it returns gets the metrics of every report, with their step,
+            as they come (in Ray Train's controller, a process of this node).
     Raises:
         DraftlineError: training failed; ConfigError: a DeepSpeed config that can't be used.
     """
@@ -57,6 +69,7 @@ def train(
     identity = load_identity(config.target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
+    sink = begin()
     key = artifact.digest_json([plain, inputs, identity])[:12]
     storage = Path(run_dir) / "train"
     plan = WorkerPlan(
@@ -91,6 +104,7 @@ def train(
             failure_config=FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             # Workers print their own progress; Ray Train's patched print would show every line twice.
+            callbacks=[_Reports(sink)] if sink else None,  # type: ignore[list-item]  # V2's
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
         datasets=datasets,
@@ -116,6 +130,19 @@ def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class _Reports(UserCallback):
+    """Passes rank 0's reports on. A tracking server that is away for a moment costs its points, not the training."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        try:
+            self._sink.log_metrics(metrics[0], int(metrics[0]["step"]))
+        except Exception as e:
+            print(f"train: the metrics of step {metrics[0]['step']} could not be recorded: {e}", flush=True)
 
 
 def _user_error(e: BaseException) -> str:

@@ -19,7 +19,7 @@ from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
 from pipeline.evaluation.benchmark import ARMS, pick_prompts, summarise
 from pipeline.evaluation.report import render
-from pipeline.evaluation.stages import calibrate_draft, evaluate_draft
+from pipeline.evaluation.stages import calibrate_draft, compare_drafts, evaluate_draft
 from pipeline.registry.gate import decide
 from pipeline.target import load_target
 from tests.evaluation.conftest import BENCHMARK, ENGINE, TARGET, Places
@@ -62,7 +62,7 @@ def test_a_draft_that_was_not_calibrated_is_called_so(evaluated: Evaluated) -> N
 def test_a_random_draft_changes_no_text(evaluated: Evaluated) -> None:
     assert evaluated.content["exact_greedy"] is True
     assert evaluated.content["exact_sampled"] is True
-    for name in ("ngram", "dspark", "dspark fixed", "dspark t1"):
+    for name in ("ngram", "draft", "draft fixed", "draft t1"):
         assert evaluated.content["arms"][name]["same_text"] == BENCHMARK.prompts
 
 
@@ -80,8 +80,26 @@ def test_the_gate_reads_the_report(evaluated: Evaluated) -> None:
     manifest = artifact.load(evaluated.calibrated, "draft")
     assert evaluated.content["target"] == manifest.target
     assert evaluated.content["draft_digest"] == manifest.digest
-    decision = decide(evaluated.content, evaluated.content, Policy(min_speedup_low=0.0, max_regression=1.0))
-    assert decision.verdict == "promote"
+    assert decide(evaluated.content, Policy(min_speedup_low=0.0, min_prompts=1)).promoted
+
+
+def test_two_drafts_are_measured_side_by_side_once(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "comparison"
+    rest = (TARGET, places.corpus, ENGINE, BENCHMARK, out, places.cache)
+    content = compare_drafts(evaluated.calibrated, places.draft, *rest)
+    assert content["challenger"]["draft_digest"] == artifact.load(evaluated.calibrated, "draft").digest
+    assert content["champion"]["draft_digest"] == artifact.load(places.draft, "draft").digest
+    assert content["prompts"] == BENCHMARK.prompts
+    assert content["low"] <= content["ratio"] <= content["high"]
+    speeds = [content[side]["tokens_per_second"] for side in ("challenger", "champion")]
+    assert content["ratio"] == pytest.approx(speeds[0] / speeds[1], rel=1e-3)
+    policy = Policy(min_speedup_low=0.0, min_prompts=1, max_regression=1.0)
+    target = artifact.load(places.draft, "draft").target
+    assert decide(evaluated.content, policy, champion_target=target, comparison=content).promoted
+    monkeypatch.setattr(stages, "load_target", lambda *_: pytest.fail("measured again"))
+    assert compare_drafts(evaluated.calibrated, places.draft, *rest) == content
 
 
 def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: Evaluated) -> None:
@@ -98,7 +116,7 @@ def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: E
         assert part in page
     for arm in ARMS:
         assert f"<td>{arm.name}</td>" in page
-    for source in {p["source"] for p in evaluated.content["arms"]["dspark"]["per_prompt"]}:
+    for source in {p["source"] for p in evaluated.content["arms"]["draft"]["per_prompt"]}:
         assert f"<td>{source}</td>" in page
     assert page.count("<svg") == 6
     assert "<script" not in page
@@ -110,7 +128,7 @@ def test_a_differing_token_is_caught_and_shown(
     evaluated: Evaluated, places: Places, monkeypatch: Any, tmp_path: Path
 ) -> None:
     def tampered(done: dict[str, list[Any]], *rest: Any) -> dict[str, Any]:
-        ids = done["dspark fixed"][1].token_ids
+        ids = done["draft fixed"][1].token_ids
         ids[-1] = (ids[-1] + 1) % 7
         return summarise(done, *rest)
 
@@ -119,8 +137,8 @@ def test_a_differing_token_is_caught_and_shown(
     evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, BENCHMARK, out, places.cache)
     content = json.loads((out / "report.json").read_text())
     assert content["exact_greedy"] is False
-    assert content["arms"]["dspark fixed"]["same_text"] == BENCHMARK.prompts - 1
-    assert content["arms"]["dspark"]["same_text"] == BENCHMARK.prompts
+    assert content["arms"]["draft fixed"]["same_text"] == BENCHMARK.prompts - 1
+    assert content["arms"]["draft"]["same_text"] == BENCHMARK.prompts
     assert 'class="bad">NO' in render(content)
 
 
@@ -178,7 +196,7 @@ def test_the_schedule_reckons_with_the_drafts_own_cost(evaluated: Evaluated) -> 
         return arm["draft_share"] * arm["tau"] / arm["tokens_per_second"]
 
     learned = evaluated.content["step_cost"]["draft"]
-    assert spent("dspark fixed") / 3 < learned < spent("dspark fixed") * 3
+    assert spent("draft fixed") / 3 < learned < spent("draft fixed") * 3
     assert learned > 3 * spent("ngram")
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = {
@@ -40,10 +41,23 @@ def test_corpus_to_served_champion_and_nothing_to_do_the_second_time(tmp_path: P
         assert f"== {stage}: skipped" in second.stdout, stage
     assert (tmp_path / "smoke" / "draft" / "manifest.json").read_bytes() == drafted
 
+    # A stage that was skipped left no run; the others have one each.
+    assert stages_of(summary["mlflow_uri"]) == ["calibrate", "corpus", "evaluate", "extract", "promote", "promote",
+                                                "regenerate", "register", "register", "serve", "train"]  # fmt: skip
 
-@pytest.mark.ray
-def test_a_refused_promotion_ends_the_job_with_3_and_its_numbers(tmp_path: Path) -> None:
-    refused = demo(tmp_path, "gate.min_tau=1000")
-    assert refused.returncode == 3, refused.stdout[-3000:] + refused.stderr[-3000:]
-    assert "verdict: refuse" in refused.stdout
-    assert "FAILED" in refused.stdout
+    # Another draft must hold its own beside the champion; a floor that it can't reach refuses it.
+    third = demo(tmp_path, "trainer.seed=1", "gate.min_tau=1000")
+    assert third.returncode == 3, third.stdout[-3000:] + third.stderr[-3000:]
+    for part in ("verdict: refuse", "FAILED", "over_champion_low", "side by side on 3 prompts", "Train a better draft"):
+        assert part in third.stdout, part
+    assert not (tmp_path / "smoke" / "summary.json").exists()
+
+
+def stages_of(uri: str) -> list[str]:
+    """The stages of the finished child runs, sorted."""
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name("draftline").experiment_id])
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    train = next(r for r in runs if r.data.tags.get("draftline.stage") == "train")
+    assert [m.step for m in client.get_metric_history(train.info.run_id, "loss")] == [3, 6, 9, 12]
+    return sorted(r.data.tags["draftline.stage"] for r in runs if "draftline.stage" in r.data.tags)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import DraftlineError
 from pipeline.registry.gate import PromotionRefused, decide
-from tests.registry.reports import TARGET, Policy, report
+from tests.registry.reports import TARGET, Policy, comparison, report
 
 STRICT = Policy(min_tau=2.0)
 
@@ -18,10 +18,10 @@ def failed(decision) -> list[str]:
 
 
 def test_a_first_draft_that_is_exact_and_faster_is_promoted():
-    decision = decide(report(), None, Policy())
+    decision = decide(report(), Policy())
     assert decision.verdict == "promote"
     assert failed(decision) == []
-    assert {c.name for c in decision.reasons} == {"exact_greedy", "speedup_low"}
+    assert {c.name for c in decision.reasons} == {"exact_greedy", "prompts", "speedup_low"}
     decision.require()
 
 
@@ -33,52 +33,61 @@ def test_a_first_draft_that_is_exact_and_faster_is_promoted():
         (report(speedup=1.02, low=1.0, high=1.1), "speedup_low"),
         (report(speedup_low=math.nan), "speedup_low"),
         (report(tau=1.99), "tau"),
+        # One prompt's interval has no width: it would pass any bound below its value.
+        (report(speedup=1.5, low=1.5, high=1.5, prompts=1), "prompts"),
     ],
 )
 def test_each_bound_refuses_by_itself(candidate, reason):
-    decision = decide(candidate, None, STRICT)
+    decision = decide(candidate, STRICT)
     assert decision.verdict == "refuse"
     assert failed(decision) == [reason]
 
 
 @pytest.mark.parametrize(
-    ("candidate", "reason"),
+    ("candidate", "compared", "reason"),
     [
-        (report(target={**TARGET, "revision": "r2"}), "target.revision"),
-        (report(target={**TARGET, "weight_digest": "x"}), "target.weight_digest"),
-        (report(target={**TARGET, "tokenizer_digest": "x"}), "target.tokenizer_digest"),
-        (report(evaluation_set_digest="other"), "evaluation_set"),
-        (report(speedup=1.40, low=1.36, high=1.44), "speedup_ratio_low"),
+        (report(target={**TARGET, "revision": "r2"}), None, "target.revision"),
+        (report(target={**TARGET, "weight_digest": "x"}), None, "target.weight_digest"),
+        (report(target={**TARGET, "tokenizer_digest": "x"}), None, "target.tokenizer_digest"),
+        (report(), comparison(0.9, 0.88, 0.93), "over_champion_low"),
         # The same point estimate, but measured so loosely that it can't show that nothing was lost.
-        (report(low=1.1, high=1.9), "speedup_ratio_low"),
-        (report(speedup_high=math.inf), "speedup_ratio_low"),
+        (report(), comparison(1.0, 0.8, 1.2), "over_champion_low"),
+        (report(), comparison(math.nan, math.nan, math.nan), "over_champion_low"),
     ],
 )
-def test_each_comparison_with_the_champion_refuses_by_itself(candidate, reason):
-    decision = decide(candidate, report(), STRICT)
+def test_each_comparison_with_the_champion_refuses_by_itself(candidate, compared, reason):
+    decision = decide(candidate, STRICT, champion_target=TARGET, comparison=compared)
     assert decision.verdict == "refuse"
     assert failed(decision) == [reason]
 
 
 def test_an_equal_draft_measured_well_replaces_the_champion():
-    decision = decide(report(), report(), Policy())
-    assert decision.verdict == "promote"
+    assert decide(report(), Policy(), champion_target=TARGET, comparison=comparison()).promoted
 
 
-def test_the_ratio_interval_is_that_of_two_independent_measurements():
-    decision = decide(report(2.0, 1.8, 2.2), report(1.0, 0.9, 1.1), Policy(max_regression=0.0))
-    check = next(c for c in decision.reasons if c.name == "speedup_ratio_low")
-    assert check.value == pytest.approx(2.0 * math.exp(-math.hypot(math.log(2.0 / 1.8), math.log(1.1))))
+def test_a_refusal_says_what_to_do():
+    loose = decide(report(), STRICT, champion_target=TARGET, comparison=comparison(1.0, 0.8, 1.2)).text()
+    assert "16 prompts can't tell" in loose
+    assert "benchmark.prompts" in loose
+    slower = decide(report(), STRICT, champion_target=TARGET, comparison=comparison(0.9, 0.88, 0.93)).text()
+    assert "Train a better draft" in slower
+    other = decide(report(target={**TARGET, "id": "other"}), STRICT, champion_target=TARGET).text()
+    assert "tracking.model_name" in other
+
+
+def test_a_comparison_of_another_draft_is_no_evidence():
+    with pytest.raises(DraftlineError, match="not the challenger"):
+        decide(report(), STRICT, champion_target=TARGET, comparison=comparison(draft="x" * 64))
 
 
 def test_exactness_can_be_waived_and_is_still_shown():
-    decision = decide(report(exact_greedy=False), None, Policy(require_exact_greedy=False))
+    decision = decide(report(exact_greedy=False), Policy(require_exact_greedy=False))
     assert decision.promoted
     assert decision.reasons[0].value is False
 
 
 def test_the_table_and_the_refusal_show_every_number():
-    decision = decide(report(speedup=1.3, low=0.97, high=1.6), report(), STRICT)
+    decision = decide(report(speedup=1.3, low=0.97, high=1.6), STRICT)
     table = decision.table()
     for part in ("verdict: refuse", "exact_greedy", "0.97", "> 1", "FAILED", "2.3", ">= 2", "1.300 [0.970, 1.600]"):
         assert part in table
@@ -87,16 +96,16 @@ def test_the_table_and_the_refusal_show_every_number():
     assert table in str(e.value)
 
 
-@pytest.mark.parametrize("field", ["exact_greedy", "headline", "target", "evaluation_set_digest"])
+@pytest.mark.parametrize("field", ["exact_greedy", "headline", "target", "draft_digest"])
 def test_a_report_without_a_field_names_it(field):
     with pytest.raises(DraftlineError, match=field):
-        decide(report(**{field: None}), report(), Policy())
+        decide(report(**{field: None}), Policy(), champion_target=TARGET, comparison=comparison())
 
 
 @pytest.mark.parametrize("value", ["fast", True, None])
 def test_a_speedup_that_is_not_a_number_is_named(value):
     with pytest.raises(DraftlineError, match="speedup_low"):
-        decide(report(speedup_low=value), None, Policy())
+        decide(report(speedup_low=value), Policy())
 
 
 def test_the_gate_needs_no_mlflow():

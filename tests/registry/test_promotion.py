@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import ArtifactError, DraftlineError
 from pipeline.registry import promotion
 from pipeline.registry.gate import PromotionRefused
-from tests.registry.reports import Policy, make_draft, make_report
+from tests.registry.reports import TARGET, Policy, comparison, make_draft, make_report
 
 NAME = "draftline-tiny-dspark"
 
@@ -22,9 +22,15 @@ def submit(recorder, folder: Path, weights: bytes, **numbers) -> str:
         return promotion.register(recorder, run, NAME, folder / "draft", folder / "report")
 
 
-def promote(recorder, policy=None):
+def promote(recorder, policy=None, ratio=1.0):
+    """Promotes; challenger and champion measured side by side give `ratio`, to 1 %."""
+
+    def compare(challenger, champion):
+        assert challenger.version != champion.version
+        return comparison(ratio, ratio - 0.01, ratio + 0.01, draft=challenger.tags["draft_digest"])
+
     with recorder.stage(recorder.parent("demo"), "promote") as run:
-        return promotion.promote(recorder, run, NAME, policy or Policy()), run
+        return promotion.promote(recorder, run, NAME, policy or Policy(), compare), run
 
 
 def alias(recorder, which: str) -> str | None:
@@ -89,9 +95,9 @@ def test_promotion_moves_champion_and_keeps_previous_and_rollback_undoes_it(reco
 def test_a_refused_challenger_leaves_the_champion(recorder, tmp_path):
     first = submit(recorder, tmp_path / "a", b"a")
     promote(recorder)[0].require()
-    second = submit(recorder, tmp_path / "b", b"b", speedup=1.2, low=1.1, high=1.3)
-    decision, run = promote(recorder)
-    with pytest.raises(PromotionRefused, match="speedup_ratio_low"):
+    second = submit(recorder, tmp_path / "b", b"b", speedup=1.2, speedup_low=1.1, speedup_high=1.3)
+    decision, run = promote(recorder, ratio=0.8)
+    with pytest.raises(PromotionRefused, match="over_champion_low"):
         decision.require()
     assert alias(recorder, "champion") == first
     assert alias(recorder, "challenger") == second
@@ -106,6 +112,39 @@ def test_promoting_the_champion_again_changes_nothing(recorder, tmp_path):
     decision, _ = promote(recorder)
     assert decision.promoted
     assert (alias(recorder, "champion"), alias(recorder, "previous")) == (version, None)
+
+
+def test_the_champions_own_report_must_still_pass(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    version = submit(recorder, tmp_path / "again", b"one")
+    decision, _ = promote(recorder, Policy(min_tau=9.0))
+    assert not decision.promoted
+    assert alias(recorder, "champion") == version
+
+
+def test_the_champions_draft_measured_again_needs_no_comparison(recorder, tmp_path):
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    version = submit(recorder, tmp_path / "again", b"one", speedup=1.6)
+    with recorder.stage(recorder.parent("demo"), "promote") as run:
+        decision = promotion.promote(recorder, run, NAME, Policy(), lambda *_: pytest.fail("compared with itself"))
+    assert decision.promoted
+    assert alias(recorder, "champion") == version
+
+
+def test_a_draft_of_another_target_is_refused_unmeasured(recorder, tmp_path):
+    first = submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)
+    other = {**TARGET, "revision": "r2"}
+    draft = make_draft(tmp_path / "b" / "draft", b"b", target=other)
+    make_report(tmp_path / "b" / "report", draft, draft_digest=draft.digest, target=other)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        promotion.register(recorder, run, NAME, tmp_path / "b" / "draft", tmp_path / "b" / "report")
+    with recorder.stage(recorder.parent("demo"), "promote") as run:
+        decision = promotion.promote(recorder, run, NAME, Policy(), lambda *_: pytest.fail("targets differ"))
+    assert [c.name for c in decision.failed] == ["target.revision"]
+    assert alias(recorder, "champion") == first
 
 
 def test_the_stored_report_decides_not_a_later_file(recorder, tmp_path):
