@@ -4,8 +4,9 @@ python benchmarks/levers.py --seconds 80 --variants 'base,cold layers' --json le
 
 Trains the demo's draft in this process (no Ray, no DeepSpeed) on features of SmolLM2-135M's own responses, and
 scores blocks of held-out rows: the corpus is greedy, so the teacher-forced agreement of a block is what greedy
-decoding would accept. Every variant sees the same rows in the same order for the same wall time, of which its start (a regression, bigram
-counts) takes its share; scoring the rows against the whole vocabulary, the same for all, is not counted.
+decoding would accept. Every variant sees the same rows in the same order for the same wall time, of which its start
+(a regression, bigram counts) takes its share; scoring the rows against the whole vocabulary, the same for all, is not
+counted.
 """
 
 from __future__ import annotations

@@ -168,7 +168,8 @@ def _over_champion(candidate: dict[str, Any], comparison: dict[str, Any], policy
     bound = 1.0 - policy.max_regression
     remedy = ""
     if not low >= bound and high >= bound:
-        remedy = f"{prompts} prompts can't tell whether it is slower: raise benchmark.prompts and evaluate again."
+        loss = f"{policy.max_regression:.0%}"
+        remedy = f"{prompts} prompts can't tell whether it loses over {loss}: raise benchmark.prompts, evaluate again."
     return Check(
         "over_champion_low", low, f">= {bound:g}", low >= bound,
         f"{ratio:.3f} [{low:.3f}, {high:.3f}] times the champion's tokens/s, side by side on {prompts} prompts", remedy,
