@@ -10,9 +10,7 @@ from pipeline.errors import ConfigError
 
 # What a group's option needs beside itself: `own` has no data of its own; ???.
 NEEDS = {"own": ["corpus.source=/data/chats.jsonl", "corpus.regenerate.prompts=/data/prompts.jsonl"]}
-OPTIONS = sorted(
-    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("experiment", "hydra")
-)
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name != "experiment")
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 

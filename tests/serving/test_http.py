@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from tests.serving.fakes import FakeEngine, serving, until
+from tests.serving.fakes import FakeEngine, byte_tokenizer, serving, until
 
 ASK = {"model": "fake/target", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -92,6 +92,18 @@ def test_completions_take_text_or_token_ids_and_default_to_16_tokens():
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("x" * 16, "length")
         api.completions.create(model="fake/target", prompt=[5, 6], max_tokens=1)
     assert engine.requests[1].prompt_ids == [5, 6]
+
+
+def test_the_corpus_system_prompt_comes_first_unless_the_client_has_one():
+    def asked(*messages: dict[str, str]) -> str:
+        engine = FakeEngine()
+        with serving(engine, system_prompt="Be brief.") as (url, _):
+            client(url).chat.completions.create(model="fake/target", messages=list(messages))
+        return byte_tokenizer().decode(engine.requests[0].prompt_ids)
+
+    user, own = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be long."}
+    assert asked(user).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+    assert "Be brief." not in asked(own, user)
 
 
 def test_sampling_fields_reach_the_engine():
