@@ -89,8 +89,8 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """layers: target (copies of its last), features (solved in closed form from stored features) or none.
-    markov: factors from corpus bigrams."""
+    """layers: target (copies of its last), features (solved in closed form from stored features), none, or auto
+    (features where that has a closed form and they are stored, else target). markov: factors from corpus bigrams."""
 
     layers: str = "target"
     markov: bool = True
@@ -247,8 +247,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
-    "trainer.warm_start.layers": ("target", "features", "none"),
-    "draft.algorithm": ("dspark", "dflash"),
+    "trainer.warm_start.layers": ("auto", "target", "features", "none"),
+    "draft.algorithm": ("dspark", "dflash", "eagle3"),
     "draft.markov_head_type": ("none", "vanilla", "gated", "rnn"),
 }
 _POSITIVE = (

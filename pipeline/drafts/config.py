@@ -10,17 +10,19 @@ from pipeline.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """A block drafter (DSpark, DFlash). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
+    """A draft (DSpark, DFlash, Eagle3). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
 
     Attributes:
-        algorithm: dspark or dflash (no Markov and no confidence head).
-        block_size: K slots. sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
+        algorithm: dspark, dflash or eagle3 (the last two without Markov and confidence head).
+        block_size: K slots; of eagle3 the tokens that a block proposes and that training unrolls.
+        sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
         num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
         hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
             layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
         qk_norm: RMSNorm on queries and keys.
         sliding_windows: per layer, how many positions back a slot sees context (0: all); empty: all of it everywhere.
         mask_token_id: fills slots 1..K-1; must be an embedding row that no text uses.
+        norm_before_residual: eagle3: its residual stream starts at the normalised g, not at g.
         markov_rank: r of the Markov head. markov_head_type: none, vanilla, gated or rnn.
         enable_confidence_head, confidence_head_with_markov: the confidence head and whether it sees the Markov
             embedding of the token before.
@@ -41,6 +43,7 @@ class DraftConfig:
     qk_norm: bool = True
     sliding_windows: list[int] = dataclasses.field(default_factory=list)
     sample_from_anchor: bool = True
+    norm_before_residual: bool = False
     mask_token_id: int = -1
     markov_rank: int = 256
     markov_head_type: str = "vanilla"
@@ -132,11 +135,17 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
         )
     if config.tokens_per_block < 1:
         raise ConfigError("draft.block_size=1 with draft.sample_from_anchor=false proposes nothing; use 2 or more.")
-    if config.algorithm == "dflash" and (config.has_markov or config.enable_confidence_head):
+    if config.algorithm != "dspark" and (config.has_markov or config.enable_confidence_head):
         raise ConfigError(
-            "draft.algorithm=dflash has neither head: set draft.markov_head_type=none and "
+            f"draft.algorithm={config.algorithm} has neither head: set draft.markov_head_type=none and "
             "draft.enable_confidence_head=false, or use draft.algorithm=dspark."
         )
+    if config.algorithm == "eagle3":
+        for name, only in (("num_layers", 1), ("sample_from_anchor", True), ("sliding_windows", [])):
+            if getattr(config, name) != only:
+                raise ConfigError(
+                    f"draft.{name}={getattr(config, name)!r}: draft.algorithm=eagle3 takes {only!r} only."
+                )
     if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
         raise ConfigError(
             f"draft.sliding_windows={config.sliding_windows} has {len(config.sliding_windows)} entries; the draft has "

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifact
+from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import differences, make_draft
 from pipeline.drafts.config import DraftConfig, check
 from pipeline.drafts.dspark import DSparkDraft
@@ -106,7 +107,7 @@ def write(draft: DSparkDraft, target: Target, out: Path | str, *, inputs: dict[s
     return artifact.load(out, "export", verify=False)
 
 
-def read(path: Path | str, target: Target) -> DSparkDraft:
+def read(path: Path | str, target: Target) -> Draft:
     """Reads a DSpark or DFlash checkpoint for a target.
 
     Temperatures are ones unless `temperatures.json` lies beside it.
