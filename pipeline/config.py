@@ -187,6 +187,23 @@ class ServingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A draft for another engine. engine: vllm or sglang. format: speculators, specforge or deepspec ("": the engine's
+    own).
+
+    version: of the registered model, by number or alias (champion), or calibrated: the run's own draft. out: a
+    directory ("": export-<engine> of the run). served_target: hub id or path by which the engine finds the target
+    ("": target.path).
+    """
+
+    engine: str = "vllm"
+    format: str = ""
+    version: str = "champion"
+    out: str = ""
+    served_target: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrackingConfig:
     """MLflow. uri: a server, or None for sqlite under the output root. model_name: None derives it."""
 
@@ -224,6 +241,7 @@ class PipelineConfig:
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
@@ -248,6 +266,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
     "trainer.warm_start.layers": ("target", "features", "none"),
+    "export.engine": ("vllm", "sglang"),
+    "export.format": ("", "speculators", "specforge", "deepspec"),
     "draft.algorithm": ("dspark", "dflash"),
     "draft.markov_head_type": ("none", "vanilla", "gated", "rnn"),
 }
