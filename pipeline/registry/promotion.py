@@ -200,8 +200,9 @@ def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> 
                 raise
             found = None
     if found is None:
-        versions = recorder.client.search_model_versions(f"name = '{name}'")
-        there = [str(v.version) for v in versions] + [a for v in versions for a in v.aliases]
+        there = sorted(str(v.version) for v in recorder.client.search_model_versions(f"name = '{name}'"))
+        if there:
+            there += recorder.client.get_registered_model(name).aliases
         raise DraftlineError(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
     return fetch(recorder, found, cache_dir)
 

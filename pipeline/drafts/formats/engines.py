@@ -52,7 +52,7 @@ class Fit:
             nearest.append(f"as it is with export.engine={engine} export.format={name}")
         if self.settings:
             wanted = " ".join(f"{k}={v}" for k, v in self.settings.items())
-            nearest.append(f"by {TITLES[self.engine]} when trained with {wanted}")
+            nearest.append(f"in {TITLES[self.engine]} when trained with {wanted}")
         told = " ".join(o.why for o in self.obstacles)
         remedy = f" It loads {'; or '.join(nearest)}." if nearest else " No combination of this version loads it."
         return f"{TITLES[self.engine]} does not load this draft as {self.format}. {told}{remedy}"

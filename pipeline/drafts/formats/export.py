@@ -56,7 +56,7 @@ def export_draft(
         raise ConfigError(str(result))
     text = readme(draft, loaded, result, served, source=source, digest=inputs["draft"])
     more: dict[str, Any] = {"served_target": served} if format == "speculators" else {}
-    print(f"export: {source}, {result}", flush=True)
+    print(f"export: {source}; {result}", flush=True)
     return FORMATS[format].write(
         draft, loaded, out, inputs=inputs, settings=settings, files={"README.md": text}, **more
     )

@@ -165,6 +165,8 @@ def save(
             staging.path / WEIGHTS,
             metadata={"format": "pt"},
         )
+        # safetensors makes it readable to its owner alone; an engine may run as somebody else.
+        (staging.path / WEIGHTS).chmod(0o644)
         artifact.write_json(staging.path / CONFIG, {**config, "dtype": "bfloat16"})
         artifact.write_json(staging.path / TEMPERATURES, {"temperatures": draft.temperatures.tolist()})
         for name, text in (files or {}).items():
