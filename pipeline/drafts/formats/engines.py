@@ -1,9 +1,9 @@
 """Which drafts vLLM and SGLang load, in which format; and when they don't, why, and the nearest that loads.
 
-Read from the engines' sources of September 2026, in single stored versions: vLLM's models/qwen3_dspark.py and
-qwen3_dflash.py and its speculators configs; SGLang's models/dspark.py, dflash.py and speculative/dspark_components. A
-draft that an engine would load and then run wrongly (accepting hardly a token, without an error) counts as one that it
-does not load.
+Read from the engines' public sources of 2026, in single stored versions; no engine was run: vLLM's
+models/qwen3_dspark.py and qwen3_dflash.py and its speculators configs; SGLang's models/dspark.py, dflash.py and
+speculative/dspark_components. A draft that an engine would load and then run wrongly (accepting hardly a token, without
+an error) counts as one that it does not load.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def _engine_obstacles(draft: DSparkDraft, engine: str) -> list[Obstacle]:
     if any(c.sliding_windows):
         found.append(
             Obstacle(
-                f"{name}'s sliding layers see only the earlier slots of a block; this draft's see all of them "
-                f"(sliding_windows={c.sliding_windows}).",
+                # vLLM's newer DFlash takes a flag against it; whether its attention then sees both ways is not known.
+                f"{name}'s sliding layers see only the earlier slots of a block (no version is known to do otherwise); "
+                f"this draft's see all of them (sliding_windows={c.sliding_windows}).",
                 {"draft.sliding_windows": "[]"},
             )
         )

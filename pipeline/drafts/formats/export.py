@@ -127,6 +127,11 @@ def _notes(draft: DSparkDraft, fit: Fit) -> list[str]:
             "vLLM must read `sample_from_anchor` from this config (its pull request 48639, July 2026). An older one "
             "takes every DSpark draft for one whose anchor slot predicts nothing, and accepts hardly a token."
         )
+    if fit.engine == "sglang" and fit.format == "specforge" and c.algorithm == "dspark":
+        notes.append(
+            "SGLang must have the architecture DSparkDraftModel (models/dspark.py). Its first versions with DSpark "
+            "know Qwen3DSparkModel alone: for them, export with export.format=deepspec."
+        )
     if c.algorithm == "dspark" and c.enable_confidence_head and fit.engine == "vllm":
         notes.append(
             f"vLLM reads no calibration. `{qwen3.TEMPERATURES}` holds one temperature per position for engines that "
