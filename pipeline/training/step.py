@@ -162,7 +162,7 @@ class TrainStep:
         keep = supervised.flatten().nonzero().squeeze(-1)
         device_type = self.draft.embed.device.type
         with torch.autocast(device_type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            hidden = self._hidden(picked)
+            hidden = self.hidden(picked)
             previous = torch.cat([self._previous(r, b) for r, b in picked])
             head = self.draft.markov_head
             markov = None
@@ -192,7 +192,7 @@ class TrainStep:
             loss = loss + (bce * flat).sum() * (self.weights.confidence * scale / sums[0].clamp(min=1e-6))
         return loss, self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
 
-    def _hidden(self, picked: list[tuple[Row, Blocks]]) -> Tensor:
+    def hidden(self, picked: list[tuple[Row, Blocks]]) -> Tensor:
         """The draft's hidden states [N, D] of all blocks of all sequences, in order."""
         draft, dtype = self.draft, self.autocast or self.draft.fc.weight.dtype
         if isinstance(draft, Eagle3Draft):
