@@ -1,7 +1,8 @@
 """Taps: raw outputs of chosen decoder layers, by forward hooks.
 
 A hook sees the layer's own output. The `hidden_states` tuple of transformers is another numbering (its entry i + 1 is
-layer i) and its last entry is already normalised; nothing here reads it (algorithms.md 2).
+layer i) and its last entry is already normalised; nothing here reads it (algorithms.md 2). Where a family has several
+residual streams, a tap is their mean: D wide in every family.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class TapCapture:
     def __init__(self, family: Family, layer_ids: Sequence[int]) -> None:
         validate_layer_ids(layer_ids, len(family.layers))
         self._layers = [family.layers[i] for i in layer_ids]
+        self._streams = family.streams
         self._outputs: list[torch.Tensor | None] = [None] * len(layer_ids)
         self._hooks: list[Any] = []
 
@@ -68,7 +70,8 @@ class TapCapture:
 
     def _keep(self, slot: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            self._outputs[slot] = output[0] if isinstance(output, tuple) else output
+            raw = output[0] if isinstance(output, tuple) else output
+            self._outputs[slot] = raw.mean(dim=-2) if self._streams > 1 else raw
 
         return hook
 
