@@ -18,9 +18,10 @@ from pipeline.errors import DraftlineError
 from pipeline.target import Target
 
 _PROBED = (7, 7)
-# What models pass along that means nothing to attention over our own cache and mask.
-_HARMLESS = frozenset(
-    ["cache_position", "dropout", "is_causal", "logits_to_keep", "past_key_values", "position_ids", "use_cache"]
+# What models pass along: heeded (the first two), or without meaning to attention over our own cache and mask.
+_KNOWN = frozenset(
+    ["sliding_window", "softcap"]
+    + ["cache_position", "dropout", "is_causal", "logits_to_keep", "past_key_values", "position_ids", "use_cache"]
 )
 
 
@@ -64,17 +65,20 @@ class Probe:
         """Notes a call with q [1, H, T, d], k and v [1, Hkv, T, d]; returns zeros [1, T, H, d of v]."""
         index = int(module.layer_idx)  # type: ignore[arg-type]
         tokens = q.shape[2]
-        unknown = sorted(n for n, value in options.items() if n not in _HARMLESS and _says_something(value))
+        unknown = sorted(n for n, value in options.items() if n not in _KNOWN and _says_something(value))
         if index in self.layers:
             raise refused(self.target, f"layer {index} attends more than once")
         if getattr(module, "is_causal", True) is False or options.get("is_causal") is False:
             raise refused(self.target, f"layer {index} attends in both directions")
         if k.shape[2] != tokens or v.shape[2] != tokens:
-            raise refused(self.target, f"layer {index} attends to {k.shape[2]} keys of its own making for {tokens} tokens")
+            raise refused(
+                self.target, f"layer {index} attends to {k.shape[2]} keys of its own making for {tokens} tokens"
+            )
         window, softcap = options.get("sliding_window") or 0, options.get("softcap") or 0.0
-        unknown = [n for n in unknown if n not in ("sliding_window", "softcap")]
         if unknown:
-            raise refused(self.target, f"layer {index}'s attention takes {', '.join(unknown)}, which the engine's doesn't")
+            raise refused(
+                self.target, f"layer {index}'s attention takes {', '.join(unknown)}, which the engine's doesn't"
+            )
         source = next((i for i, key in self._keys.items() if key is k), index)
         if source == index:
             self._keys[index] = k
@@ -105,7 +109,7 @@ def attention_geometry(target: Target, implementation: str) -> list[LayerAttenti
         probe = Probe(target)
         ids = torch.tensor([_PROBED], device=target.device) % target.vocab_size
         with torch.inference_mode():
-            backbone(input_ids=ids, use_cache=False, draftline_layout=probe)
+            family.hidden(ids, draftline_layout=probe)
         silent = [i for i in range(len(family.layers)) if i not in probe.layers]
         if silent:
             kind = type(family.layers[silent[0]]).__name__

@@ -66,12 +66,9 @@ class TargetRunner:
         """
         layout = StepLayout(segments, self.cache, self.geometry)
         ids = torch.tensor([token_ids], device=self.target.device)
-        backbone = self.family.backbone
 
         def forward() -> torch.Tensor:
-            return backbone(
-                input_ids=ids, position_ids=layout.positions[None], use_cache=False, draftline_layout=layout
-            ).last_hidden_state[0]
+            return self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0]
 
         taps = None
         if self.layer_ids:

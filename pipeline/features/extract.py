@@ -19,7 +19,6 @@ import numpy as np
 from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import Split, read_rows
-from pipeline.drafts.config import check_rope
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
@@ -166,7 +165,6 @@ def check(
     loaded = AutoConfig.from_pretrained(obtain(target, Path(cache_dir)))
     check_family(loaded.model_type)
     model = loaded.get_text_config()
-    check_rope(model)
     validate_layer_ids(config.target_layer_ids, int(model.num_hidden_layers))
     if not (rows := corpus.counts[f"{split}_rows"]):
         raise DraftlineError(f"{corpus_dir} has no {split} rows. Give more conversations (corpus.source).")

@@ -29,6 +29,8 @@ class Family:
         embed_scale: factor on rows of `embed_tokens.weight`, rounded to the weight's dtype as the target does (1
             except in Gemma).
         logit_softcap: c in c * tanh(logits / c), or None.
+        placeholders: ids that stand for images or sound in a multimodal target; without any they read as `blank`, as
+            the target itself reads them, so that a stray one in a text means the same here.
         streams: parallel residual streams of a position (hyper-connections); a tap is their mean, which is what the
             engines that serve such targets give their drafts.
         norm_offset: added to `final_norm.weight` (1 where the family stores gains around 0).
@@ -44,10 +46,24 @@ class Family:
     lm_head: nn.Module
     embed_scale: float = 1.0
     logit_softcap: float | None = None
+    placeholders: tuple[int, ...] = ()
+    blank: int = 0
     streams: int = 1
     norm_offset: float = 0.0
     layer_obstacle: str | None = None
     engine_obstacle: str | None = None
+
+    def hidden(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """last_hidden [B, S, D] of int64 input_ids [B, S], after the final norm; no transformers cache is used.
+
+        Args:
+            options: passed to the backbone (position_ids, what attention functions take).
+        """
+        if self.placeholders:
+            stray = torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))
+            input_ids = input_ids.masked_fill(stray, self.blank)
+        out: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+        return out
 
     @property
     def final_norm_gain(self) -> torch.Tensor:
@@ -79,11 +95,16 @@ def _gemma(model: Any) -> Family:
             "checkpoint that generates text."
         )
     embed = backbone.embed_tokens
+    four = "gemma4" in config.model_type
+    names = ("image_token_id", "video_token_id", "audio_token_id") if four and backbone is not model.model else ()
     return dataclasses.replace(
         _parts(model, backbone),
+        placeholders=tuple(i for n in names if (i := getattr(model.config, n, None)) is not None),
+        blank=config.pad_token_id or 0,
         embed_scale=float(embed.embed_scale.to(embed.weight.dtype)),
-        logit_softcap=config.final_logit_softcapping or None,
-        norm_offset=0.0 if "gemma4" in config.model_type else 1.0,
+        # transformers' multimodal Gemma 3 leaves the cap out, whatever its config says.
+        logit_softcap=None if model.config.model_type == "gemma3" else config.final_logit_softcapping or None,
+        norm_offset=0.0 if four else 1.0,
         layer_obstacle="its layers normalise what attention and MLP give back, and use GELU; a draft's do neither",
     )
 

@@ -100,6 +100,6 @@ def features_of(
         raise ValueError(f"lengths {sizes} don't fit input_ids of shape {list(input_ids.shape)}")
     with TapCapture(target.family, layer_ids) as capture:
         # No attention mask: attention is causal and padding is on the right, so no real token sees any of it.
-        last_hidden = target.family.backbone(input_ids=input_ids.to(target.device), use_cache=False).last_hidden_state
+        last_hidden = target.family.hidden(input_ids.to(target.device))
     taps = capture.taps()
     return [t[:n] for t, n in zip(taps, sizes, strict=True)], [h[:n] for h, n in zip(last_hidden, sizes, strict=True)]

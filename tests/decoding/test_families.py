@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request, StepCost, make_proposer
@@ -42,7 +42,7 @@ def expected(name: str) -> list[list[int]]:
                 torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=VOCABULARY
             )
         texts.append(out[0, len(ids) :].tolist())
-    assert all(len(set(t)) > 4 for t in texts), "a target that repeats itself proves nothing"
+    assert sum(len(set(t)) for t in texts) > 40, "a target that repeats itself proves nothing"
     return texts
 
 
@@ -69,12 +69,34 @@ def test_greedy_text_past_the_window_is_generates(name: str, proposer: str) -> N
         assert sum(d.metrics.drafted for d in done) > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mistral, sliding", {"window": 0}),
+        ("gemma4", {"window": WINDOW + 1}),
+        ("gemma2, both softcaps", {"softcap": 0.0}),
+        ("gemma3", {"scale": 8**-0.5}),
+        ("gemma4, shared keys", {"source": 0}),
+    ],
+)
+def test_a_wrong_window_scale_softcap_or_source_gives_another_text(name: str, wrong: dict[str, Any]) -> None:
+    """What the test above rests on: these targets tell such mistakes apart."""
+    engine = engine_for(tiny_target(name), None, "none")
+    geometry = engine.runner.geometry
+    for i, layer in enumerate(geometry):
+        changed = layer.window if "window" in wrong else layer.source == 1 if "source" in wrong else True
+        if changed:
+            geometry[i] = dataclasses.replace(layer, **wrong)
+    done = engine.generate([Request(ids, max_new_tokens=NEW, ignore_eos=True) for ids in prompts()])
+    assert [d.token_ids for d in done] != expected(name)
+
+
 @pytest.mark.parametrize("name", ENGINE)
 def test_a_step_s_taps_and_logits_are_the_plain_forward_s(name: str) -> None:
     """The draft's context while decoding is what extraction would store: chunked, batched, beyond the window."""
     ids = prompts()[1]
     target = tiny_target(name)
-    (wanted,), (last,) = features_of(target, [0, 2], torch.tensor([ids]), [len(ids)])
+    (wanted,), _ = features_of(target, [0, 2], torch.tensor([ids]), [len(ids)])
     with torch.inference_mode():
         logits = target.model(torch.tensor([ids])).logits[0]
     engine = engine_for(target, None, "none")
@@ -89,7 +111,7 @@ def test_a_step_s_taps_and_logits_are_the_plain_forward_s(name: str) -> None:
             if s.slot == 1:
                 seen.append(taps[at : at + s.count])
             at += s.count
-        if segments[-1].slot == 1 and rows:
+        if segments[-1].slot == 1 and segments[-1].start + segments[-1].count == len(ids):
             torch.testing.assert_close(out[-1], logits[-1], atol=1e-4, rtol=1e-3)
         return taps, out
 
@@ -183,6 +205,5 @@ def test_every_family_of_the_adapters_is_decoded_or_refused_here() -> None:
     from pipeline.target.families import ADAPTERS
 
     seen = {tiny_target(name).family.name for name in BUILDERS}
-    same_code = {"gemma3", "gemma4_unified", "gemma4_unified_text"}  # text models that BUILDERS reach otherwise
-    assert set(ADAPTERS) - same_code == seen
-    assert transformers.Gemma4UnifiedForCausalLM is not None
+    # The multimodal class around the text model that is decoded here.
+    assert set(ADAPTERS) - {"gemma4_unified"} == seen

@@ -47,6 +47,13 @@ def _gemma4_parts() -> Any:
     return transformers.Gemma4ForConditionalGeneration(config)
 
 
+def _gemma3_parts() -> Any:
+    text = {**_GEMMA, "num_hidden_layers": 3, "layer_types": _MIXED, "query_pre_attn_scalar": 5}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def _deepseek_v4() -> Any:
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -114,7 +121,13 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         vocab_size_per_layer_input=VOCABULARY,
     ),
     "gemma4, experts": lambda: _gemma4(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16),
+    "gemma3, multimodal": _gemma3_parts,
     "gemma4, multimodal": _gemma4_parts,
+    "gemma4_unified": lambda: transformers.Gemma4UnifiedForCausalLM(
+        transformers.Gemma4UnifiedTextConfig(
+            **{k: v for k, v in _GEMMA4.items() if "per_layer" not in k}, num_hidden_layers=3, layer_types=_MIXED
+        )
+    ),
     "deepseek_v4": _deepseek_v4,
 }
 ENGINE = [name for name in BUILDERS if name != "deepseek_v4"]
@@ -130,7 +143,7 @@ class _Tokenizer:
         return VOCABULARY
 
 
-def tiny_target(name: str, seed: int = 3) -> Target:
+def tiny_target(name: str, seed: int = 4) -> Target:
     """A Target of a family, in fp32, its weights drawn from the seed alone."""
     model = BUILDERS[name]()
     generator = torch.Generator().manual_seed(seed)
