@@ -1,14 +1,17 @@
-"""draftline's kernels and their torch references: noise, sampling, verification. Depends on torch (and triton) only."""
+"""draftline's kernels and their torch references: noise, sampling, verification, the sequential head, the vocabulary
+loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
 from .noise import gumbel, uniform
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
 from .verify import VerifyResult, verify
+from .vocab_loss import RowStats, vocab_loss
 
 __all__ = [
     "BLOCK",
     "STREAMS",
+    "RowStats",
     "Sampling",
     "VerifyResult",
     "draw",
@@ -17,4 +20,5 @@ __all__ = [
     "transform",
     "uniform",
     "verify",
+    "vocab_loss",
 ]
