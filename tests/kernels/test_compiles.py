@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from draftline_kernels import vocab_loss_triton  # noqa: E402
+from draftline_kernels import residual_triton, sampling_triton, verify_triton, vocab_loss_triton  # noqa: E402
 
 _LOGITS = ("fp32", "bf16")
 
@@ -26,7 +26,40 @@ def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool) -> tuple[
     return vocab_loss_triton._row_losses, pointers | scalars, constants
 
 
+_INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "owners", "top_k", "accepted_in", "accepted_out")
+_INT32 = ("places", "last_ties", "t2d")
+_INT8 = ("finite_in", "finite_out")
+_SIZES = ("slots", "width", "blocks", "draft_width", "draft_blocks")
+
+
+def _verify(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """A kernel of verification at Qwen3's 38 blocks; every argument's type goes by its name."""
+    types = dict.fromkeys(("logits", "draft"), f"*{dtype}") | dict.fromkeys((*_INT64, "next_out"), "*i64")
+    types |= dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT8, "*i8") | dict.fromkeys(_SIZES, "i32")
+    types |= {"stride": "i64"}
+    constants = {"SPAN": 4096, "PADDED": 64, "DRAFT_PADDED": 8, **constants}
+    names = kernel.arg_names
+    return (
+        kernel,
+        {n: types.get(n, "*fp32") for n in names if n not in constants},
+        {n: v for n, v in constants.items() if n in names},
+    )
+
+
+_RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
+_ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
+_COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
 CASES = {
+    **{f"stats {d}": _verify(sampling_triton.stats, d, GREEDY=False) for d in _LOGITS},
+    "stats greedy": _verify(sampling_triton.stats, "bf16", GREEDY=True),
+    "select": _verify(sampling_triton.select, "bf16"),
+    "accept greedy": _verify(verify_triton._accept, "bf16", GREEDY=True, **_COUPLED),
+    "accept coupled": _verify(verify_triton._accept, "bf16", GREEDY=False, **_COUPLED),
+    "accept ratio": _verify(verify_triton._accept, "fp32", **_RATIO),
+    "accept one-hot": _verify(verify_triton._accept, "fp32", **_ONE_HOT),
+    "residual": _verify(residual_triton.residual, "fp32", **_RATIO),
+    "residual one-hot": _verify(residual_triton.residual, "fp32", **_ONE_HOT),
+    "pick": _verify(residual_triton.pick, "fp32", **_RATIO),
     **{f"vocab_loss {d}": _vocab_loss(d, False, False, True) for d in _LOGITS},
     "vocab_loss softcap and bias": _vocab_loss("bf16", True, True, True),
     "vocab_loss statistics": _vocab_loss("bf16", False, True, False),

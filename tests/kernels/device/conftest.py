@@ -22,3 +22,11 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """NumPy, which the interpreter computes with, warns of the infinities that the kernels mean."""
+    here = os.path.dirname(__file__)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
