@@ -3,6 +3,7 @@ loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
+from .markov_block import Block, markov_block
 from .noise import gumbel, uniform
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
 from .verify import VerifyResult, verify
@@ -11,11 +12,13 @@ from .vocab_loss import RowStats, vocab_loss
 __all__ = [
     "BLOCK",
     "STREAMS",
+    "Block",
     "RowStats",
     "Sampling",
     "VerifyResult",
     "draw",
     "gumbel",
+    "markov_block",
     "proposal_stream",
     "transform",
     "uniform",

@@ -111,7 +111,7 @@ def _search(row, peaks, width, blocks, temperature, peak, low, high, limit, COUN
                 weight = tl.where(column < width, 1.0, 0.0)
                 if not COUNT:
                     weight *= tl.exp(x - peak)
-                higher = order(x).to(tl.int64)[:, None] > threshold[None, :]
+                higher = order(x)[:, None] > threshold.to(tl.int32)[None, :]
                 above += tl.sum(tl.where(higher, weight[:, None], 0.0), 0)
         heavy = above >= limit
         low = tl.maximum(low, tl.max(tl.where(heavy, threshold, low), 0))

@@ -12,7 +12,13 @@ triton = pytest.importorskip("triton", reason="Triton is not installed on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from draftline_kernels import residual_triton, sampling_triton, verify_triton, vocab_loss_triton  # noqa: E402
+from draftline_kernels import (  # noqa: E402
+    markov_block_triton,
+    residual_triton,
+    sampling_triton,
+    verify_triton,
+    vocab_loss_triton,
+)
 
 _LOGITS = ("fp32", "bf16")
 
@@ -46,6 +52,25 @@ def _verify(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, s
     )
 
 
+_COUNTS = ("slot", "batch", "rank", "tiles", "stream", "width", "blocks", "column_blocks")
+_TABLES = ("starts", "ends", "places", "winners", "blocks_of", "bounds", "last_ties")
+_ROWS = ("d2t", "seeds", "positions", "out", "top_k", "top_p")
+
+
+def _markov(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """A kernel of the sequential head, likewise."""
+    types = dict.fromkeys(("base", "codes", "w2"), f"*{dtype}") | dict.fromkeys(_ROWS, "*i64")
+    types |= dict.fromkeys(_COUNTS, "i32") | dict.fromkeys(_TABLES, "*i32") | {"top_p": "*fp32", "stride": "i64"}
+    types |= dict.fromkeys(("base_request", "base_slot", "w2_stride", "kept_request", "kept_slot"), "i64")
+    constants = {"TILE": 64, "GROUP": 16, "DEPTH": 64, "SPAN": 4096, "PADDED": 1024, **constants}
+    names = kernel.arg_names
+    return (
+        kernel,
+        {n: types.get(n, "*fp32") for n in names if n not in constants},
+        {n: v for n, v in constants.items() if n in names},
+    )
+
+
 _RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
 _ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
 _COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
@@ -60,6 +85,13 @@ CASES = {
     "residual": _verify(residual_triton.residual, "fp32", **_RATIO),
     "residual one-hot": _verify(residual_triton.residual, "fp32", **_ONE_HOT),
     "pick": _verify(residual_triton.pick, "fp32", **_RATIO),
+    "bias bf16": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=True, GREEDY=False, WRITE=True),
+    "bias fp32": _markov(markov_block_triton._bias, "fp32", MARKOV=True, D2T=False, GREEDY=False, WRITE=False),
+    "bias 64": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=False, GREEDY=True, WRITE=False, GROUP=64),
+    "no bias": _markov(markov_block_triton._bias, "bf16", MARKOV=False, D2T=True, GREEDY=False, WRITE=True),
+    "combine": _markov(markov_block_triton._combine, "bf16", D2T=True, GREEDY=False),
+    "combine greedy": _markov(markov_block_triton._combine, "bf16", D2T=False, GREEDY=True),
+    "truncated": _markov(markov_block_triton._truncated, "bf16", D2T=True, PADDED=64),
     **{f"vocab_loss {d}": _vocab_loss(d, False, False, True) for d in _LOGITS},
     "vocab_loss softcap and bias": _vocab_loss("bf16", True, True, True),
     "vocab_loss statistics": _vocab_loss("bf16", False, True, False),

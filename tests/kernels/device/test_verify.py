@@ -26,17 +26,21 @@ def batch_of(
     """A ragged batch whose proposals a draft near the target drew, so that every accepted count occurs."""
     g = torch.Generator().manual_seed(width + len(asks))
     requests = 8
-    lengths = torch.randint(0, block + 1, (requests,), generator=g)
+    lengths = torch.arange(requests, 0, -1) % (block + 1)
     cumulative = torch.cat((torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)))
-    target = torch.randn(int(cumulative[-1]), width, generator=g) * 3
+    target = torch.randn(int(cumulative[-1]), width, generator=g) * 5
     sampling = Sampling.of([(*asks[b % len(asks)], 31 * b) for b in range(requests)])
     positions = torch.randint(0, 5000, (requests,), generator=g)
     columns = torch.arange(width) if d2t is None else d2t
+    if d2t is not None:
+        target[:, d2t] += 8.0  # a draft vocabulary holds the likely tokens
     tokens = torch.zeros(requests, block, dtype=torch.int64)
     q = torch.randn(requests, block, len(columns), generator=g)
     for b in range(requests):
         for k in range(int(lengths[b])):
-            near = target[cumulative[b] + k, columns][None] + 0.6 * torch.randn(1, len(columns), generator=g)
+            near = target[cumulative[b] + k, columns][None] + (2.5 if k else 0.1) * torch.randn(
+                1, len(columns), generator=g
+            )
             one = sampling.select(torch.tensor([b]))
             q[b, k] = transform(near, one.temperature, one.top_k, one.top_p)
             at = positions[b : b + 1]
