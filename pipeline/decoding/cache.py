@@ -2,7 +2,8 @@
 
 Shapes: slots R, KV heads H, capacity C positions, head dim d. Keys and values of a layer are [R, H, C, d]. A slot
 is free or owned by one sequence; rejected tokens need no cleaning, since a position is rewritten before it can be
-attended to (a query sees positions below its own only).
+attended to (a query sees positions below its own only). Values that are not finite do: a mask doesn't keep a NaN out of
+a softmax.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class KVCache:
         self.k[layer, slots, :, positions] = k
         self.v[layer, slots, :, positions] = v
 
+    def clear(self, slot: int) -> None:
+        """Forgets what a slot holds."""
+        self.k[:, slot] = 0
+        self.v[:, slot] = 0
+
 
 class LayeredKVCache:
     """Keys and values of layers that differ in KV heads and head dims, and of which some keep none.
@@ -96,6 +102,11 @@ class LayeredKVCache:
         """Stores k, v [T, H, d] of one layer at (slot, position) pairs: int64[T] each."""
         self.k[layer][slots, :, positions] = k
         self.v[layer][slots, :, positions] = v
+
+    def clear(self, slot: int) -> None:
+        """Forgets what a slot holds."""
+        for tensor in (*self.k.values(), *self.v.values()):
+            tensor[slot] = 0
 
 
 def _zeros(

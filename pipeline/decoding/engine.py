@@ -387,6 +387,8 @@ class Engine:
             )
         if s.slot >= 0:
             self.proposer.release(s)
+            if reason in ("error", "cancelled"):
+                self.runner.cache.clear(s.slot)
             self._slots.give_back(s.slot)
             self._running.remove(s)
         s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)

@@ -18,11 +18,9 @@ from pipeline.errors import DraftlineError
 from pipeline.target import Target
 
 _PROBED = (7, 7)
-# What models pass along: heeded (the first two), or without meaning to attention over our own cache and mask.
-_KNOWN = frozenset(
-    ["sliding_window", "softcap"]
-    + ["cache_position", "dropout", "is_causal", "logits_to_keep", "past_key_values", "position_ids", "use_cache"]
-)
+_HEEDED = ("sliding_window", "softcap")
+# What models pass along that means nothing to attention over our own cache and mask.
+_HARMLESS = ("cache_position", "dropout", "is_causal", "logits_to_keep", "past_key_values", "position_ids", "use_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Probe:
         """Notes a call with q [1, H, T, d], k and v [1, Hkv, T, d]; returns zeros [1, T, H, d of v]."""
         index = int(module.layer_idx)  # type: ignore[arg-type]
         tokens = q.shape[2]
-        unknown = sorted(n for n, value in options.items() if n not in _KNOWN and _says_something(value))
+        unknown = sorted(n for n, value in options.items() if n not in _HEEDED + _HARMLESS and _says_something(value))
         if index in self.layers:
             raise refused(self.target, f"layer {index} attends more than once")
         if getattr(module, "is_causal", True) is False or options.get("is_causal") is False:

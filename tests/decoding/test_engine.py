@@ -222,6 +222,25 @@ def test_not_finite_logits_fail_one_request_only(
     assert done[1].finish_reason == "error" and "not finite" in (done[1].error or "")
 
 
+@pytest.mark.parametrize("name", ["none", "dspark", "eagle3"])
+def test_the_next_request_in_a_failed_one_s_slot_is_not_failed_by_what_it_left(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+    name: str,
+) -> None:
+    """Its keys were not finite, and the next request attends beside a longer one over the same positions."""
+    ids = prompt_ids(tiny)
+    engine = engine_for(tiny, draft, "none")
+    engine.set_proposer(proposer_for(tiny, name))
+    poison = tiny.family.embed_tokens.register_forward_hook(lambda _module, _given, out: out * float("nan"))
+    (failed,) = engine.generate([Request([5] * 120, max_new_tokens=4)])
+    poison.remove()
+    assert failed.finish_reason == "error"
+    done = engine.generate([Request(ids[1], max_new_tokens=30), Request(ids[2], max_new_tokens=60)])
+    assert [d.token_ids for d in done] == [expected[1][:30], expected[2][:60]]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

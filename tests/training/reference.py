@@ -77,7 +77,7 @@ def plain_eagle3(draft: Eagle3Draft, tokens: Tensor, taps: Tensor, anchor: int) 
         stream = torch.stack(g)
         after = tokens[torch.arange(1, n + 1).clamp(max=len(tokens) - 1)]
         normed = layer.hidden_norm(stream)
-        x = torch.cat((layer.input_layernorm(draft.embed[after]), normed), -1)
+        x = torch.cat((layer.input_layernorm(draft.embed[after] * draft.embed_scale), normed), -1)
         cos, sin = draft.rope(torch.arange(n))
         q = layer.self_attn.queries(x, cos, sin)
         k, v = layer.self_attn.keys_values(x, cos, sin)

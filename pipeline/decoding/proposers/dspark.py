@@ -62,6 +62,7 @@ class DSparkProposer:
 
     def release(self, sequence: Sequence) -> None:
         self._length.pop(sequence.slot, None)
+        self.cache.clear(sequence.slot)
 
     @torch.inference_mode()
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:

@@ -57,6 +57,7 @@ class Eagle3Proposer:
 
     def release(self, sequence: Sequence) -> None:
         self._length.pop(sequence.slot, None)
+        self.cache.clear(sequence.slot)
 
     @torch.inference_mode()
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
