@@ -129,10 +129,11 @@ def connect(config: PipelineConfig) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
         ray.init(
+            address="local",  # a cluster that somebody started on this machine is not joined by accident
             num_cpus=config.cluster.num_cpus,
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gib * 2**30),

@@ -299,7 +299,7 @@ class Engine:
                 self.on_round(
                     RoundTrace(
                         [s.request.id for s in decoding],
-                        proposal.raw_confidence,
+                        None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
                         torch.tensor(lengths),
                         result.accepted[:n].cpu(),
                         proposal.counts,
@@ -352,7 +352,9 @@ class Engine:
         if proposal is not None:
             tokens[: len(lengths)] = proposal.tokens
             if proposal.logits is not None and self.rule == "ratio":
-                draft_logits = logits.new_zeros(len(sequences), block, proposal.logits.shape[-1])
+                shape = (len(sequences), block, proposal.logits.shape[-1])
+                # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
+                draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
                 draft_logits[: len(lengths)] = proposal.logits
         return verify(
             logits,

@@ -182,7 +182,7 @@ def decode(
         if completion.finish_reason == "error":
             raise DraftlineError(f"Held-out prompt {row.sample_id}: {completion.error}")
         rounds = [
-            Round(at[0], p.tokens[0], n, None if p.logits is None else p.logits[0].float())
+            Round(at[0], p.tokens[0].cpu(), n, None if p.logits is None else p.logits[0].float().cpu())
             for (_, at, p), n in zip(kept, accepted, strict=True)
         ]
         done.append(Decoded(prompt + completion.token_ids, len(prompt), rounds))
@@ -194,7 +194,7 @@ def compare(
 ) -> tuple[list[Check], list[dict[str, Any]]]:
     """The checks of target, logits and acceptance, and acceptance by position: both ways, greedy and sampled."""
     step = TrainStep(draft, target.lm_head_weight, Weights(), num_anchors=1, seed=0)
-    block = draft.config.tokens_per_block
+    block, d2t = draft.config.tokens_per_block, draft.d2t.cpu()
     counts = np.zeros((2, 3, block))  # greedy, sampled x (slots, training's acceptance, the engine's)
     variance = np.zeros(block)
     hits = tries = 0
@@ -219,10 +219,10 @@ def compare(
                             difference = (ours - ours.mean()) - (r.logits[k] - r.logits[k].mean())
                             apart.append(float(difference.square().mean().sqrt() / ours.std()))
                             q = ours.softmax(-1)
-                            expected = float(torch.minimum(q, p[r.anchor + k][draft.d2t]).sum())
+                            expected = float(torch.minimum(q, p[r.anchor + k][d2t]).sum())
                             variance[k] += expected * (1 - expected)
                         else:
-                            token = int(draft.d2t[ours.argmax()])
+                            token = int(d2t[ours.argmax()])
                             expected = float(token == text.text[r.anchor + 1 + k])
                         counts[kind, :, k] += 1, expected, r.accepted > k
     checks = [_share("target tokens", hits, tries, "tokens that training's last hidden states predict were emitted")]

@@ -65,6 +65,7 @@ def train(
     inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
     if features_dir is not None:
         inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
+    _same_layers(config, features_dir)
     plain = stage_config(config)
     identity = load_identity(config.target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
@@ -121,6 +122,21 @@ def train(
             f"({', '.join(f.name for f in bad)}). Lower trainer.lr (now {config.trainer.lr}) or look for bad features."
         )
     return artifact.load(out, "draft", verify=False)
+
+
+def _same_layers(config: PipelineConfig, features_dir: Path | None) -> None:
+    """Raises ConfigError where features come from other layers than the draft will be served with."""
+    wanted = list(config.draft.target_layer_ids)
+    if features_dir is None:
+        given, where = list(config.features.target_layer_ids), "features.target_layer_ids"
+    else:
+        manifest = artifact.load(features_dir, "features", verify=False)
+        given, where = list(manifest.info["target_layer_ids"]), f"the features at {features_dir}"
+    if wanted and given and wanted != given:
+        raise ConfigError(
+            f"draft.target_layer_ids={wanted}, but {where} has {given}. Extract the draft's layers, or train a "
+            "draft of those."
+        )
 
 
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:

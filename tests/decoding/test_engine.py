@@ -98,6 +98,19 @@ def test_greedy_text_is_the_targets(
         assert all(d.metrics.tau == 1.0 for d in done)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_16_bit_target_decodes_with_every_draft(cache_dir: Path, name: str, temperature: float) -> None:  # noqa: F811
+    target = load_target(TargetConfig(path="tiny", dtype="bfloat16"), cache_dir)
+    config = EngineConfig(max_requests=3, max_context=512, threads=1, rule="ratio", scheduler="fixed")
+    engine = Engine(target, config, proposer_for(target, name, "ratio"))
+    done = engine.generate(
+        [Request(i, max_new_tokens=24, temperature=temperature, ignore_eos=True) for i in prompt_ids(target)]
+    )
+    assert [len(d.token_ids) for d in done] == [24] * len(PROMPTS)
+    assert all(d.metrics.verified for d in done)
+
+
 def test_a_perfect_draft_is_accepted_whole(tiny: Target, draft: DSparkDraft, expected: list[list[int]]) -> None:  # noqa: F811
     """A proposer that knows the text gets tau = K + 1: nothing right is rejected."""
     engine = engine_for(tiny, draft, "ngram")

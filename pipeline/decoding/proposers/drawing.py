@@ -13,6 +13,13 @@ from pipeline.decoding.request import Sequence
 from pipeline.drafts.base import Draft
 
 
+def into_dtype(draft: Draft, dtype: torch.dtype) -> None:
+    """Puts the draft's weights into the dtype that its target decodes in; calibration and rotary frequencies stay as
+    they are."""
+    for weight in draft.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 class Drawing:
     """A block of every request in the making.
 
@@ -48,7 +55,7 @@ class Drawing:
         if sampling.greedy:
             self.previous = d2t[logits.argmax(-1)]
         else:
-            logits = transform(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            logits = transform(logits.float(), sampling.temperature, sampling.top_k, sampling.top_p)
             if self.rule == "ratio":
                 self._kept.append(logits)
             self.previous = draw(

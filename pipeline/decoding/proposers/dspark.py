@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
-from pipeline.decoding.proposers.drawing import Drawing
+from pipeline.decoding.proposers.drawing import Drawing, into_dtype
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.dspark import DSparkDraft
 
@@ -36,6 +36,7 @@ class DSparkProposer:
     ) -> None:
         shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
         self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
+        into_dtype(self.draft, draft.lm_rows.dtype)
         c = self.config = draft.config
         self.block_size = c.tokens_per_block
         self.layer_ids = list(c.target_layer_ids)
