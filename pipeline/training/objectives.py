@@ -56,12 +56,11 @@ class _VocabLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         compute = lm_rows.dtype
         rows = hidden.shape[0]
-        ce = torch.zeros(rows)
-        kl = torch.zeros(rows)
-        l1 = torch.zeros(rows)
-        agree = torch.zeros(rows, dtype=torch.bool)
-        grad_hidden = torch.empty(rows, hidden.shape[1])
-        grad_markov = None if markov is None else torch.empty(rows, markov.shape[1])
+        device = hidden.device
+        ce, kl, l1 = (torch.zeros(rows, device=device) for _ in range(3))
+        agree = torch.zeros(rows, dtype=torch.bool, device=device)
+        grad_hidden = torch.empty(rows, hidden.shape[1], device=device)
+        grad_markov = None if markov is None else torch.empty(rows, markov.shape[1], device=device)
         grad_w2 = None if w2 is None else torch.zeros_like(w2, dtype=torch.float32)
         w2_compute = None if w2 is None else w2.to(compute)
         for start in range(0, rows, chunk):
@@ -80,7 +79,7 @@ class _VocabLoss(torch.autograd.Function):
             y = labels[part]
             inside = y >= 0
             column = y.clamp(min=0)[:, None]
-            ce[part] = torch.where(inside, (log_mass - z.gather(-1, column)).squeeze(-1), torch.zeros(y.shape[0]))
+            ce[part] = (log_mass - z.gather(-1, column)).squeeze(-1) * inside
             q /= mass
             t = (target_hidden[part].to(compute) @ lm_rows.T).float()
             if softcap:
