@@ -294,7 +294,7 @@ class TrainStep:
             normaliser = torch.zeros(len(row.input_ids), device=self.device)
             best = torch.full((len(row.input_ids),), -1, device=self.device)
             needed = F.pad(row.loss_mask[1:], (0, 1)).nonzero().squeeze(-1)
-            for part in needed.split(128):
+            for part in needed.split(128) if len(needed) else ():
                 logits = (row.last_hidden[part].to(self.compute) @ self.lm_head.T).float()
                 if self.softcap:
                     logits = self.softcap * torch.tanh(logits / self.softcap)
