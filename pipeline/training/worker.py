@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,16 +148,16 @@ def train_worker(plan: dict[str, Any]) -> None:
     objective = Objective(step)
     first = 0
     checkpoint = ray.train.get_checkpoint()
-    with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as resume:
-        engine, optimizer = make_engine(objective, p.deepspeed, config, world, resume is not None and resume.universal)
+    with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as past:
+        engine, optimizer = make_engine(objective, p.deepspeed, config, world, past is not None and past.universal)
         average = None
         if config.ema:
             average = Average(engine.module.named_parameters(), config.ema, rank, world, gather=half or stage == 3)
-        if resume is not None:
-            resume.load(engine, average)
-            first = resume.step
+        if past is not None:
+            past.load(engine, average)
+            first = past.step
             if rank == 0:
-                moved = f" with {world} workers instead of {resume.world}" if resume.universal else ""
+                moved = f" with {world} workers instead of {past.world}" if past.universal else ""
                 print(f"train: goes on from step {first} of {config.steps}{moved}", flush=True)
     history = History(Path(p.history), first) if rank == 0 else None
     batches = _batches(store, stream, config, features, rank, world, first)
@@ -191,13 +192,14 @@ def train_worker(plan: dict[str, Any]) -> None:
         summary = StepMetrics.total(window, reduce).summary()
         window = []
         spent = time.perf_counter() - began
-        totals = reduce(torch.tensor([anchors, waited, float(not_finite)])).tolist()
+        totals = reduce(torch.tensor([anchors, waited, float(not_finite), peak_memory(device)])).tolist()
         summary |= {
             "step": number + 1,
             "lr": learning_rate(number, config),
             "anchors_per_second": totals[0] / spent,
             "starved_seconds": totals[1] / world,
             "not_finite_samples": totals[2],
+            "memory_gib": totals[3] / world,
             "eta_seconds": spent / (number + 1 - first) * (config.steps - number - 1),
         }
         if history is not None:
@@ -222,11 +224,19 @@ def train_worker(plan: dict[str, Any]) -> None:
         _publish(p, draft, identity, config, {})
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB that this rank has held at most: of the GPU, or of the process where it trains on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def make_engine(
     objective: Objective, deepspeed_config: dict[str, Any], config: TrainerConfig, world: int, universal: bool
 ) -> tuple[Any, torch.optim.Optimizer]:
     """The DeepSpeed engine of an objective and the optimizer whose learning rate the loop sets."""
     import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
 
     trainable = [q for q in objective.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -237,7 +247,9 @@ def make_engine(
         weight_decay=config.weight_decay,
     )
     draft = objective.draft
+    half = bool((deepspeed_config.get("bf16") or {}).get("enabled"))
     exact = {name: getattr(draft, name) for name in ("inv_freq", "temperatures")}
+    started = [q.detach().clone() for q in trainable] if half else []
     settings = {
         **deepspeed_config,
         "train_micro_batch_size_per_gpu": config.sequences_per_step // (world * config.accumulate),
@@ -253,8 +265,13 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=objective, model_parameters=trainable, optimizer=optimizer, config=settings, dist_init_required=False
     )
-    for name, value in exact.items():  # bf16 takes the whole module down; angles of positions don't survive it
+    # bf16 takes the whole module down. Angles of positions don't survive it, and DeepSpeed makes its fp32 weights of
+    # what it left.
+    for name, value in exact.items():
         setattr(draft, name, value)
+    if half:
+        for parameter, weight in zip(trainable, started, strict=True):
+            safe_set_full_fp32_param(parameter, weight)
     return engine, optimizer
 
 

@@ -71,9 +71,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     moves = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
     if there and not moves:
         strangers = [t for t in tensors if not isinstance(t, _OnChip) and t.dim()]
-        assert not strangers, (
-            f"{func}: tensors of CHIP beside CPU tensors of shapes {[list(t.shape) for t in strangers]}"
-        )
+        shapes = [list(t.shape) for t in strangers]
+        assert not strangers, f"{func}: tensors of CHIP beside CPU tensors of shapes {shapes}"
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner = tree_map(lambda t: t.data_there if isinstance(t, _OnChip) else t, (args, kwargs))

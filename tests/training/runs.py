@@ -22,7 +22,7 @@ from pipeline.target import TapCapture, Target, load_target
 from pipeline.training.trainer import train
 
 LAYERS = [0, 2]
-TIMINGS = ("anchors_per_second", "starved_seconds", "eta_seconds")
+TIMINGS = ("anchors_per_second", "starved_seconds", "eta_seconds", "memory_gib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,19 @@ class Place:
     corpus: Path
     features: Path
 
-    def train(self, name: str, changes: dict[str, Any], deepspeed: dict[str, Any] | None = None) -> Path:
-        """Trains (or goes on) with changed trainer settings; returns the run's directory."""
+    def train(
+        self,
+        name: str,
+        changes: dict[str, Any],
+        deepspeed: dict[str, Any] | None = None,
+        features: Path | None = None,
+    ) -> Path:
+        """Trains (or goes on) with changed trainer settings, or other features; returns the run's directory."""
         config = configured(changes, deepspeed)
         stream = config.features.mode == "stream"
         train(
             config,
-            features_dir=None if stream else self.features,
+            features_dir=None if stream else features or self.features,
             corpus_dir=self.corpus,
             out=self.path / name / "draft",
             run_dir=self.path / name,
@@ -74,7 +80,7 @@ def make_place(path: Path) -> Place:
     torch.set_num_threads(1)
     target = load_target(TargetConfig(path="tiny"), path / "cache")
     corpus = _corpus(target, path)
-    return Place(path, path / "cache", corpus, _features(target, corpus, path / "features"))
+    return Place(path, path / "cache", corpus, make_features(target, corpus, path / "features"))
 
 
 def _corpus(target: Target, folder: Path) -> Path:
@@ -89,8 +95,8 @@ def _corpus(target: Target, folder: Path) -> Path:
     return folder / "corpus"
 
 
-def _features(target: Target, corpus: Path, out: Path) -> Path:
-    """A features artifact of one shard, written by its format rather than by the extraction."""
+def make_features(target: Target, corpus: Path, out: Path, spoilt: int | None = None) -> Path:
+    """A features artifact of one shard, written by its format rather than by the extraction; row `spoilt` has a NaN."""
     shard = "shard-00000.safetensors"
     rows = read_rows(corpus, "train")
     ids = [torch.as_tensor(r.input_ids) for r in rows]
@@ -99,6 +105,9 @@ def _features(target: Target, corpus: Path, out: Path) -> Path:
         with TapCapture(target.family, LAYERS) as capture, torch.no_grad():
             last.append(target.family.backbone(row.long()[None], use_cache=False).last_hidden_state[0])
         taps.append(capture.taps()[0])
+        if len(taps) - 1 == spoilt:
+            taps[-1] = taps[-1].clone()
+            taps[-1][0] = float("nan")
     tensors = {
         "taps": torch.cat(taps).bfloat16(),
         "last_hidden": torch.cat(last).bfloat16(),

@@ -60,8 +60,8 @@ def test_store_and_stream_give_the_rows_of_the_step(world: int, first: int) -> N
         assert [parts for parts, _ in taken] == by_rank[rank]
     for i, number in enumerate(range(first, config.steps)):
         due = rows_of_step(number, len(ROWS), config.sequences_per_step, config.seed)
-        micro = [sum((by_rank[rank][i][m] for rank in range(world)), []) for m in range(config.accumulate)]
-        assert sum(micro, []) == due, "microbatches are consecutive pieces of the step, whatever the number of ranks"
+        dealt = [row for m in range(config.accumulate) for rank in range(world) for row in by_rank[rank][i][m]]
+        assert dealt == due, "microbatches are consecutive pieces of the step, whatever the number of ranks"
     assert all(len(parts) == 2 and all(len(p) == 4 // world for p in parts) for parts in by_rank[0])
 
 

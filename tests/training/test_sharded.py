@@ -12,10 +12,15 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.train.v2.api.preemption import PreemptionInfo
 from safetensors.torch import load_file
 
+from pipeline.config import TargetConfig
+from pipeline.corpus.build import read_rows
 from pipeline.errors import DraftlineError
-from tests.training.runs import Place, Signaller, curve, make_place, reported
+from pipeline.target import load_target
+from pipeline.training.preemption import HeedSigterm
+from tests.training.runs import Place, Signaller, curve, make_features, make_place, reported
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 10
@@ -99,6 +104,39 @@ def test_a_streamed_run_that_was_stopped_takes_the_rows_it_is_due(place: Place, 
     assert [r["step"] for r in reported(run)] == list(range(1, STEPS + 1))
     assert curve(run) == pytest.approx(curve(alone), rel=1e-3)
     assert all(r["starved_seconds"] > 0 for r in reported(run))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(place: Place) -> None:
+    target = load_target(TargetConfig(path="tiny"), place.cache)
+    features = make_features(target, place.corpus, place.path / "spoilt", spoilt=0)
+    with pytest.raises(
+        DraftlineError, match=r"loss is not finite at step \d+\. The samples of that step are in"
+    ) as stop:
+        place.train("spoilt-run", {**COMMON, "workers": 1}, features=features)
+    (file,) = (place.path / "spoilt-run" / "train").glob("*-not-finite-*.json")
+    assert file.name in str(stop.value)
+    kept = json.loads(file.read_text())
+    assert read_rows(place.corpus, "train")[0].sample_id in kept["sample_ids"]
+    assert len(kept["sample_ids"]) == 4
+    assert [r["step"] for r in reported(place.path / "spoilt-run")] == list(range(1, kept["step"] + 1))
+    assert not (place.path / "spoilt-run" / "draft").exists()
+
+
+class _Noticed(HeedSigterm):
+    """Ray's word that a node will go away, given to every worker as Ray's own watcher gives it."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        super().after_worker_group_start(worker_group)
+        for worker in worker_group.get_workers():
+            ray.get(worker.actor.mark_preempt.remote(PreemptionInfo(None, {worker.metadata.node_id: [0]})))
+
+
+@pytest.mark.slow
+def test_rays_notice_of_preemption_makes_a_checkpoint_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.trainer.HeedSigterm", _Noticed)
+    run = place.train("noticed", {**COMMON, "workers": 1, "log_every": 2})
+    saved = sorted(f.name for f in run.glob("train/draft-*/step_*"))
+    assert saved == ["step_000002", "step_000010"], "at the first report, once, and at the end as always"
 
 
 OFFLOAD = {"device": "cpu"}
