@@ -22,6 +22,8 @@ from pipeline.training.anchors import Blocks, sample_blocks
 from pipeline.training.objectives import position_weights, vocab_loss
 from pipeline.training.unroll import unrolled_hidden
 
+_POSITIONS_KEPT = 1 << 26  # 12 bytes each, on the draft's device: 0.8 GB
+
 
 class Row(Protocol):
     """What the step needs of a feature row (pipeline.features.FeatureRow)."""
@@ -112,7 +114,7 @@ class TrainStep:
 
     Args:
         draft: the module being trained, on its device already. lm_head: [V, D], the target's whole output matrix:
-            gives the exact normaliser of p, once per row (kept in memory, 12 bytes per position).
+            gives the exact normaliser of p.
         autocast: compute dtype of products, or None for the draft's own.
         chunk: rows of the vocabulary loss at once.
     """
@@ -144,6 +146,7 @@ class TrainStep:
         self._host_weights = position_weights(draft.config.tokens_per_block, weights.decay).double()
         self._host_t2d = self.t2d.cpu()
         self._scored: dict[str, tuple[Tensor, Tensor]] = {}
+        self._positions_scored = 0
 
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
         """The blocks a row contributes at a step, on CPU: a function of (seed, step, sample) only, whatever the draft's
@@ -196,14 +199,15 @@ class TrainStep:
             hidden, previous = hidden[keep], previous.flatten()[keep]
             confidence = self.draft.confidence(hidden, previous)
         flat = all_weight.flatten()[keep]
+        scored = [self._target_scores(r, b) for r, b in picked]
         loss, stats = vocab_loss(
             hidden,
             markov,
             None if head is None else head.markov_w2.weight,
             self.lm_rows,
             torch.cat([self._target_hidden(r, b) for r, b in picked]).flatten(0, 1)[keep],
-            torch.cat([self._target_scores(r, b)[0] for r, b in picked]).flatten()[keep],
-            torch.cat([self._target_scores(r, b)[1] for r, b in picked]).flatten()[keep],
+            torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
+            torch.cat([best for _, best in scored]).flatten()[keep],
             draft_labels.flatten()[keep],
             ce_weight.flatten()[keep] * (self.weights.ce * scale / sums[1].clamp(min=1e-6)),
             flat * (self.weights.kl * scale / sums[0].clamp(min=1e-6)),
@@ -288,7 +292,8 @@ class TrainStep:
 
     def scores(self, row: Row) -> tuple[Tensor, Tensor]:
         """Of the target's logits over V at every position before a supervised token: log-sum-exp float32[S], and
-        the draft id of the largest int64[S] (-1 outside the draft vocabulary). Computed once per row, then kept."""
+        the draft id of the largest int64[S] (-1 outside the draft vocabulary). Kept for the next epoch
+        as far as memory is set aside for that."""
         known = self._scored.get(row.sample_id)
         if known is None:
             normaliser = torch.zeros(len(row.input_ids), device=self.device)
@@ -300,7 +305,10 @@ class TrainStep:
                     logits = self.softcap * torch.tanh(logits / self.softcap)
                 normaliser[part] = logits.logsumexp(-1)
                 best[part] = self.t2d[largest(logits)[0]]
-            known = self._scored[row.sample_id] = normaliser, best
+            known = normaliser, best
+            if self._positions_scored < _POSITIONS_KEPT:
+                self._positions_scored += len(best)
+                self._scored[row.sample_id] = known
         return known
 
     def _target_scores(self, row: Row, b: Blocks) -> tuple[Tensor, Tensor]:

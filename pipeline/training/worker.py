@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.artifact import write_json
@@ -236,7 +237,6 @@ def make_engine(
 ) -> tuple[Any, torch.optim.Optimizer]:
     """The DeepSpeed engine of an objective and the optimizer whose learning rate the loop sets."""
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
 
     trainable = [q for q in objective.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -271,8 +271,23 @@ def make_engine(
         setattr(draft, name, value)
     if half:
         for parameter, weight in zip(trainable, started, strict=True):
-            safe_set_full_fp32_param(parameter, weight)
+            _set_master(parameter, weight)
     return engine, optimizer
+
+
+def _set_master(parameter: nn.Parameter, weight: Tensor) -> None:
+    """Gives DeepSpeed's fp32 weight of a parameter another value; every rank calls it."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3's
+    if shard is None:
+        safe_set_full_fp32_param(parameter, weight)
+        return
+    # DeepSpeed 0.19 cuts a whole weight without padding it, and fails where ranks don't divide its size.
+    size, rank = shard.numel(), dist.get_rank()
+    padded = F.pad(weight.flatten(), (0, size * dist.get_world_size() - weight.numel()))
+    safe_set_local_fp32_param(parameter, padded[rank * size : (rank + 1) * size])
 
 
 class History:

@@ -139,7 +139,7 @@ def test_rays_notice_of_preemption_makes_a_checkpoint_at_once(place: Place, monk
     assert saved == ["step_000002", "step_000010"], "at the first report, once, and at the end as always"
 
 
-OFFLOAD = {"device": "cpu"}
+OFFLOAD = {"device": "cpu", "pin_memory": True}
 KINDS: dict[str, tuple[dict[str, Any], float]] = {
     "zero 1": ({"zero_optimization": {"stage": 1}}, 1e-5),
     "zero 3": ({"zero_optimization": {"stage": 3}}, 1e-5),
