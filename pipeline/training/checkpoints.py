@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.artifact import write_json
+from pipeline.artifact import digest_json, write_json
 from pipeline.errors import ArtifactError
 from pipeline.training.average import Average, read_average
 
@@ -65,9 +65,9 @@ def opened(checkpoint: Any, *, world: int, local_rank: int) -> Iterator[Resume |
         if meta["world"] == world:
             yield Resume(folder, folder, TAG, meta)
             return
-        # The same name for all ranks of a machine; the checkpoint's own path makes it this run's.
-        key = "-".join(str(checkpoint.path).strip("/").split("/")[-2:])
-        converted = Path(tempfile.gettempdir()) / f"draftline-universal-{key}-{world}"
+        # The same name for all ranks of a machine; the checkpoint's own place makes it this run's.
+        key = digest_json([str(checkpoint.path), world])[:16]
+        converted = Path(tempfile.gettempdir()) / f"draftline-universal-{key}"
         if local_rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
             convert(folder / TAG, converted / _UNIVERSAL)

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,11 @@ def _corpus(target: Target, folder: Path) -> Path:
     return folder / "corpus"
 
 
-def make_features(target: Target, corpus: Path, out: Path, spoilt: int | None = None) -> Path:
-    """A features artifact of one shard, written by its format rather than by the extraction; row `spoilt` has a NaN."""
+def make_features(
+    target: Target, corpus: Path, out: Path, *, spoilt: int | None = None, masked: Container[int] = ()
+) -> Path:
+    """A features artifact of one shard, written by its format rather than by the extraction; row `spoilt` has a NaN,
+    rows `masked` nothing to learn from."""
     shard = "shard-00000.safetensors"
     rows = read_rows(corpus, "train")
     ids = [torch.as_tensor(r.input_ids) for r in rows]
@@ -112,7 +116,9 @@ def make_features(target: Target, corpus: Path, out: Path, spoilt: int | None = 
         "taps": torch.cat(taps).bfloat16(),
         "last_hidden": torch.cat(last).bfloat16(),
         "input_ids": torch.cat(ids),
-        "loss_mask": torch.cat([torch.as_tensor(r.loss_mask) for r in rows]).to(torch.uint8),
+        "loss_mask": torch.cat([torch.as_tensor(r.loss_mask) & (i not in masked) for i, r in enumerate(rows)]).to(
+            torch.uint8
+        ),
         "offsets": torch.tensor([0, *(len(i) for i in ids)]).cumsum(0),
     }
     with artifact.create(out, "features", config={}, target=target.identity.as_dict()) as staging:

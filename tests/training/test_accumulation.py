@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.target import Target
+from pipeline.training.engine import Objective, take_step
 from pipeline.training.step import StepMetrics, TrainStep, Weights
-from pipeline.training.worker import Objective, take_step
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.test_step import EAGLE3, _row

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from pipeline.config import TrainerConfig
 from pipeline.target import Target
+from pipeline.training.engine import Objective, make_engine, take_step
 from pipeline.training.step import TrainStep, Weights
-from pipeline.training.worker import Objective, make_engine, take_step
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.test_step import _row

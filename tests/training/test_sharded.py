@@ -20,6 +20,7 @@ from pipeline.corpus.build import read_rows
 from pipeline.errors import DraftlineError
 from pipeline.target import load_target
 from pipeline.training.preemption import HeedSigterm
+from pipeline.training.schedule import rows_of_step
 from tests.training.runs import Place, Signaller, curve, make_features, make_place, reported
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -120,6 +121,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(place: Place) -> 
     assert len(kept["sample_ids"]) == 4
     assert [r["step"] for r in reported(place.path / "spoilt-run")] == list(range(1, kept["step"] + 1))
     assert not (place.path / "spoilt-run" / "draft").exists()
+
+
+@pytest.mark.slow
+def test_ranks_without_anything_to_learn_from_hang_nobody(place: Place) -> None:
+    """Three rows of four are masked: with ZeRO-3 and one row per microbatch, most are empty on some rank."""
+    target = load_target(TargetConfig(path="tiny"), place.cache)
+    kept = range(0, 24, 4)
+    features = make_features(
+        target, place.corpus, place.path / "masked", masked=[i for i in range(24) if i not in kept]
+    )
+    zero3 = {"zero_optimization": {"stage": 3}}
+    sharded = place.train("masked-3", {**COMMON, "accumulate": 2}, zero3, features=features)
+    alone = place.train("masked-1", {**COMMON, "workers": 1}, features=features)
+    assert curve(sharded) == pytest.approx(curve(alone), rel=1e-5)
+    skipped = [r["skipped_samples"] for r in reported(sharded)]
+    assert skipped == [r["skipped_samples"] for r in reported(alone)]
+    rows = len(read_rows(place.corpus, "train"))
+    due = [rows_of_step(n, rows, 4, 0) for n in range(STEPS)]
+    assert skipped == [sum(i not in kept for i in step) for step in due]
+    assert max(skipped) >= 3
 
 
 class _Noticed(HeedSigterm):
