@@ -108,6 +108,7 @@ class TrainerConfig:
         exp(-(k-1)/decay).
     ema: decay per step of a running average of the weights, which is then what training publishes (0: none).
     checkpoint_every, log_every: steps. autocast: compute dtype of the draft's products ("" keeps fp32).
+    chunk_rows: rows of the vocabulary loss at once; null chooses them by the draft vocabulary's size.
     """
 
     steps: int = 400
@@ -133,7 +134,7 @@ class TrainerConfig:
     checkpoint_every: int = 100
     log_every: int = 10
     max_failures: int = 2
-    chunk_rows: int = 1024
+    chunk_rows: int | None = None
     autocast: str = ""
     use_gpu: bool = False
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
@@ -391,7 +392,7 @@ def _check_values(config: Any) -> None:
             shown = ", ".join(c or "''" for c in choices)
             raise ConfigError(f"{key}={get(key)!r} is not one of {shown}.{nearest(str(get(key)), choices)}")
     for key in _POSITIVE:
-        if get(key) <= 0:
+        if get(key) is not None and get(key) <= 0:
             raise ConfigError(f"{key}={get(key)!r} must be above 0.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(

@@ -1,20 +1,27 @@
-"""draftline's kernels and their torch references: noise, sampling, verification. Depends on torch (and triton) only."""
+"""draftline's kernels and their torch references: noise, sampling, verification, the sequential head, the vocabulary
+loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
+from .markov_block import Block, markov_block
 from .noise import gumbel, uniform
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
 from .verify import VerifyResult, verify
+from .vocab_loss import RowStats, vocab_loss
 
 __all__ = [
     "BLOCK",
     "STREAMS",
+    "Block",
+    "RowStats",
     "Sampling",
     "VerifyResult",
     "draw",
     "gumbel",
+    "markov_block",
     "proposal_stream",
     "transform",
     "uniform",
     "verify",
+    "vocab_loss",
 ]

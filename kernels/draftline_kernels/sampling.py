@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ class Sampling:
             top_p=torch.tensor([row[2] for row in entries], dtype=torch.float32, device=device),
             seed=torch.tensor(seeds, dtype=torch.int64, device=device),
         )
+
+    @cached_property
+    def truncated(self) -> bool:
+        """Some sampled request asks for top-k or top-p. Waits for the device, once."""
+        return bool((((self.top_k > 0) | (self.top_p < 1)) & (self.temperature > 0)).any())
 
     def __len__(self) -> int:
         return self.seed.shape[0]

@@ -8,7 +8,7 @@ coupled: the target's own sample y is drawn at every row with noise keyed by (se
     but the target.
 ratio: keep x with probability min(1, p(x) / q(x)), otherwise draw from max(p - q, 0) (Leviathan 2023, Chen 2023).
 
-This module is the torch reference, on any device.
+On CUDA the work is done by `verify_triton`; this module holds the definition and its torch reference for the rest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _check(
         raise ValueError(f"target_logits are {target_logits.dtype} {list(target_logits.shape)}; expected float [T, V]")
     if tokens.dim() != 2:
         raise ValueError(f"tokens have shape {list(tokens.shape)}; expected [B, K]")
-    rows, vocabulary = target_logits.shape
+    vocabulary = target_logits.shape[1]
     batch, block = tokens.shape
     shapes = (("lengths", lengths, batch), ("cu_lengths", cu_lengths, batch + 1), ("positions", positions, batch))
     for name, value, size in shapes:
@@ -68,8 +68,24 @@ def _check(
             raise ValueError(f"{name} is {value.dtype}; expected int64")
     if len(sampling) != batch:
         raise ValueError(f"sampling is for {len(sampling)} requests; tokens are for {batch}")
-    if batch == 0:
-        return
+    if target_logits.stride(1) != 1 and target_logits.device.type == "cuda":
+        raise ValueError(
+            f"target_logits have strides {target_logits.stride()}; on CUDA rows must be dense (contiguous())"
+        )
+    if draft_logits is not None and rule == "ratio":
+        width = vocabulary if d2t is None else d2t.shape[0]
+        if draft_logits.shape != (batch, block, width):
+            expected = f"[B, K, {'V' if d2t is None else 'Vd'}] = {[batch, block, width]}"
+            raise ValueError(f"draft_logits have shape {list(draft_logits.shape)}; expected {expected}")
+        if draft_logits.device.type == "cuda" and not draft_logits.is_contiguous():
+            raise ValueError(f"draft_logits have strides {draft_logits.stride()}; on CUDA they must be contiguous")
+
+
+def _check_values(target_logits: Tensor, tokens: Tensor, lengths: Tensor, cu_lengths: Tensor) -> None:
+    """Raise ValueError unless the lengths and tokens fit. On CUDA this would wait for the device: there the kernels
+    keep within bounds by themselves."""
+    rows, vocabulary = target_logits.shape
+    block = tokens.shape[1]
     if bool((lengths < 0).any()) or bool((lengths > block).any()):
         raise ValueError(f"lengths {lengths.tolist()} must be within [0, K] = [0, {block}]")
     if int(cu_lengths[0]) != 0 or int(cu_lengths[-1]) != rows or bool((cu_lengths.diff() != lengths + 1).any()):
@@ -80,11 +96,6 @@ def _check(
     offered = torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1)
     if bool((((tokens < 0) | (tokens >= vocabulary)) & offered).any()):
         raise ValueError(f"an offered token is outside the target vocabulary of {vocabulary}: {tokens.tolist()}")
-    if draft_logits is not None and rule == "ratio":
-        width = vocabulary if d2t is None else d2t.shape[0]
-        if draft_logits.shape != (batch, block, width):
-            expected = f"[B, K, {'V' if d2t is None else 'Vd'}] = {[batch, block, width]}"
-            raise ValueError(f"draft_logits have shape {list(draft_logits.shape)}; expected {expected}")
 
 
 def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +232,8 @@ def verify(
         VerifyResult; greedy requests (temperature 0) compare with the argmax, lowest id on ties, under both rules.
 
     Raises:
-        ValueError: shapes, dtypes, lengths or the rule do not fit; the message names the argument.
+        ValueError: shapes, dtypes, lengths or the rule do not fit; the message names the argument. The values of
+            lengths and tokens are not looked at on CUDA: that would wait for the device.
     """
     _check(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
     batch = tokens.shape[0]
@@ -229,6 +241,13 @@ def verify(
     if batch == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return VerifyResult(nothing, nothing.clone(), nothing.to(torch.bool))
+    if device.type == "cuda":
+        from . import verify_triton
+
+        return verify_triton.verify(
+            target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t
+        )
+    _check_values(target_logits, tokens, lengths, cu_lengths)
     owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1)
     if rule == "coupled" and not sampling.greedy:
         row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]

@@ -111,7 +111,7 @@ def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridg
             f"trainer.warm_start.layers=features solves for {inputs} inputs from {len(samples.tokens)} samples; it "
             "takes a quarter as many samples. Use trainer.warm_start.layers=target."
         )
-    gain = family.final_norm.get_parameter("weight").detach().float()
+    gain = family.final_norm_gain.float()
     fit = _solve(draft, samples, gain, rank, spare, ridge)
 
     # One orthonormal basis: the anchor heads' subspace of the embedding, and the rest for what context carries.

@@ -7,6 +7,7 @@ import torch
 from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.errors import ConfigError
 from pipeline.target.families import Family
 
 
@@ -18,7 +19,15 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
     and `hidden_norm` with the first copied layer's input norm, so that context keys and values start as what
     those target layers would compute. Tensors of another shape (or absent, as q_norm) keep their initialisation.
     Eagle3's layer takes them for the half of its input that g is; what it makes of the embedding is left to training.
+
+    Raises:
+        ConfigError: a family whose layers compute something else than a draft's.
     """
+    if family.layer_obstacle is not None:
+        raise ConfigError(
+            f"trainer.warm_start.layers=target can't copy layers of a {family.name} target: {family.layer_obstacle}. "
+            "Use trainer.warm_start.layers=none or features."
+        )
     last, size = len(family.layers), draft.config.hidden_size
     for i, layer in enumerate(draft.layers):
         source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
@@ -35,7 +44,7 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
             elif name.endswith("_proj.weight") and weight.shape == (given.shape[0], 2 * size):
                 weight[:, :size] *= 0.1
                 weight[:, size:] = given
-    draft.norm.weight.copy_(family.final_norm.weight)  # type: ignore[arg-type]
+    draft.norm.weight.copy_(family.final_norm_gain)
     first = family.layers[last - draft.config.num_layers]
     if isinstance(draft, Eagle3Draft):
         draft.layer.input_layernorm.weight.fill_(1.0)

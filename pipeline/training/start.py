@@ -37,14 +37,16 @@ def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, cor
 
     Args:
         features: rows for `warm_start.layers=features` (and `auto`, which takes that start where it can be had, and
-            the target's layers elsewhere); empty where none are stored.
+            the target's layers elsewhere, if a draft's are of their kind); empty where none are stored.
     Raises:
-        ConfigError: a draft or features that `warm_start.layers=features` has no closed form for.
+        ConfigError: a draft or features that `warm_start.layers=features` has no closed form for; a target whose
+            layers `warm_start.layers=target` can't copy.
     """
     full = resolve(config, target.config, target.unused_token)
     start = trainer.warm_start.layers
     if start == "auto":
-        start = "features" if len(features) and closed_form(full) is None else "target"
+        plain = target.family.layer_obstacle is None
+        start = "features" if len(features) and closed_form(full) is None else "target" if plain else "none"
     counts = torch.from_numpy(read_token_counts(corpus_dir))
     d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
     with torch.random.fork_rng():

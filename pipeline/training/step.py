@@ -116,7 +116,7 @@ class TrainStep:
         draft: the module being trained, on its device already. lm_head: [V, D], the target's whole output matrix:
             gives the exact normaliser of p.
         autocast: compute dtype of products, or None for the draft's own.
-        chunk: rows of the vocabulary loss at once.
+        chunk: rows of the vocabulary loss at once; None: by the size of the draft vocabulary.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TrainStep:
         num_anchors: int,
         seed: int,
         autocast: torch.dtype | None = None,
-        chunk: int = 1024,
+        chunk: int | None = None,
     ) -> None:
         self.draft, self.weights = draft, weights
         self.num_anchors, self.seed, self.chunk = num_anchors, seed, chunk

@@ -145,7 +145,7 @@ def _unreadable(engine: str, format: str, algorithm: str) -> str | None:
     if format == "deepspec" and algorithm == "dflash":
         return f"{TITLES[engine]} has no model class for DeepSpec's DFlash files."
     if engine == "vllm" and format == "specforge" and algorithm == "dspark":
-        return "vLLM takes the architecture DraftModel, which these files name, for DeepSeek-V4's."
+        return "vLLM takes the architecture DSparkDraftModel, which these files name, for DeepSeek-V4's."
     if engine == "sglang" and format == "speculators":
         if algorithm == "dspark":
             return "SGLang refuses files with speculators_model_type=dspark."

@@ -129,7 +129,7 @@ def _notes(draft: Draft, fit: Fit) -> list[str]:
         )
     if fit.engine == "sglang" and fit.format == "specforge" and c.algorithm == "dspark":
         notes.append(
-            "SGLang must have the architecture DraftModel (models/dspark.py). Its first versions with DSpark "
+            "SGLang must have the architecture DSparkDraftModel (models/dspark.py). Its first versions with DSpark "
             "know Qwen3DSparkModel alone: for them, export with export.format=deepspec."
         )
     if c.algorithm == "dspark" and c.enable_confidence_head and fit.engine == "vllm":

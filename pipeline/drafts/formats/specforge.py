@@ -1,4 +1,4 @@
-"""SpecForge's checkpoints (`DraftModel`, `DFlashDraftModel`), which SGLang loads; those of z-lab's DFlash too.
+"""SpecForge's checkpoints (`DSparkDraftModel`, `DFlashDraftModel`), which SGLang loads; those of z-lab's DFlash too.
 
 Nothing borrowed is in the file: SGLang lends the target's embedding and lm_head, so the vocabulary is the whole one.
 `dflash_config` holds tapped layers (ids as ours: L is the output of decoder layer L), mask token and heads. DSpark's
@@ -18,7 +18,7 @@ from pipeline.drafts.formats.qwen3 import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
-_ARCHITECTURES = {"dspark": "DraftModel", "dflash": "DFlashDraftModel"}
+_ARCHITECTURES = {"dspark": "DSparkDraftModel", "dflash": "DFlashDraftModel"}
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:

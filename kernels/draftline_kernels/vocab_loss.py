@@ -1,0 +1,320 @@
+"""The vocabulary loss without a [N, V] tensor: CE, KL, total variation and acceptance per row, with their gradients.
+
+For row i with draft logits z = cap(h W^T) + m U^T over the draft vocabulary (W the frozen lm_head rows, U = W2 of the
+Markov head, cap(x) = c tanh(x / c) where the target softcaps its logits), q = softmax(z), p the target's probabilities
+on the draft vocabulary and p_out its mass outside:
+
+    CE_i = -log q[y_i] (labels inside the draft vocabulary only)
+    KL_i = sum_j p_j log(p_j / (m q_j)), m = sum_j p_j   (m KL(p/m || q): what p leaves outside weighs nothing)
+    L1_i = sum_j |q_j - p_j| + p_out            (twice the total variation; eq. 10 of arXiv 2607.05147 has no 1/2)
+    acceptance_i = 1 - L1_i / 2
+    d CE / d z = q - onehot(y);   d KL / d z = m q - p;   d L1 / d z_j = q_j (s_j - sum_i q_i s_i),  s = sign(q - p)
+
+Rows are processed in chunks. A chunk's logits come from plain matrix products (the device's own are faster than any
+product inside a kernel, which would also have to be made twice: the gradient needs the statistics of the whole row);
+`row_losses_` reduces them and leaves their gradient in their place, and a second product takes it back to the hidden
+states. Two or three chunk-sized buffers, [N, D], [N, r] and [Vd, r] are all that ever exists.
+
+`row_losses_` runs in Triton on CUDA and here, in torch, elsewhere.
+Letters: N rows, C rows of a chunk, D hidden, r Markov rank, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampling import largest
+
+_CPU_BYTES = 16 << 20
+_CUDA_BYTES = 128 << 20
+_FEWEST_ROWS = 64
+
+
+@dataclasses.dataclass
+class RowStats:
+    """Per row, without gradient: ce (0 where the label is outside), kl, l1, agree (argmaxes equal): [N] each."""
+
+    ce: Tensor
+    kl: Tensor
+    l1: Tensor
+    agree: Tensor
+
+    @property
+    def acceptance(self) -> Tensor:
+        """1 - total variation: the probability that the ratio rule keeps a token drawn from q. float32[N]."""
+        return 1 - 0.5 * self.l1
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTargets:
+    """What each row is compared with, [N] each; the fields are `vocab_loss`'s arguments of the same names."""
+
+    log_normaliser: Tensor
+    target_best: Tensor
+    labels: Tensor
+    ce_weight: Tensor
+    kl_weight: Tensor
+    l1_weight: Tensor
+
+    def part(self, rows: slice) -> RowTargets:
+        """The targets of `rows`, as views."""
+        return RowTargets(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+
+def rows_per_chunk(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of a chunk: a buffer of logits takes about 16 MiB on CPU, 128 MiB on CUDA, or 64 rows if that is more, as
+    lm_rows are read once per chunk. A fixed rule, so that sums don't depend on how much memory happens to be free."""
+    budget = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
+    return max(_FEWEST_ROWS, budget // (vocabulary * itemsize))
+
+
+def row_losses_(
+    base: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    targets: RowTargets,
+    out: RowStats,
+    *,
+    softcap: float = 0.0,
+    gradient: bool = True,
+) -> None:
+    """Statistics of a chunk of rows from their logits; the logits are overwritten with the loss's gradient.
+
+    Args:
+        base: [C, Vd], lm_head's logits before the softcap. Overwritten with d loss / d base (`gradient`), or undefined.
+        bias: [C, Vd], the Markov head's, added behind the softcap; None: none. Overwritten with d loss / d bias.
+        target: [C, Vd], the target's logits before the softcap. Overwritten with undefined values.
+        targets: C rows. out: [C] tensors, written.
+        softcap: 0 for none.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit; the message names the argument.
+    """
+    _check_rows(base, bias, target, targets)
+    if base.device.type == "cuda":
+        from . import vocab_loss_triton
+
+        vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, gradient=gradient)
+    else:
+        _reference(base, bias, target, targets, out, softcap, gradient)
+
+
+def _reference(
+    base: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    targets: RowTargets,
+    out: RowStats,
+    softcap: float,
+    gradient: bool,
+) -> None:
+    """`row_losses_` in torch. Every chunk-sized tensor is reused: at these sizes the first touch of a fresh page costs
+    as much as the arithmetic."""
+    # float32 inputs are worked on in place; narrower ones in a float32 copy.
+    z, t = base.float(), target.float()
+    slope = None
+    if softcap:
+        z.div_(softcap).tanh_()
+        if gradient:
+            slope = z.square().neg_().add_(1.0)
+        z.mul_(softcap)
+        t = t.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        z += bias
+    best, _ = largest(z)
+    out.agree.copy_(best == targets.target_best)
+    z -= z.gather(-1, best[:, None])
+    inside = targets.labels >= 0
+    column = targets.labels.clamp(min=0)[:, None]
+    at_label = z.gather(-1, column).squeeze(-1)
+    t -= targets.log_normaliser[:, None]
+    p = t.exp()
+    within = p.sum(-1)
+    # sum p (log p - log q) + m log(1 / m), in three sums instead of another [C, Vd] of logarithms.
+    apart = t.sub_(z).mul_(p).sum(-1)
+    q = z.exp_()
+    mass = q.sum(-1, keepdim=True)
+    q /= mass
+    log_mass = mass.log_().squeeze(-1)
+    out.ce.copy_((log_mass - at_label).mul_(inside))
+    out.kl.copy_(apart.add_(within * (log_mass - within.clamp(min=1e-30).log_())))  # p may stay outside altogether
+    torch.sub(q, p, out=t)
+    scratch = t.abs()
+    out.l1.copy_(scratch.sum(-1).add_((1 - within).clamp_(min=0)))
+    if not gradient:
+        return
+    sign = t.sign_()
+    mean = torch.mul(q, sign, out=scratch).sum(-1)
+    own = targets.ce_weight * inside
+    shift = own + targets.kl_weight * within - targets.l1_weight * mean
+    sign.mul_(targets.l1_weight[:, None]).add_(shift[:, None])
+    grad = q.mul_(sign).addcmul_(p, targets.kl_weight[:, None], value=-1)
+    grad.scatter_add_(-1, column, -own[:, None])
+    if bias is not None:
+        bias.copy_(grad)
+    if slope is not None:
+        grad.mul_(slope)
+    if grad is not base:
+        base.copy_(grad)
+
+
+def _check_rows(base: Tensor, bias: Tensor | None, target: Tensor, targets: RowTargets) -> None:
+    """Raises ValueError, naming the argument, unless the tensors of `row_losses_` fit each other."""
+    if base.dim() != 2 or base.dtype not in (torch.float32, torch.bfloat16, torch.float16) or base.shape[1] == 0:
+        raise ValueError(f"base is {base.dtype} {list(base.shape)}; expected float32, bfloat16 or float16 [C, Vd > 0]")
+    for name, value in (("base", base), ("bias", bias), ("target", target)):
+        if value is None:
+            continue
+        if value.shape != base.shape or value.dtype != base.dtype or value.device != base.device:
+            raise ValueError(
+                f"{name} is {value.dtype} {list(value.shape)} on {value.device}; "
+                f"base is {base.dtype} {list(base.shape)} on {base.device}, and they must agree"
+            )
+        if value.stride(1) != 1 or value.stride(0) < value.shape[1]:
+            raise ValueError(f"{name} has strides {value.stride()}; it is overwritten row by row: pass a dense tensor")
+    _check_targets(targets, base.shape[0], base.device)
+
+
+def _check_targets(targets: RowTargets, rows: int, device: torch.device) -> None:
+    """Raises ValueError unless every field is [rows] on `device`, of its documented dtype."""
+    for field in dataclasses.fields(targets):
+        value = getattr(targets, field.name)
+        if value.shape != (rows,) or value.device != device:
+            raise ValueError(
+                f"{field.name} has shape {list(value.shape)} on {value.device}; expected [{rows}] on {device}"
+            )
+        whole = field.name in ("target_best", "labels")
+        if value.dtype != (torch.int64 if whole else torch.float32):
+            raise ValueError(f"{field.name} is {value.dtype}; expected {'int64' if whole else 'float32'}")
+
+
+class _VocabLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        markov: Tensor | None,
+        w2: Tensor | None,
+        lm_rows: Tensor,
+        target_hidden: Tensor,
+        targets: RowTargets,
+        softcap: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        compute, device, rows = lm_rows.dtype, lm_rows.device, hidden.shape[0]
+        gradient = any(ctx.needs_input_grad[:3])
+        ce, kl, l1 = (torch.zeros(rows, device=device) for _ in range(3))
+        stats = RowStats(ce, kl, l1, torch.zeros(rows, dtype=torch.bool, device=device))
+        grad_hidden = grad_markov = grad_w2 = None
+        if gradient:
+            grad_hidden = torch.empty(rows, hidden.shape[1], device=device)
+            if markov is not None and w2 is not None:
+                grad_markov = torch.empty(rows, markov.shape[1], device=device)
+                grad_w2 = torch.zeros(w2.shape, device=device)
+        codes = None if markov is None or w2 is None else (markov.to(compute), w2.to(compute))
+        # Behind a softcap the two logits have different gradients; narrow ones would be rounded twice if added here.
+        apart = codes is not None and (bool(softcap) or compute != torch.float32)
+        buffers = torch.empty(2 + apart, min(chunk, rows), lm_rows.shape[0], dtype=compute, device=device)
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            base, target, *more = buffers[:, : part.stop - start].unbind(0)
+            torch.mm(hidden[part].to(compute), lm_rows.T, out=base)
+            torch.mm(target_hidden[part].to(compute), lm_rows.T, out=target)
+            bias = more[0] if more else None
+            if codes is not None:
+                if bias is not None:
+                    torch.mm(codes[0][part], codes[1].T, out=bias)
+                else:
+                    base.addmm_(codes[0][part], codes[1].T)
+            out = RowStats(ce[part], kl[part], l1[part], stats.agree[part])
+            row_losses_(base, bias, target, targets.part(part), out, softcap=softcap, gradient=gradient)
+            if grad_hidden is not None:
+                grad_hidden[part] = base @ lm_rows
+            if codes is not None and grad_markov is not None and grad_w2 is not None:
+                back = base if bias is None else bias
+                grad_markov[part] = back @ codes[1]
+                if compute == torch.float32:
+                    grad_w2.addmm_(back.T, codes[0][part])
+                else:
+                    grad_w2 += back.T @ codes[0][part]
+        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
+        ctx.dtypes = hidden.dtype, None if markov is None else markov.dtype, None if w2 is None else w2.dtype
+        ctx.mark_non_differentiable(ce, kl, l1, stats.agree)
+        loss = (ce * targets.ce_weight).sum() + (kl * targets.kl_weight).sum() + (l1 * targets.l1_weight).sum()
+        return loss, ce, kl, l1, stats.agree
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In place: the gradient of w2 is as large as w2. (A second backward over the graph is refused by autograd.)
+        grads = (
+            None if saved is None else saved.mul_(grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, None, None, None, None, None)
+
+
+def vocab_loss(
+    hidden: Tensor,
+    markov: Tensor | None,
+    w2: Tensor | None,
+    lm_rows: Tensor,
+    target_hidden: Tensor,
+    log_normaliser: Tensor,
+    target_best: Tensor,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    l1_weight: Tensor,
+    *,
+    softcap: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, RowStats]:
+    """sum_i ce_weight_i CE_i + kl_weight_i KL_i + l1_weight_i L1_i, with gradients to hidden, markov and w2.
+
+    Args:
+        hidden: [N, D], the draft's. markov: [N, r], codes of the Markov head at each slot. w2: [Vd, r]. Both or none.
+        lm_rows: [Vd, D] in the compute dtype, float32, bfloat16 or float16 (products run in it; statistics in fp32).
+        target_hidden: [N, D], the target's last hidden state at the position before each label.
+        log_normaliser: float32[N], log-sum-exp of the target's logits there over its whole vocabulary.
+        target_best: int64[N], draft id of the target's most likely token there, -1 outside the draft vocabulary.
+        labels: int64[N], draft ids, -1 outside the draft vocabulary.
+        ce_weight, kl_weight, l1_weight: float32[N], complete with denominators.
+        softcap: c of the target's c tanh(logits / c), 0 for none.
+        chunk: rows at once; None: `rows_per_chunk`.
+
+    Returns:
+        The scalar loss (float32) and the rows' statistics. Without an input that asks for gradients none is formed.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a label is beyond the draft vocabulary (CPU only: on CUDA
+            looking would wait for the device), or chunk < 1; the message names the argument.
+    """
+    rows, device = hidden.shape[0], lm_rows.device
+    vocabulary, width = lm_rows.shape
+    if (markov is None) != (w2 is None):
+        raise ValueError("markov and w2 belong together: give both or neither")
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("hidden", hidden, (rows, width)),
+        ("target_hidden", target_hidden, (rows, width)),
+    ]
+    if markov is not None:
+        wanted += [("markov", markov, (rows, markov.shape[-1])), ("w2", w2, (vocabulary, markov.shape[-1]))]
+    for name, value, shape in wanted:
+        if value is not None and (value.shape != shape or value.device != device):
+            raise ValueError(
+                f"{name} has shape {list(value.shape)} on {value.device}; expected {list(shape)} on {device} "
+                f"(lm_rows are {list(lm_rows.shape)})"
+            )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk {chunk} must be at least 1, or None for the default")
+    targets = RowTargets(log_normaliser, target_best, labels, ce_weight, kl_weight, l1_weight)
+    _check_targets(targets, rows, device)
+    if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
+        raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
+    size = chunk or rows_per_chunk(vocabulary, lm_rows.element_size(), device)
+    loss, ce, kl, l1, agree = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, size)
+    return loss, RowStats(ce, kl, l1, agree)

@@ -1,0 +1,110 @@
+"""Every kernel compiles for an H100 and an A100 where no GPU is: what the interpreter lets pass (types, shapes, the
+language's limits), the compiler doesn't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from draftline_kernels import (  # noqa: E402
+    markov_block_triton,
+    residual_triton,
+    sampling_triton,
+    verify_triton,
+    vocab_loss_triton,
+)
+
+_LOGITS = ("fp32", "bf16")
+
+
+def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    pointers = {name: f"*{dtype}" for name in ("base", "bias", "target")}
+    pointers |= {name: "*i64" for name in ("target_best", "labels")} | {"agree": "*i8"}
+    pointers |= {n: "*fp32" for n in ("normalisers", "ce_weight", "kl_weight", "l1_weight", "ce", "kl", "l1")}
+    scalars = {"base_stride": "i64", "bias_stride": "i64", "target_stride": "i64", "width": "i32", "cap": "fp32"}
+    constants = {"SOFTCAP": softcap, "BIAS": bias, "GRADIENT": gradient, "TILE": 4096}
+    return vocab_loss_triton._row_losses, pointers | scalars, constants
+
+
+_INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "owners", "top_k", "accepted_in", "accepted_out")
+_INT32 = ("places", "last_ties", "t2d")
+_INT8 = ("finite_in", "finite_out")
+_SIZES = ("slots", "width", "blocks", "draft_width", "draft_blocks")
+
+
+def _verify(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """A kernel of verification at Qwen3's 38 blocks; every argument's type goes by its name."""
+    types = dict.fromkeys(("logits", "draft"), f"*{dtype}") | dict.fromkeys((*_INT64, "next_out"), "*i64")
+    types |= dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT8, "*i8") | dict.fromkeys(_SIZES, "i32")
+    types |= {"stride": "i64"}
+    constants = {"SPAN": 4096, "PADDED": 64, "DRAFT_PADDED": 8, **constants}
+    names = kernel.arg_names
+    return (
+        kernel,
+        {n: types.get(n, "*fp32") for n in names if n not in constants},
+        {n: v for n, v in constants.items() if n in names},
+    )
+
+
+_COUNTS = ("slot", "batch", "rank", "tiles", "stream", "width", "blocks", "column_blocks")
+_TABLES = ("starts", "ends", "places", "winners", "blocks_of", "bounds", "last_ties")
+_ROWS = ("d2t", "seeds", "positions", "out", "top_k", "top_p")
+
+
+def _markov(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """A kernel of the sequential head, likewise."""
+    types = dict.fromkeys(("base", "codes", "w2"), f"*{dtype}") | dict.fromkeys(_ROWS, "*i64")
+    types |= dict.fromkeys(_COUNTS, "i32") | dict.fromkeys(_TABLES, "*i32") | {"top_p": "*fp32", "stride": "i64"}
+    types |= dict.fromkeys(("base_request", "base_slot", "w2_stride", "kept_request", "kept_slot"), "i64")
+    constants = {"TILE": 64, "GROUP": 16, "DEPTH": 64, "SPAN": 4096, "PADDED": 1024, **constants}
+    names = kernel.arg_names
+    return (
+        kernel,
+        {n: types.get(n, "*fp32") for n in names if n not in constants},
+        {n: v for n, v in constants.items() if n in names},
+    )
+
+
+_RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
+_ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
+_COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
+CASES = {
+    **{f"stats {d}": _verify(sampling_triton.stats, d, GREEDY=False) for d in _LOGITS},
+    "stats greedy": _verify(sampling_triton.stats, "bf16", GREEDY=True),
+    "select": _verify(sampling_triton.select, "bf16"),
+    "accept greedy": _verify(verify_triton._accept, "bf16", GREEDY=True, **_COUPLED),
+    "accept coupled": _verify(verify_triton._accept, "bf16", GREEDY=False, **_COUPLED),
+    "accept ratio": _verify(verify_triton._accept, "fp32", **_RATIO),
+    "accept one-hot": _verify(verify_triton._accept, "fp32", **_ONE_HOT),
+    "residual": _verify(residual_triton.residual, "fp32", **_RATIO),
+    "residual one-hot": _verify(residual_triton.residual, "fp32", **_ONE_HOT),
+    "pick": _verify(residual_triton.pick, "fp32", **_RATIO),
+    "bias bf16": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=True, GREEDY=False, WRITE=True),
+    "bias fp32": _markov(markov_block_triton._bias, "fp32", MARKOV=True, D2T=False, GREEDY=False, WRITE=False),
+    "bias 64": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=False, GREEDY=True, WRITE=False, GROUP=64),
+    "no bias": _markov(markov_block_triton._bias, "bf16", MARKOV=False, D2T=True, GREEDY=False, WRITE=True),
+    "combine": _markov(markov_block_triton._combine, "bf16", D2T=True, GREEDY=False),
+    "combine greedy": _markov(markov_block_triton._combine, "bf16", D2T=False, GREEDY=True),
+    "truncated": _markov(markov_block_triton._truncated, "bf16", D2T=True, PADDED=64),
+    **{f"vocab_loss {d}": _vocab_loss(d, False, False, True) for d in _LOGITS},
+    "vocab_loss softcap and bias": _vocab_loss("bf16", True, True, True),
+    "vocab_loss statistics": _vocab_loss("bf16", False, True, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [90, 80])
+def test_compiles(name: str, capability: int) -> None:
+    kernel, signature, constants = CASES[name]
+    signature = {n: signature.get(n, "constexpr") for n in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared < 100_000, "bytes of shared memory a program takes"
