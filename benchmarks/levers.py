@@ -27,9 +27,9 @@ from pipeline.drafts.config import DraftConfig
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
 from pipeline.target import Target, load_target
+from pipeline.training.schedule import learning_rate, rows_of_step
 from pipeline.training.start import build_draft
 from pipeline.training.step import StepMetrics, TrainStep, Weights
-from pipeline.training.worker import learning_rate, rows_of_step
 
 # As conf/experiment/demo; the demo takes fewer and larger steps, as each costs collectives.
 BASE: dict[str, Any] = {

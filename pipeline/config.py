@@ -100,16 +100,21 @@ class WarmStartConfig:
 class TrainerConfig:
     """Draft training.
 
-    steps: optimizer steps. sequences_per_step: over all workers. num_anchors: per sequence, at most.
+    steps: optimizer steps. sequences_per_step: over all workers and microbatches. num_anchors: per sequence, at most.
+    accumulate: microbatches of a step. normalise: tokens (every supervised token of a step weighs the same) or
+        microbatches (every microbatch does, as DeepSpec has it).
     lr, weight_decay, beta1, beta2, warmup_steps, grad_clip: AdamW with warm-up and cosine decay.
     ce, kl, tv, confidence: loss weights (paper eq. 12, and forward KL). decay: of the position weight
         exp(-(k-1)/decay).
+    ema: decay per step of a running average of the weights, which is then what training publishes (0: none).
     checkpoint_every, log_every: steps. autocast: compute dtype of the draft's products ("" keeps fp32).
     chunk_rows: rows of the vocabulary loss at once; null chooses them by the draft vocabulary's size.
     """
 
     steps: int = 400
     sequences_per_step: int = 4
+    accumulate: int = 1
+    normalise: str = "tokens"
     num_anchors: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -117,6 +122,7 @@ class TrainerConfig:
     beta2: float = 0.95
     warmup_steps: int = 20
     grad_clip: float = 1.0
+    ema: float = 0.0
     ce: float = 0.1
     kl: float = 0.0
     tv: float = 0.9
@@ -276,6 +282,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
+    "trainer.normalise": ("tokens", "microbatches"),
     "trainer.warm_start.layers": ("auto", "target", "features", "none"),
     "draft.algorithm": ("dspark", "dflash", "eagle3"),
     "export.engine": ("vllm", "sglang"),
@@ -292,6 +299,7 @@ _POSITIVE = (
     "features.actors",
     "trainer.steps",
     "trainer.sequences_per_step",
+    "trainer.accumulate",
     "trainer.num_anchors",
     "trainer.lr",
     "trainer.workers",
@@ -391,11 +399,15 @@ def _check_values(config: Any) -> None:
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "
             "use engine.scheduler=early_stop, or engine.rule=coupled."
         )
-    if config.trainer.sequences_per_step % config.trainer.workers:
+    trainer = config.trainer
+    if trainer.sequences_per_step % (trainer.workers * trainer.accumulate):
         raise ConfigError(
-            f"trainer.sequences_per_step={config.trainer.sequences_per_step} must be a multiple of "
-            f"trainer.workers={config.trainer.workers}, so that every worker trains on as many."
+            f"trainer.sequences_per_step={trainer.sequences_per_step} must be a multiple of "
+            f"trainer.workers={trainer.workers} times trainer.accumulate={trainer.accumulate}, so that every worker "
+            "trains on as many."
         )
+    if not 0 <= trainer.ema < 1:
+        raise ConfigError(f"trainer.ema={trainer.ema} must be at least 0 and below 1 (0 turns it off).")
     if config.trainer.warm_start.layers == "features":
         if config.features.mode == "stream":
             raise ConfigError(

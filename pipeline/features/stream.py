@@ -1,13 +1,18 @@
 """Features straight from extraction to training, with nothing on disk.
 
-bfloat16 travels as its bits in int16, because Ray Data knows no bfloat16.
+Actors hold the frozen target and give features of the rows they are asked for. Whoever asks decides which rows and in
+which order, so a training run that stops goes on at its position: no queue between the two forgets what it held. An
+actor that dies is started again and given its request again.
+
+bfloat16 travels as its bits in int16: numpy arrays are read from shared memory without a copy, and have no bfloat16.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +24,11 @@ from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
 from pipeline.target import load_target
 
-if TYPE_CHECKING:
-    import ray.data
+_WAIT_SECONDS = 60.0
 
 
 class StreamExtractor:
-    """Maps {"row": int64[n]} (indices of training rows) to flat feature columns."""
+    """Gives features of training rows; loads the target at the first request."""
 
     def __init__(self, config: FeaturesConfig, target: TargetConfig, corpus: str, split: Split, cache: str) -> None:
         self.config = config
@@ -33,20 +37,42 @@ class StreamExtractor:
         self.cache = Path(cache)
         self.target: Any = None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def features(self, indices: list[int]) -> list[dict[str, Any] | None]:
+        """Feature columns of rows (see `to_feature_row`), in their order; None where they are not finite."""
         torch.set_num_threads(self.config.threads)
         if self.target is None:
             self.target = load_target(self.target_config, self.cache)
-        rows = [self.rows[int(i)] for i in batch["row"]]
+        rows = [self.rows[i] for i in indices]
         made = feature_rows(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
-        good = [r for r in made if r is not None]
-        return {
-            "sample_id": [r.sample_id for r in good],
-            "input_ids": [r.input_ids.numpy().astype(np.int32) for r in good],
-            "loss_mask": [r.loss_mask.numpy() for r in good],
-            "taps": [r.taps.view(torch.int16).numpy().reshape(-1) for r in good],
-            "last_hidden": [r.last_hidden.view(torch.int16).numpy().reshape(-1) for r in good],
-        }
+        return [r if r is None else _columns(r) for r in made]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStream:
+    """Extracting actors, and what they have to give. Travels to training workers.
+
+    Attributes:
+        rows: how many rows there are; indices run below it.
+    """
+
+    actors: Sequence[Any]
+    rows: int
+
+    def ask(self, number: int, indices: list[int]) -> Any:
+        """Orders features of rows; `number` spreads the orders over the actors."""
+        return self.actors[number % len(self.actors)].features.remote(indices)
+
+    def get(self, order: Any) -> list[FeatureRow | None]:
+        """Waits for an order; None where features are not finite."""
+        import ray
+
+        while not ray.wait([order], timeout=_WAIT_SECONDS)[0]:
+            print(
+                f"train: no features for {_WAIT_SECONDS:.0f} s. Extracting actors need a CPU each (and a GPU each with "
+                "target.device=cuda) beside the training workers.",
+                flush=True,
+            )
+        return [r if r is None else to_feature_row(r) for r in ray.get(order)]
 
 
 def feature_stream(
@@ -55,45 +81,34 @@ def feature_stream(
     corpus_dir: Path | str,
     cache_dir: Path | str,
     split: Split = "train",
-) -> ray.data.Dataset:
-    """The rows that `extract` would keep, as a lazy dataset of feature columns (see `to_feature_row`).
-
-    Every pass over it runs the target again. Ray must be initialised.
+) -> FeatureStream:
+    """Starts `config.actors` extracting actors over the rows of a split, which end with this process. Ray must be
+    initialised. Every pass over the rows runs the target again.
 
     Raises:
         ConfigError, ArtifactError, DraftlineError: as `extract`, before anything runs.
     """
-    import ray.data
+    import ray
 
     count, _ = check(config, target, corpus_dir, cache_dir, split)
-    return (
-        ray.data.range(count, override_num_blocks=max(1, count // config.shard_rows))
-        .rename_columns({"id": "row"})
-        .map_batches(
-            StreamExtractor,
-            batch_size=config.shard_rows,
-            num_cpus=1,
-            num_gpus=num_gpus(target),
-            compute=ray.data.ActorPoolStrategy(size=config.actors),
-            fn_constructor_args=(
-                config,
-                target,
-                str(Path(corpus_dir).absolute()),
-                split,
-                str(Path(cache_dir).absolute()),
-            ),
-        )
-    )
+    actor = ray.remote(num_cpus=1, num_gpus=num_gpus(target) or 0, max_restarts=-1, max_task_retries=3)(StreamExtractor)
+    places = (str(Path(corpus_dir).absolute()), split, str(Path(cache_dir).absolute()))
+    return FeatureStream([actor.remote(config, target, *places) for _ in range(config.actors)], count)
+
+
+def _columns(r: FeatureRow) -> dict[str, Any]:
+    return {
+        "sample_id": r.sample_id,
+        "input_ids": r.input_ids.numpy().astype(np.int32),
+        "loss_mask": r.loss_mask.numpy(),
+        "taps": r.taps.view(torch.int16).numpy(),
+        "last_hidden": r.last_hidden.view(torch.int16).numpy(),
+    }
 
 
 def to_feature_row(row: dict[str, Any]) -> FeatureRow:
-    """The FeatureRow of one row of the stream."""
-    ids = torch.from_numpy(np.array(row["input_ids"], dtype=np.int64))
-    bits = {k: torch.from_numpy(np.array(row[k], dtype=np.int16)).view(torch.bfloat16) for k in ("taps", "last_hidden")}
-    return FeatureRow(
-        str(row["sample_id"]),
-        ids,
-        torch.from_numpy(np.array(row["loss_mask"], dtype=bool)),
-        bits["taps"].view(len(ids), -1),
-        bits["last_hidden"].view(len(ids), -1),
-    )
+    """The FeatureRow of one row's columns."""
+    # Copies: what Ray's shared memory backs is read-only, and stays there as long as somebody holds it.
+    bits = {k: torch.from_numpy(row[k].copy()).view(torch.bfloat16) for k in ("taps", "last_hidden")}
+    ids, mask = torch.from_numpy(row["input_ids"].astype(np.int64)), torch.from_numpy(row["loss_mask"].copy())
+    return FeatureRow(row["sample_id"], ids, mask, bits["taps"], bits["last_hidden"])

@@ -22,6 +22,10 @@ class Blocks:
     anchors: torch.Tensor
     supervised: torch.Tensor
 
+    def to(self, device: torch.device) -> Blocks:
+        """The same blocks there."""
+        return Blocks(self.anchors.to(device), self.supervised.to(device))
+
 
 def candidates(loss_mask: torch.Tensor) -> torch.Tensor:
     """int64 positions whose own and next token are in the loss mask bool[S]."""

@@ -22,6 +22,8 @@ from pipeline.training.anchors import Blocks, sample_blocks
 from pipeline.training.objectives import position_weights, vocab_loss
 from pipeline.training.unroll import unrolled_hidden
 
+_POSITIONS_KEPT = 1 << 26  # 12 bytes each, on the draft's device: 0.8 GB
+
 
 class Row(Protocol):
     """What the step needs of a feature row (pipeline.features.FeatureRow)."""
@@ -36,6 +38,17 @@ class Row(Protocol):
     def taps(self) -> Tensor: ...
     @property
     def last_hidden(self) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlacedRow:
+    """A Row on the draft's device."""
+
+    sample_id: str
+    input_ids: Tensor
+    loss_mask: Tensor
+    taps: Tensor
+    last_hidden: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +72,13 @@ class StepMetrics:
     survival: Tensor
     greedy_survival: Tensor
     blocks: Tensor
+    skipped: Tensor  # float64[]: sequences without a block
     loss: float = 0.0
+
+    def __add__(self, other: StepMetrics) -> StepMetrics:
+        """Of two parts of one step (their losses are shares of the step's)."""
+        names = [f.name for f in dataclasses.fields(StepMetrics)]
+        return StepMetrics(**{n: getattr(self, n) + getattr(other, n) for n in names})
 
     @staticmethod
     def total(parts: Sequence[StepMetrics], reduce: Callable[[Tensor], Tensor] = lambda t: t) -> StepMetrics:
@@ -70,7 +89,8 @@ class StepMetrics:
             for f in dataclasses.fields(StepMetrics)
             if f.name != "loss"
         }
-        return StepMetrics(**sums, loss=float(reduce(torch.tensor(sum(m.loss for m in parts) / len(parts)))))
+        mean = torch.tensor(sum(m.loss for m in parts) / len(parts), device=parts[0].count.device)
+        return StepMetrics(**sums, loss=float(reduce(mean)))
 
     def summary(self) -> dict[str, float]:
         """Per-position acceptance (1 - TV) and greedy agreement, teacher-forced, and the tau each predicts."""
@@ -81,6 +101,7 @@ class StepMetrics:
             "loss": self.loss,
             "tau": 1 + float((self.survival / blocks).sum()),
             "tau_greedy": 1 + float((self.greedy_survival / blocks).sum()),
+            "skipped_samples": float(self.skipped),
         }
         for k, (a, g) in enumerate(zip(acceptance, agree, strict=True), start=1):
             out[f"acceptance_{k}"] = a
@@ -89,11 +110,11 @@ class StepMetrics:
 
 
 class TrainStep:
-    """Computes the loss of a batch of sequences.
+    """Computes the loss of a batch of sequences. Everything is on the draft's device; rows may come from another.
 
     Args:
-        draft: the module being trained. lm_head: [V, D], the target's whole output matrix: gives the exact
-            normaliser of p, once per row (kept in memory, 4 bytes per position).
+        draft: the module being trained, on its device already. lm_head: [V, D], the target's whole output matrix:
+            gives the exact normaliser of p.
         autocast: compute dtype of products, or None for the draft's own.
         chunk: rows of the vocabulary loss at once; None: by the size of the draft vocabulary.
     """
@@ -112,53 +133,60 @@ class TrainStep:
         self.draft, self.weights = draft, weights
         self.num_anchors, self.seed, self.chunk = num_anchors, seed, chunk
         self.autocast = autocast
+        self.dtype = autocast or draft.fc.weight.dtype
         compute = autocast or draft.lm_rows.dtype
         self.compute = compute
-        self.lm_head = lm_head.detach().to(compute)
+        device = self.device = draft.embed.device
+        self.lm_head = lm_head.detach().to(device, compute)
         self.lm_rows = draft.lm_rows.detach().to(compute)
         self.softcap = draft.logit_softcap or 0.0
-        self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64)
-        self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0])
+        self.position_weights = position_weights(draft.config.tokens_per_block, weights.decay).to(device)
+        self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64, device=device)
+        self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0], device=device)
+        self._host_weights = position_weights(draft.config.tokens_per_block, weights.decay).double()
+        self._host_t2d = self.t2d.cpu()
         self._scored: dict[str, tuple[Tensor, Tensor]] = {}
+        self._positions_scored = 0
 
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
-        """The blocks a row contributes at a step: a function of (seed, step, sample) only."""
+        """The blocks a row contributes at a step, on CPU: a function of (seed, step, sample) only, whatever the draft's
+        device."""
         key = (self.seed * 1_000_003 + step) * 1_000_003 + int(row.sample_id[:12], 16)
-        mask = row.loss_mask
+        mask = row.loss_mask.cpu()
         if isinstance(self.draft, Eagle3Draft):  # its blocks start from the tap before the anchor
             mask = mask & (torch.arange(len(mask)) > 0)
         return sample_blocks(mask, self.draft.config.tokens_per_block, self.num_anchors, key % (1 << 63))
 
+    def denominators(self, rows: Sequence[Row], step: int) -> Tensor:
+        """float64[2]: the summed position weights of the rows' supervised slots, and of those among them whose label is
+        in the draft vocabulary. They depend on rows (which are on CPU) and step alone: known before any forward."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for row in rows:
+            if (b := self.blocks_of(row, step)) is not None:
+                weight = self._host_weights * b.supervised
+                inside = self._host_t2d[self._labels(row, b)] >= 0
+                total += torch.stack((weight.sum(), (weight * inside).sum()))
+        return total.to(self.device)
+
     def __call__(
-        self,
-        rows: Sequence[Row],
-        step: int,
-        *,
-        reduce: Callable[[Tensor], Tensor] = lambda t: t,
-        world_size: int = 1,
+        self, rows: Sequence[Row], step: int, denominators: Tensor | None = None, scale: float = 1.0
     ) -> tuple[Tensor, StepMetrics]:
-        """Loss of the rows.
+        """Loss of the rows; gradients reach every parameter whether or not a row has a block, so that collectives that
+        follow the modules (ZeRO-3) run on every rank alike.
 
         Args:
-            reduce: sums a small tensor over data-parallel ranks; the denominators are global, so that every
-                supervised token weighs the same wherever it is.
-            world_size: gradients are averaged over this many ranks afterwards, which the loss makes up for.
+            denominators: what sums over slots are divided by, as `denominators` gives it, of all the rows that share a
+                weight of one: those of the whole step, over ranks and microbatches, for tokens to weigh equally. None
+                takes those of `rows`.
+            scale: the loss is multiplied by it, the metrics' loss is not: for the mean over ranks and microbatches that
+                is taken of gradients afterwards.
         """
-        picked = [(r, b) for r in rows if (b := self.blocks_of(r, step)) is not None]
+        found = [(r, self.blocks_of(r, step)) for r in rows]
+        picked = [self._placed(r, b) for r, b in found if b is not None] or [self._nothing()]
         block = self.draft.config.tokens_per_block
-        w = position_weights(block, self.weights.decay)
-        if picked:
-            supervised = torch.cat([b.supervised for _, b in picked])
-            labels = torch.cat([self._labels(r, b) for r, b in picked])
-        else:
-            supervised = torch.zeros(0, block, dtype=torch.bool)
-            labels = torch.zeros(0, block, dtype=torch.int64)
-        draft_labels = torch.where(supervised, self.t2d[labels], torch.full_like(labels, -1))
-        all_weight = w * supervised
-        ce_weight = all_weight * (draft_labels >= 0)
-        sums = reduce(torch.stack((all_weight.sum(), ce_weight.sum())))
-        if not picked:
-            return self._zero(), self._empty(block)
+        sums = self.denominators(rows, step) if denominators is None else denominators
+        supervised = torch.cat([b.supervised for _, b in picked])
+        draft_labels, all_weight, ce_weight = self._slots(picked)
         keep = supervised.flatten().nonzero().squeeze(-1)
         device_type = self.draft.embed.device.type
         with torch.autocast(device_type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
@@ -170,16 +198,16 @@ class TrainStep:
                 markov = head.codes(hidden.unflatten(0, (-1, block)), previous).flatten(0, 1)[keep]
             hidden, previous = hidden[keep], previous.flatten()[keep]
             confidence = self.draft.confidence(hidden, previous)
-        scale = world_size
         flat = all_weight.flatten()[keep]
+        scored = [self._target_scores(r, b) for r, b in picked]
         loss, stats = vocab_loss(
             hidden,
             markov,
             None if head is None else head.markov_w2.weight,
             self.lm_rows,
             torch.cat([self._target_hidden(r, b) for r, b in picked]).flatten(0, 1)[keep],
-            torch.cat([self._target_scores(r, b)[0] for r, b in picked]).flatten()[keep],
-            torch.cat([self._target_scores(r, b)[1] for r, b in picked]).flatten()[keep],
+            torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
+            torch.cat([best for _, best in scored]).flatten()[keep],
             draft_labels.flatten()[keep],
             ce_weight.flatten()[keep] * (self.weights.ce * scale / sums[1].clamp(min=1e-6)),
             flat * (self.weights.kl * scale / sums[0].clamp(min=1e-6)),
@@ -190,17 +218,20 @@ class TrainStep:
         if confidence is not None and self.weights.confidence:
             bce = F.binary_cross_entropy_with_logits(confidence.float(), stats.acceptance.clamp(0, 1), reduction="none")
             loss = loss + (bce * flat).sum() * (self.weights.confidence * scale / sums[0].clamp(min=1e-6))
-        return loss, self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
+        metrics = self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
+        metrics.skipped += sum(b is None for _, b in found)
+        return loss, metrics
 
     def hidden(self, picked: list[tuple[Row, Blocks]]) -> Tensor:
         """The draft's hidden states [N, D] of all blocks of all sequences, in order."""
-        draft, dtype = self.draft, self.autocast or self.draft.fc.weight.dtype
+        draft, dtype = self.draft, self.dtype
+        picked = [self._placed(r, b) for r, b in picked]
         if isinstance(draft, Eagle3Draft):
             texts = [r.input_ids.long() for r, _ in picked]
             return unrolled_hidden(draft, texts, [r.taps.to(dtype) for r, _ in picked], [b.anchors for _, b in picked])
         assert isinstance(draft, DSparkDraft)
         taps = torch.cat([r.taps for r, _ in picked]).to(dtype)
-        positions = torch.cat([torch.arange(len(r.input_ids)) for r, _ in picked])
+        positions = torch.cat([torch.arange(len(r.input_ids), device=self.device) for r, _ in picked])
         kv = draft.context_kv(draft.context(taps), positions)
         tokens = torch.cat([r.input_ids[b.anchors].long() for r, b in picked])
         anchors = torch.cat([b.anchors for _, b in picked])
@@ -219,47 +250,79 @@ class TrainStep:
 
         return draft.blocks(tokens, anchors, attend)
 
+    def _slots(self, picked: list[tuple[Row, Blocks]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Per slot [A, K] of all sequences: draft id of its label (-1 outside the draft vocabulary or unsupervised),
+        its weight, and its weight in the cross-entropy."""
+        supervised = torch.cat([b.supervised for _, b in picked])
+        labels = torch.cat([self._labels(r, b) for r, b in picked])
+        draft_labels = torch.where(supervised, self.t2d[labels], torch.full_like(labels, -1))
+        weight = self.position_weights * supervised
+        return draft_labels, weight, weight * (draft_labels >= 0)
+
+    def _placed(self, row: Row, b: Blocks) -> tuple[Row, Blocks]:
+        """Both on the draft's device."""
+        names = ("input_ids", "loss_mask", "taps", "last_hidden")
+        tensors = {n: getattr(row, n).to(self.device, non_blocking=True) for n in names}
+        return _PlacedRow(row.sample_id, **tensors), b.to(self.device)
+
+    def _nothing(self) -> tuple[Row, Blocks]:
+        """A block of which no slot counts, for a batch without any."""
+        width, hidden = len(self.draft.config.target_layer_ids), self.draft.embed.shape[1]
+        row = _PlacedRow(
+            "0" * 32,
+            torch.zeros(2, dtype=torch.int64, device=self.device),
+            torch.zeros(2, dtype=torch.bool, device=self.device),
+            torch.zeros(2, width * hidden, dtype=self.compute, device=self.device),
+            torch.zeros(2, hidden, dtype=self.compute, device=self.device),
+        )
+        none = torch.zeros(1, self.draft.config.tokens_per_block, dtype=torch.bool)
+        return row, Blocks(torch.ones(1, dtype=torch.int64), none).to(self.device)
+
     def _labels(self, row: Row, b: Blocks) -> Tensor:
-        at = b.anchors[:, None] + torch.arange(1, b.supervised.shape[1] + 1)
+        at = b.anchors[:, None] + torch.arange(1, b.supervised.shape[1] + 1, device=b.anchors.device)
         return row.input_ids[at.clamp(max=len(row.input_ids) - 1)].long()
 
     def _previous(self, row: Row, b: Blocks) -> Tensor:
-        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1])
+        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1], device=self.device)
         return row.input_ids[at.clamp(max=len(row.input_ids) - 1)].long()
 
     def _target_hidden(self, row: Row, b: Blocks) -> Tensor:
-        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1])
+        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1], device=self.device)
         return row.last_hidden[at.clamp(max=len(row.input_ids) - 1)]
 
     def scores(self, row: Row) -> tuple[Tensor, Tensor]:
         """Of the target's logits over V at every position before a supervised token: log-sum-exp float32[S], and
-        the draft id of the largest int64[S] (-1 outside the draft vocabulary). Computed once per row, then kept."""
+        the draft id of the largest int64[S] (-1 outside the draft vocabulary). Kept for the next epoch
+        as far as memory is set aside for that."""
         known = self._scored.get(row.sample_id)
         if known is None:
-            normaliser = torch.zeros(len(row.input_ids))
-            best = torch.full((len(row.input_ids),), -1)
+            normaliser = torch.zeros(len(row.input_ids), device=self.device)
+            best = torch.full((len(row.input_ids),), -1, device=self.device)
             needed = F.pad(row.loss_mask[1:], (0, 1)).nonzero().squeeze(-1)
-            for part in needed.split(128):
+            for part in needed.split(128) if len(needed) else ():
                 logits = (row.last_hidden[part].to(self.compute) @ self.lm_head.T).float()
                 if self.softcap:
                     logits = self.softcap * torch.tanh(logits / self.softcap)
                 normaliser[part] = logits.logsumexp(-1)
                 best[part] = self.t2d[largest(logits)[0]]
-            known = self._scored[row.sample_id] = normaliser, best
+            known = normaliser, best
+            if self._positions_scored < _POSITIONS_KEPT:
+                self._positions_scored += len(best)
+                self._scored[row.sample_id] = known
         return known
 
     def _target_scores(self, row: Row, b: Blocks) -> tuple[Tensor, Tensor]:
         """`scores` at the position before each label: [A, K] each."""
-        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1])
+        at = b.anchors[:, None] + torch.arange(b.supervised.shape[1], device=self.device)
         at = at.clamp(max=len(row.input_ids) - 1)
         normaliser, best = self.scores(row)
         return normaliser[at], best[at]
 
     def _metrics(self, supervised: Tensor, keep: Tensor, acceptance: Tensor, agree: Tensor, loss: float) -> StepMetrics:
-        grid = torch.zeros(supervised.numel(), dtype=torch.float64)
+        grid = torch.zeros(supervised.numel(), dtype=torch.float64, device=self.device)
         grid[keep] = acceptance.double().clamp(0, 1)
         grid = grid.view(supervised.shape)
-        agreed = torch.zeros(supervised.numel(), dtype=torch.float64)
+        agreed = torch.zeros(supervised.numel(), dtype=torch.float64, device=self.device)
         agreed[keep] = agree.double()
         agreed = agreed.view(supervised.shape)
         whole = supervised.all(1)
@@ -270,27 +333,20 @@ class TrainStep:
             grid[whole].cumprod(1).sum(0),
             agreed[whole].cumprod(1).sum(0),
             whole.double().sum().expand(supervised.shape[1]).clone(),
+            torch.zeros((), dtype=torch.float64, device=self.device),
             loss,
         )
-
-    def _zero(self) -> Tensor:
-        total = sum(p.sum() for p in self.draft.parameters() if p.requires_grad)
-        return total * 0.0  # type: ignore[return-value]
-
-    @staticmethod
-    def _empty(block: int) -> StepMetrics:
-        zeros = [torch.zeros(block, dtype=torch.float64) for _ in range(6)]
-        return StepMetrics(*zeros)  # type: ignore[arg-type]
 
 
 def _context_mask(anchors: Tensor, length: int, block: int, window: int) -> Tensor:
     """Additive float[A*K, S]: a slot sees positions strictly before its block's anchor, and less than `window` before
     its own (0: any)."""
-    at = torch.arange(length)
+    device = anchors.device
+    at = torch.arange(length, device=device)
     hidden = (at >= anchors[:, None]).repeat_interleave(block, 0)
     if window:
-        hidden |= at <= (anchors[:, None] + torch.arange(block)).flatten()[:, None] - window
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        hidden |= at <= (anchors[:, None] + torch.arange(block, device=device)).flatten()[:, None] - window
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def block_attention(

@@ -18,7 +18,8 @@ from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target.loading import load_identity
-from pipeline.training.worker import WorkerPlan, replay_files, train_worker
+from pipeline.training.preemption import HeedSigterm, bell
+from pipeline.training.worker import WorkerPlan, replay_files, stopped_file, train_worker
 
 
 class Sink(Protocol):
@@ -28,10 +29,13 @@ class Sink(Protocol):
 
 
 def stage_config(config: PipelineConfig) -> dict[str, Any]:
-    """The settings that decide what training produces (where it runs and how often it reports do not)."""
+    """The settings that decide what training produces (where and on how many workers it runs, and how often it reports,
+    do not; nor do microbatches, unless they weigh something)."""
     trainer = to_plain(config.trainer)
-    for name in ("checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu"):
+    for name in ("checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu", "workers"):
         trainer.pop(name)
+    if config.trainer.normalise == "tokens":
+        trainer.pop("accumulate")
     return {"trainer": trainer, "draft": to_plain(config.draft), "deepspeed": config.deepspeed}
 
 
@@ -53,11 +57,10 @@ def train(
         begin: called when there is training to do; what it returns gets the metrics of every report, with their step,
             as they come (in Ray Train's controller, a process of this node).
     Raises:
-        DraftlineError: training failed; ConfigError: a DeepSpeed config that can't be used.
+        DraftlineError: training failed, or was asked to stop by SIGTERM (the same call goes on).
+        ConfigError: a DeepSpeed config that can't be used.
     """
-    import ray.train
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray
 
     stage = (config.deepspeed.get("zero_optimization") or {}).get("stage")
     if stage not in (1, 2, 3):
@@ -87,39 +90,30 @@ def train(
         manifest_config=plain,
         inputs=inputs,
     )
-    for stale in replay_files(Path(plan.history)):
-        stale.unlink()
-    datasets: Any = None
+    stopped = stopped_file(Path(plan.history))
+    for stale in (stopped, *replay_files(Path(plan.history))):
+        stale.unlink(missing_ok=True)
+    stream = None
     if features_dir is None:
         from pipeline.features.stream import feature_stream
 
-        datasets = {"train": feature_stream(config.features, config.target, corpus_dir, cache_dir)}
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=dataclasses.asdict(plan),
-        torch_config=TorchConfig(backend="nccl" if config.trainer.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=config.trainer.use_gpu),
-        run_config=RunConfig(  # type: ignore[call-arg]  # V2's; the checker sees V1's
-            name=f"draft-{key}",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            # Workers print their own progress; Ray Train's patched print would show every line twice.
-            callbacks=[_Reports(sink)] if sink else None,  # type: ignore[list-item]  # V2's
-            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
-        ),
-        datasets=datasets,
-    )
+        stream = feature_stream(config.features, config.target, corpus_dir, cache_dir)
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as e:
-        cause = _user_error(e)
-        raise DraftlineError(f"Training failed: {cause}") from (None if cause else e)
+        with bell() as handle:
+            _fit(config, {**dataclasses.asdict(plan), "bell": handle, "stream": stream}, f"draft-{key}", storage, sink)
+    finally:
+        for actor in stream.actors if stream else ():
+            ray.kill(actor)
     if bad := replay_files(Path(plan.history)):
         step = json.loads(bad[0].read_text())["step"]
         raise DraftlineError(
             f"The training loss is not finite at step {step}. The samples of that step are in {bad[0].parent} "
             f"({', '.join(f.name for f in bad)}). Lower trainer.lr (now {config.trainer.lr}) or look for bad features."
+        )
+    if stopped.is_file():
+        raise DraftlineError(
+            f"Training was asked to stop (SIGTERM) and saved step {json.loads(stopped.read_text())['step']} of "
+            f"{config.trainer.steps}. The same command goes on from there."
         )
     return artifact.load(out, "draft", verify=False)
 
@@ -137,6 +131,38 @@ def _same_layers(config: PipelineConfig, features_dir: Path | None) -> None:
             f"draft.target_layer_ids={wanted}, but {where} has {given}. Extract the draft's layers, or train a "
             "draft of those."
         )
+
+
+def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path, sink: Sink | None) -> None:
+    """Runs the workers until they end.
+
+    Raises:
+        DraftlineError: they failed more than trainer.max_failures times.
+    """
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=plan,
+        torch_config=TorchConfig(backend="nccl" if config.trainer.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=config.trainer.use_gpu),
+        run_config=RunConfig(  # type: ignore[call-arg]  # V2's; the checker sees V1's
+            name=name,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            # Workers print their own progress; Ray Train's patched print would show every line twice.
+            callbacks=[HeedSigterm(), *([_Reports(sink)] if sink else [])],  # type: ignore[list-item]  # V2's
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        cause = _user_error(e)
+        raise DraftlineError(f"Training failed: {cause}") from (None if cause else e)
 
 
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What runs on every training worker: DeepSpeed around TrainStep, checkpoints, resume.
+"""What runs on every training worker: DeepSpeed around TrainStep, microbatches, checkpoints.
 
 Everything a step depends on (rows, anchors, learning rate) is a function of (config, step), so a resumed run takes
 exactly the steps an uninterrupted one would have taken.
@@ -10,14 +10,14 @@ import dataclasses
 import json
 import logging
 import math
-import tempfile
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.artifact import write_json
 from pipeline.config import FeaturesConfig, TargetConfig, TrainerConfig, from_plain
@@ -25,11 +25,15 @@ from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.drafts.config import DraftConfig
 from pipeline.features.store import FeatureStore, check_identity
+from pipeline.features.stream import FeatureStream
 from pipeline.target import load_target
+from pipeline.training import checkpoints, feed
+from pipeline.training.average import Average
+from pipeline.training.engine import Objective, make_engine, take_step
+from pipeline.training.preemption import Listener
+from pipeline.training.schedule import learning_rate
 from pipeline.training.start import build_draft
-from pipeline.training.step import StepMetrics, TrainStep, Weights
-
-TAG = "deepspeed"
+from pipeline.training.step import Row, StepMetrics, TrainStep, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,152 +54,115 @@ class WorkerPlan:
     inputs: dict[str, str]
 
 
-class Objective(nn.Module):
-    """The draft with its loss, as the one module that DeepSpeed wraps."""
-
-    def __init__(self, step: TrainStep) -> None:
-        super().__init__()
-        self.draft = step.draft
-        self._step = [step]
-
-    def forward(self, rows: list[Any], number: int, reduce: Any, world_size: int) -> tuple[Tensor, StepMetrics]:
-        return self._step[0](rows, number, reduce=reduce, world_size=world_size)
-
-
-def learning_rate(step: int, config: TrainerConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine to zero at `steps`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
-    """Indices of the rows of a step: consecutive pieces of one permutation per epoch."""
-    out = []
-    for i in range(step * per_step, (step + 1) * per_step):
-        epoch, at = divmod(i, rows)
-        out.append(_permutation(rows, seed, epoch)[at])
-    return out
-
-
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
-    key = (rows, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _orders[key] = torch.randperm(rows, generator=generator).tolist()
-    return _orders[key]
-
-
 def train_worker(plan: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker."""
-    import ray.train
+    """The function that Ray Train runs on every worker.
+
+    Args:
+        plan: the fields of a WorkerPlan, with `bell` (see `pipeline.training.preemption`) and `stream` (a FeatureStream
+            or None) beside them.
+    """
+    import ray.train.torch
     import torch.distributed as dist
 
     # Its INFO repeats every report in Python's own notation; history.jsonl and the progress lines hold the same.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    plan = dict(plan)
+    bell, stream = plan.pop("bell"), plan.pop("stream")
     p = WorkerPlan(**plan)
     config = from_plain(TrainerConfig, p.trainer, "trainer")
+    features = from_plain(FeaturesConfig, p.features, "features")
     torch.set_num_threads(config.threads_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    listener = Listener(bell, rank)
     target = load_target(from_plain(TargetConfig, p.target, "target"), Path(p.cache_dir))
     identity = target.identity.as_dict()
     store = None
-    if from_plain(FeaturesConfig, p.features, "features").mode == "store":
+    if stream is None:
         store = FeatureStore(p.features_dir)
         check_identity(store.manifest, identity, p.features_dir)
     draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir), store or ())
+    device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
+    draft.to(device)
+    half = bool((p.deepspeed.get("bf16") or {}).get("enabled"))
     step = TrainStep(
         draft,
         target.lm_head_weight,
         Weights(config.ce, config.kl, config.tv, config.confidence, config.decay),
         num_anchors=config.num_anchors,
         seed=config.seed,
-        autocast=getattr(torch, config.autocast) if config.autocast else None,
+        autocast=torch.bfloat16 if half else getattr(torch, config.autocast) if config.autocast else None,
         chunk=config.chunk_rows,
     )
     del target
 
-    import deepspeed
-
-    objective = Objective(step)
-    optimizer = torch.optim.AdamW(
-        [q for q in objective.parameters() if q.requires_grad],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-        weight_decay=config.weight_decay,
-    )
-    engine, *_ = deepspeed.initialize(
-        model=objective,
-        model_parameters=[q for q in objective.parameters() if q.requires_grad],
-        optimizer=optimizer,
-        config={
-            **p.deepspeed,
-            "train_micro_batch_size_per_gpu": config.sequences_per_step // world,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.grad_clip,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-        dist_init_required=False,
-    )
-    first = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            _, state = engine.load_checkpoint(folder, tag=TAG)
-            first = int(state["step"])
-        if rank == 0:
-            print(f"train: goes on from step {first} of {config.steps}", flush=True)
-    history = History(Path(p.history), first) if rank == 0 else None
-    rows = _feed(store, config, rank, world, first)
-
     def reduce(t: Tensor) -> Tensor:
+        t = t.to(device)
         dist.all_reduce(t)
         return t
 
+    stage = int(p.deepspeed["zero_optimization"]["stage"])
+    objective = Objective(step)
+    first = 0
+    checkpoint = ray.train.get_checkpoint()
+    with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as past:
+        engine, optimizer = make_engine(objective, p.deepspeed, config, world, past is not None and past.universal)
+        average = None
+        if config.ema:
+            average = Average(engine.module.named_parameters(), config.ema, rank, world, gather=half or stage == 3)
+        if past is not None:
+            past.load(engine, average)
+            first = past.step
+            if rank == 0:
+                moved = f" with {world} workers instead of {past.world}" if past.universal else ""
+                print(f"train: goes on from step {first} of {config.steps}{moved}", flush=True)
+    history = History(Path(p.history), first) if rank == 0 else None
+    batches = _batches(store, stream, config, features, rank, world, first)
+
     window: list[StepMetrics] = []
-    began, waited, anchors = time.perf_counter(), 0.0, 0.0
+    began, waited, anchors, not_finite, noticed = time.perf_counter(), 0.0, 0.0, 0, False
     for number in range(first, config.steps):
         asked = time.perf_counter()
-        batch = next(rows)
+        parts, lost = next(batches)
         waited += time.perf_counter() - asked
+        not_finite += lost
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
-        loss, metrics = engine(batch, number, reduce, world)
-        if _not_finite(loss, reduce):
+        metrics, apply = take_step(engine, step, parts, number, config.normalise, reduce, world)
+        flags = reduce(torch.tensor([float(not math.isfinite(metrics.loss)), float(listener.asked())])).tolist()
+        if flags[0]:
             # Said by a file and not by raising: Ray Train would take the same step again, max_failures times.
-            _keep_for_replay(Path(p.history), number, rank, batch)
+            _keep_for_replay(Path(p.history), number, rank, [r for rows in parts for r in rows])
             return
-        engine.backward(loss)
-        engine.step()
+        apply()
+        if average is not None:
+            average.update()
         window.append(metrics)
         anchors += float(metrics.count[0])
-        last = number + 1 == config.steps
-        save = last or (number + 1) % config.checkpoint_every == 0
+        last, stop = number + 1 == config.steps, flags[1] > 0
+        save = last or stop or (number + 1) % config.checkpoint_every == 0
         if not (save or (number + 1) % config.log_every == 0):
             continue
+        # Ray's notice that a node will go away: a checkpoint now, and Ray Train moves the run when it does.
+        notice = ray.train.get_preemption_info() is not None
+        save, noticed = save or (notice and not noticed), notice
         summary = StepMetrics.total(window, reduce).summary()
         window = []
         spent = time.perf_counter() - began
+        totals = reduce(torch.tensor([anchors, waited, float(not_finite), peak_memory(device)])).tolist()
         summary |= {
             "step": number + 1,
             "lr": learning_rate(number, config),
-            "anchors_per_second": float(reduce(torch.tensor(anchors))) / spent,
-            "starved_seconds": waited,
+            "anchors_per_second": totals[0] / spent,
+            "starved_seconds": totals[1] / world,
+            "not_finite_samples": totals[2],
+            "memory_gib": totals[3] / world,
             "eta_seconds": spent / (number + 1 - first) * (config.steps - number - 1),
         }
         if history is not None:
             history.add(summary)
         if save:
-            folder = tempfile.mkdtemp(prefix="draft-checkpoint-")
-            engine.save_checkpoint(folder, tag=TAG, client_state={"step": number + 1})
+            folder = checkpoints.save(engine, average, step=number + 1, rank=rank, world=world, stage=stage)
             ray.train.report(
                 summary,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -204,10 +171,21 @@ def train_worker(plan: dict[str, Any]) -> None:
             )
             if last:
                 _publish(p, draft, identity, config, summary)
+            elif stop:
+                if rank == 0:
+                    write_json(stopped_file(Path(p.history)), {"step": number + 1})
+                return
         else:
             ray.train.report(summary)
     if first >= config.steps:
         _publish(p, draft, identity, config, {})
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this rank has held at most: of the GPU, or of the process where it trains on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class History:
@@ -230,36 +208,33 @@ class History:
             f"train: step {summary['step']:.0f} loss {summary['loss']:.3f} acceptance {acceptance} "
             f"tau {summary['tau']:.2f} (greedy {summary['tau_greedy']:.2f}), "
             f"{summary['anchors_per_second']:.0f} anchors/s, "
+            f"waited {summary['starved_seconds']:.1f} s for features, "
             f"{summary['eta_seconds']:.0f} s left",
             flush=True,
         )
 
 
-def _feed(store: FeatureStore | None, config: TrainerConfig, rank: int, world: int, first: int) -> Iterator[list[Any]]:
-    """This rank's rows, step by step, from `first` on; without a store, as they are streamed."""
-    share = config.sequences_per_step // world
-    if store is not None:
-        for number in range(first, config.steps):
-            chosen = rows_of_step(number, len(store), config.sequences_per_step, config.seed)
-            yield [store[i] for i in chosen[rank * share : (rank + 1) * share]]
-        return
-    import ray.train
-
-    from pipeline.features.stream import to_feature_row
-
-    shard = ray.train.get_dataset_shard("train")
-    batch: list[Any] = []
-    while True:
-        for row in shard.iter_rows():
-            batch.append(to_feature_row(row))
-            if len(batch) == share:
-                yield batch
-                batch = []
+def _batches(
+    store: FeatureStore | None,
+    stream: FeatureStream | None,
+    config: TrainerConfig,
+    features: FeaturesConfig,
+    rank: int,
+    world: int,
+    first: int,
+) -> Iterator[tuple[list[list[Row]], int]]:
+    """This rank's microbatches of every step from `first` on, and how many rows had no finite features."""
+    if stream is not None:
+        return feed.streamed(
+            stream.rows, stream.ask, stream.get, config, rank, world, first, request_rows=features.shard_rows
+        )
+    assert store is not None
+    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first))
 
 
-def _not_finite(loss: Tensor, reduce: Any) -> bool:
-    """Whether the loss of any rank is NaN or infinite."""
-    return float(reduce(torch.tensor(float(not math.isfinite(float(loss.detach())))))) > 0
+def stopped_file(history: Path) -> Path:
+    """Where a run that was asked to stop says at which step it did."""
+    return history.with_name(f"{history.stem}-stopped.json")
 
 
 def replay_files(history: Path) -> list[Path]:
@@ -275,9 +250,8 @@ def _keep_for_replay(history: Path, number: int, rank: int, batch: list[Any]) ->
 def _publish(
     p: WorkerPlan, draft: Draft, identity: dict[str, str], config: TrainerConfig, summary: dict[str, float]
 ) -> None:
-    """Writes the draft artifact from the last checkpoint's fp32 weights (rank 0)."""
+    """Writes the draft artifact from the last checkpoint's fp32 weights, or their running average (rank 0)."""
     import ray.train
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if ray.train.get_context().get_world_rank() != 0:
         return
@@ -285,7 +259,7 @@ def _publish(
     if checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
     with checkpoint.as_directory() as folder:
-        weights = get_fp32_state_dict_from_zero_checkpoint(folder, tag=TAG)
+        weights = checkpoints.weights(Path(folder))
     state = draft.trainable_state()
     for name in state:
         if f"draft.{name}" in weights and state[name].is_floating_point():

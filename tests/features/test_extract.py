@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from pipeline.artifact import load
@@ -15,7 +16,7 @@ from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.features.extract import extract
 from pipeline.features.forward import batches, feature_rows
 from pipeline.features.store import FeatureStore
-from pipeline.features.stream import feature_stream, to_feature_row
+from pipeline.features.stream import feature_stream
 from pipeline.target import load_target
 from tests.features.conftest import FEATURES, TARGET
 
@@ -58,15 +59,37 @@ def test_features_are_those_of_plain_transformers_on_the_row_alone(store, cache_
 
 
 def test_the_stream_gives_the_rows_of_the_store_bit_for_bit(store, corpus_dir, cache_dir) -> None:
-    stream = feature_stream(FEATURES, TARGET, corpus_dir, cache_dir)
-    streamed = [to_feature_row(r) for r in stream.iter_rows()]
-    by_id = {r.sample_id: r for r in streamed}
-    assert len(streamed) == len(by_id) == store.rows
-    for i in range(store.rows):
-        kept, sent = store[i], by_id[store[i].sample_id]
+    stream = feature_stream(dataclasses.replace(FEATURES, actors=2), TARGET, corpus_dir, cache_dir)
+    try:
+        assert stream.rows == store.rows
+        size = FEATURES.shard_rows  # rows that were extracted together are asked for together: the same sums
+        wanted = [list(range(start, min(start + size, store.rows))) for start in range(0, store.rows, size)]
+        orders = [stream.ask(number, rows) for number, rows in enumerate(wanted)]
+        streamed = [row for order in orders for row in stream.get(order)]
+    finally:
+        for actor in stream.actors:
+            ray.kill(actor)
+    for i, sent in enumerate(streamed):
+        assert sent is not None and sent.sample_id == store[i].sample_id, "in the order asked for"
         for name in ("input_ids", "loss_mask", "taps", "last_hidden"):
-            a, b = getattr(kept, name), getattr(sent, name)
+            a, b = getattr(store[i], name), getattr(sent, name)
             assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+@pytest.mark.fault
+def test_a_stream_whose_actor_dies_gives_what_was_asked_for(store, corpus_dir, cache_dir) -> None:
+    stream = feature_stream(FEATURES, TARGET, corpus_dir, cache_dir)
+    try:
+        (actor,) = stream.actors
+        stream.get(stream.ask(0, [0]))
+        order = stream.ask(1, [5, 2])
+        ray.kill(actor, no_restart=False)
+        again = stream.ask(2, [7])
+        got = [r.sample_id for o in (order, again) for r in stream.get(o) if r is not None]
+    finally:
+        for actor in stream.actors:
+            ray.kill(actor)
+    assert got == [store[i].sample_id for i in (5, 2, 7)]
 
 
 def test_features_that_are_current_are_not_made_again(store, corpus_dir, cache_dir) -> None:

@@ -155,12 +155,10 @@ def test_two_ranks_weigh_every_token_the_same_as_one(tiny: Target, draft: DSpark
     rows = [_row(tiny, 40, 1), _row(tiny, 15, 2)]
     step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=50, seed=0)
     whole, _ = step(rows, 0)
-    sums: list[torch.Tensor] = []
-    for r in rows:
-        step([r], 0, reduce=lambda t: sums.append(t.clone()) or t)  # type: ignore[func-returns-value]
-    total = sums[0] + sums[1]
-    split = [step([r], 0, reduce=lambda t: total, world_size=2)[0] for r in rows]
-    assert float(sum(split)) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    total = sum(step.denominators([r], 0) for r in rows)
+    assert isinstance(total, torch.Tensor)
+    split = [step([r], 0, total, 2.0)[0] for r in rows]
+    assert sum(float(s.detach()) for s in split) / 2 == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_anchors_and_labels_follow_the_mask() -> None:

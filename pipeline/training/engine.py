@@ -1,0 +1,114 @@
+"""One optimizer step: DeepSpeed around TrainStep, microbatches under it. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import TrainerConfig
+from pipeline.training.step import Row, StepMetrics, TrainStep
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a small tensor over ranks."""
+
+
+class Objective(nn.Module):
+    """The draft with its loss, as the one module that DeepSpeed wraps."""
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__()
+        self.draft = step.draft
+        self._step = [step]
+
+    def forward(self, rows: list[Row], number: int, denominators: Tensor, scale: float) -> tuple[Tensor, StepMetrics]:
+        return self._step[0](rows, number, denominators, scale)
+
+
+def make_engine(
+    objective: Objective, deepspeed_config: dict[str, Any], config: TrainerConfig, world: int, universal: bool
+) -> tuple[Any, torch.optim.Optimizer]:
+    """The DeepSpeed engine of an objective and the optimizer whose learning rate the loop sets."""
+    import deepspeed
+
+    trainable = [q for q in objective.parameters() if q.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+        weight_decay=config.weight_decay,
+    )
+    draft = objective.draft
+    half = bool((deepspeed_config.get("bf16") or {}).get("enabled"))
+    exact = {name: getattr(draft, name) for name in ("inv_freq", "temperatures")}
+    started = [q.detach().clone() for q in trainable] if half else []
+    settings = {
+        **deepspeed_config,
+        "train_micro_batch_size_per_gpu": config.sequences_per_step // (world * config.accumulate),
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_clipping": config.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        # Offload takes this AdamW to the CPU, instead of DeepSpeed's own that is compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if universal:
+        settings["checkpoint"] = {**(deepspeed_config.get("checkpoint") or {}), "load_universal": True}
+    engine, *_ = deepspeed.initialize(
+        model=objective, model_parameters=trainable, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    # bf16 takes the whole module down. Angles of positions don't survive it, and DeepSpeed makes its fp32 weights of
+    # what it left.
+    for name, value in exact.items():
+        setattr(draft, name, value)
+    if half:
+        for parameter, weight in zip(trainable, started, strict=True):
+            _set_master(parameter, weight)
+    return engine, optimizer
+
+
+def _set_master(parameter: nn.Parameter, weight: Tensor) -> None:
+    """Gives DeepSpeed's fp32 weight of a parameter another value; every rank calls it."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3's
+    if shard is None:
+        safe_set_full_fp32_param(parameter, weight)
+        return
+    # DeepSpeed 0.19 cuts a whole weight without padding it, and fails where ranks don't divide its size.
+    size, rank = shard.numel(), dist.get_rank()
+    padded = F.pad(weight.flatten(), (0, size * dist.get_world_size() - weight.numel()))
+    safe_set_local_fp32_param(parameter, padded[rank * size : (rank + 1) * size])
+
+
+def weigh(step: TrainStep, parts: list[list[Row]], number: int, normalise: str, reduce: Reduce) -> Tensor:
+    """Denominators float64[microbatches, 2] of a step, over all ranks.
+
+    With `tokens` every microbatch is divided by the sums of the whole step, so that their losses add up to the mean
+    over its tokens. With `microbatches` each is divided by its own and by how many there are: the mean of their means.
+    """
+    sums = reduce(torch.stack([step.denominators(rows, number) for rows in parts]))
+    return sums.sum(0).expand_as(sums) if normalise == "tokens" else sums * len(parts)
+
+
+def take_step(
+    engine: Any, step: TrainStep, parts: list[list[Row]], number: int, normalise: str, reduce: Reduce, world: int
+) -> tuple[StepMetrics, Callable[[], None]]:
+    """Forward and backward of a step's microbatches: this rank's share of the metrics, and what takes the optimizer
+    step, so that a loss which is not finite never reaches the weights."""
+    denominators = weigh(step, parts, number, normalise, reduce)
+    total: StepMetrics | None = None
+    for i, rows in enumerate(parts):
+        # DeepSpeed takes the mean over ranks and microbatches; the denominators hold both already.
+        loss, metrics = engine(rows, number, denominators[i], float(world * len(parts)))
+        engine.backward(loss)
+        total = metrics if total is None else total + metrics
+        if i + 1 < len(parts):
+            engine.step()
+    assert total is not None
+    return total, engine.step

@@ -1,0 +1,73 @@
+"""A rank's rows, step by step: read from the store, or streamed from extraction. Both give the same rows at the same
+step, whichever step a run starts from and however many ranks there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from pipeline.config import TrainerConfig
+from pipeline.training.schedule import microbatches_of_step
+from pipeline.training.step import Row
+
+Microbatches = list[list[Row]]
+
+
+class Rows(Protocol):
+    """Rows by index (a FeatureStore, a list)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+def stored(store: Rows, config: TrainerConfig, rank: int, world: int, first: int) -> Iterator[Microbatches]:
+    """The microbatches of every step from `first` on."""
+    for step in range(first, config.steps):
+        yield [[store[i] for i in part] for part in microbatches_of_step(step, len(store), config, rank, world)]
+
+
+def streamed(
+    rows: int,
+    ask: Callable[[int, list[int]], Any],
+    get: Callable[[Any], Sequence[Row | None]],
+    config: TrainerConfig,
+    rank: int,
+    world: int,
+    first: int,
+    *,
+    request_rows: int,
+    ahead: int = 2,
+) -> Iterator[tuple[Microbatches, int]]:
+    """The microbatches of every step from `first` on, with how many rows of the step had no finite features (they are
+    left out: a rank that is a row short still takes the step).
+
+    Args:
+        rows: of the split that is streamed.
+        ask: orders features of row indices; its first argument numbers the requests of all ranks. get: waits for what
+            was ordered; None where features are not finite.
+        request_rows: rows per order, at least a step's. ahead: orders that are out while one is being used, which
+            bounds what waits in memory.
+    """
+    share = config.sequences_per_step // world
+    steps_each = max(1, request_rows // share)
+    starts = list(range(first, config.steps, steps_each))
+
+    def order(at: int) -> Any:
+        wanted = [
+            i
+            for step in range(starts[at], min(starts[at] + steps_each, config.steps))
+            for part in microbatches_of_step(step, rows, config, rank, world)
+            for i in part
+        ]
+        return ask(at * world + rank, wanted)
+
+    orders = [order(at) for at in range(min(ahead, len(starts)))]
+    size = share // config.accumulate
+    for at in range(len(starts)):
+        made = list(get(orders.pop(0)))
+        if at + ahead < len(starts):
+            orders.append(order(at + ahead))
+        for start in range(0, len(made), share):
+            step = made[start : start + share]
+            parts = [[r for r in step[i : i + size] if r is not None] for i in range(0, share, size)]
+            yield parts, sum(r is None for r in step)

@@ -1,0 +1,55 @@
+"""DeepSpeed around the objective, in this process: what bf16 may take down and what it must not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.config import TrainerConfig
+from pipeline.target import Target
+from pipeline.training.engine import Objective, make_engine, take_step
+from pipeline.training.step import TrainStep, Weights
+from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+from tests.drafts.samples import small_draft
+from tests.training.test_step import _row
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Target) -> None:  # noqa: F811
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    draft = small_draft(tiny, vocabulary=200)
+    frequencies, started = draft.inv_freq.clone(), copy.deepcopy(draft.state_dict())
+    step = TrainStep(
+        draft, tiny.family.lm_head.weight, Weights(), num_anchors=6, seed=0, autocast=torch.bfloat16, chunk=64
+    )
+    config = TrainerConfig(lr=1e-5, workers=1, sequences_per_step=2, accumulate=2, weight_decay=0.0)
+    bf16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    engine, _ = make_engine(Objective(step), bf16, config, 1, universal=False)
+    assert draft.fc.weight.dtype == torch.bfloat16
+    assert draft.inv_freq.dtype == torch.float32 and torch.equal(draft.inv_freq, frequencies)
+    assert draft.temperatures.dtype == torch.float32
+
+    _, apply = take_step(engine, step, [[_row(tiny, 30, 1)], [_row(tiny, 21, 2)]], 0, "tokens", lambda t: t, 1)
+    apply()
+    weight = draft.decoder_layers[0].mlp.gate_proj.weight
+    master = safe_get_full_fp32_param(weight)
+    before = started["layers.0.mlp.gate_proj.weight"]
+    assert master.dtype == torch.float32
+    # AdamW's first step is the learning rate in size: far below what bf16 can add to most weights.
+    torch.testing.assert_close((master - before).abs().median(), torch.tensor(1e-5), rtol=0.01, atol=0)
+    assert float((weight.float() == before.bfloat16().float()).double().mean()) > 0.5

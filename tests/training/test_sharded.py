@@ -1,0 +1,200 @@
+"""Training on several workers: asked to stop, gone on with, by as many workers or another number, from the store or
+streamed. Every run here is a real one (Ray Train, DeepSpeed, two processes)."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.train.v2.api.preemption import PreemptionInfo
+from safetensors.torch import load_file
+
+from pipeline.config import TargetConfig
+from pipeline.corpus.build import read_rows
+from pipeline.errors import DraftlineError
+from pipeline.target import load_target
+from pipeline.training.preemption import HeedSigterm
+from pipeline.training.schedule import rows_of_step
+from tests.training.runs import Place, Signaller, curve, make_features, make_place, reported
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+STEPS = 10
+COMMON: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 100, "ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    made = make_place(tmp_path_factory.mktemp("sharded"))
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield made
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(place: Place) -> Path:
+    """One worker, all through."""
+    return place.train("alone", {**COMMON, "workers": 1})
+
+
+def _stopped(place: Place, name: str, changes: dict[str, Any], *, to_job: bool) -> tuple[int, int]:
+    """Starts a run and sends it SIGTERM; returns the step reported before, and the one it saved."""
+    signaller = Signaller(place.path / name, signal.SIGTERM, after=2, but=100, to_job=to_job)
+    signaller.start()
+    with pytest.raises(DraftlineError, match=r"asked to stop \(SIGTERM\) and saved step \d+ of 10") as stop:
+        place.train(name, changes)
+    signaller.join()
+    return signaller.sent_after, int(str(stop.value).split("saved step ")[1].split()[0])
+
+
+def _checkpoint(run: Path) -> Path:
+    (folder,) = run.glob("train/draft-*/step_*")
+    return folder
+
+
+@pytest.mark.fault
+def test_two_workers_stopped_by_sigterm_are_gone_on_with_by_one(place: Place, alone: Path) -> None:
+    before, saved = _stopped(place, "moved", COMMON, to_job=False)
+    run = place.path / "moved"
+    assert before < saved < STEPS, "saved at the boundary of the step after the signal, not at the end"
+    assert [r["step"] for r in reported(run)] == list(range(1, saved + 1))
+    assert _checkpoint(run).name == f"step_{saved:06d}"
+    assert not (run / "draft").exists()
+    _has_nothing_borrowed(_checkpoint(run))
+
+    place.train("moved", {**COMMON, "workers": 1})
+    assert [r["step"] for r in reported(run)] == list(range(1, STEPS + 1))
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-5)
+    mine, theirs = (load_file(d / "draft" / "model.safetensors") for d in (run, alone))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def _has_nothing_borrowed(checkpoint: Path) -> None:
+    """The target's embedding and output rows are in no file, by name or by size."""
+    files = sorted(checkpoint.glob("deepspeed/*.pt"))
+    assert [f.name for f in files if "optim" in f.name] == [
+        f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)
+    ]
+    model = torch.load(next(f for f in files if "model_states" in f.name), weights_only=False)
+    names = set(model["module"])
+    assert {"draft.fc.weight", "draft.d2t", "draft.markov_head.markov_w1.weight"} <= names
+    assert not names & {"draft.embed", "draft.lm_rows"}
+    trained = [name for group in model["param_shapes"] for name in group]
+    assert all(name in names for name in trained)
+    numbers = sum(model["module"][name].numel() for name in trained)
+    # Whole weights once, and over the ranks fp32 weights and two moments, 4 bytes each; the average once.
+    whole = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
+    assert whole < 4 * 5 * numbers + 30_000, "the smallest borrowed matrix has 32 KiB, the rest is names"
+    assert json.loads((checkpoint / "meta.json").read_text())["world"] == 2
+
+
+@pytest.mark.fault
+def test_a_streamed_run_that_was_stopped_takes_the_rows_it_is_due(place: Place, alone: Path) -> None:
+    """Streamed and stored features are the same, and so are rows and order: the curves agree, stopped or not."""
+    handler = signal.getsignal(signal.SIGTERM)
+    _, saved = _stopped(place, "streamed", {**COMMON, "mode": "stream", "accumulate": 2}, to_job=True)
+    assert 2 < saved < STEPS
+    assert signal.getsignal(signal.SIGTERM) is handler, "SIGTERM means again what it did"
+    run = place.train("streamed", {**COMMON, "mode": "stream", "accumulate": 2})
+    assert [r["step"] for r in reported(run)] == list(range(1, STEPS + 1))
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-3)
+    assert all(r["starved_seconds"] > 0 for r in reported(run))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(place: Place) -> None:
+    target = load_target(TargetConfig(path="tiny"), place.cache)
+    features = make_features(target, place.corpus, place.path / "spoilt", spoilt=0)
+    with pytest.raises(
+        DraftlineError, match=r"loss is not finite at step \d+\. The samples of that step are in"
+    ) as stop:
+        place.train("spoilt-run", {**COMMON, "workers": 1}, features=features)
+    (file,) = (place.path / "spoilt-run" / "train").glob("*-not-finite-*.json")
+    assert file.name in str(stop.value)
+    kept = json.loads(file.read_text())
+    assert read_rows(place.corpus, "train")[0].sample_id in kept["sample_ids"]
+    assert len(kept["sample_ids"]) == 4
+    assert [r["step"] for r in reported(place.path / "spoilt-run")] == list(range(1, kept["step"] + 1))
+    assert not (place.path / "spoilt-run" / "draft").exists()
+
+
+@pytest.mark.slow
+def test_ranks_without_anything_to_learn_from_hang_nobody(place: Place) -> None:
+    """Three rows of four are masked: with ZeRO-3 and one row per microbatch, most are empty on some rank."""
+    target = load_target(TargetConfig(path="tiny"), place.cache)
+    kept = range(0, 24, 4)
+    features = make_features(
+        target, place.corpus, place.path / "masked", masked=[i for i in range(24) if i not in kept]
+    )
+    zero3 = {"zero_optimization": {"stage": 3}}
+    sharded = place.train("masked-3", {**COMMON, "accumulate": 2}, zero3, features=features)
+    alone = place.train("masked-1", {**COMMON, "workers": 1}, features=features)
+    assert curve(sharded) == pytest.approx(curve(alone), rel=1e-5)
+    skipped = [r["skipped_samples"] for r in reported(sharded)]
+    assert skipped == [r["skipped_samples"] for r in reported(alone)]
+    rows = len(read_rows(place.corpus, "train"))
+    due = [rows_of_step(n, rows, 4, 0) for n in range(STEPS)]
+    assert skipped == [sum(i not in kept for i in step) for step in due]
+    assert max(skipped) >= 3
+
+
+class _Noticed(HeedSigterm):
+    """Ray's word that a node will go away, given to every worker as Ray's own watcher gives it."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        super().after_worker_group_start(worker_group)
+        for worker in worker_group.get_workers():
+            ray.get(worker.actor.mark_preempt.remote(PreemptionInfo(None, {worker.metadata.node_id: [0]})))
+
+
+@pytest.mark.slow
+def test_rays_notice_of_preemption_makes_a_checkpoint_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.trainer.HeedSigterm", _Noticed)
+    run = place.train("noticed", {**COMMON, "workers": 1, "log_every": 2})
+    saved = sorted(f.name for f in run.glob("train/draft-*/step_*"))
+    assert saved == ["step_000002", "step_000010"], "at the first report, once, and at the end as always"
+
+
+OFFLOAD = {"device": "cpu", "pin_memory": True}
+KINDS: dict[str, tuple[dict[str, Any], float]] = {
+    "zero 1": ({"zero_optimization": {"stage": 1}}, 1e-5),
+    "zero 3": ({"zero_optimization": {"stage": 3}}, 1e-5),
+    "zero 2, optimizer on the CPU": ({"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}}, 1e-5),
+    "zero 1, bf16": ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, 3e-2),
+    "zero 3, bf16": ({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, 3e-2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_sharding_trains_the_same_draft(place: Place, alone: Path, kind: str) -> None:
+    deepspeed, tolerance = KINDS[kind]
+    run = place.train(kind, {**COMMON, "accumulate": 2}, deepspeed)
+    assert curve(run) == pytest.approx(curve(alone), rel=tolerance)
+    mine, theirs = (load_file(d / "draft" / "model.safetensors") for d in (run, alone))
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert mine[name].dtype == weight.dtype, name
+        if weight.is_floating_point():
+            # AdamW's steps have the size of the learning rate whatever the gradient's: bf16 may turn a few around.
+            torch.testing.assert_close(mine[name], weight, rtol=0, atol=1e-5 if tolerance < 1e-3 else 1e-2)
+        else:
+            assert torch.equal(mine[name], weight), name
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_zero_3_goes_on_with_another_number_of_workers(place: Place, alone: Path) -> None:
+    sharded = {"zero_optimization": {"stage": 3}}
+    signaller = Signaller(place.path / "moved3", signal.SIGTERM, after=2, but=100)
+    signaller.start()
+    with pytest.raises(DraftlineError, match="asked to stop"):
+        place.train("moved3", {**COMMON, "workers": 1}, sharded)
+    run = place.train("moved3", COMMON, sharded)
+    assert [r["step"] for r in reported(run)] == list(range(1, STEPS + 1))
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-5)
