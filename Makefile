@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.draftline-installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo smoke test lint format bench serve clean
+.PHONY: help env demo smoke test formats lint format bench serve clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ smoke: env ## the same stages on a tiny random target, under two minutes
 
 test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
 	@$(PY) -m pytest -q -m "not slow and not gpu"
+
+formats: env ## the exports through the package speculators' own classes (installs it, without its dependencies)
+	@$(PY) -m pip install -q --disable-pip-version-check -e '.[formats]'
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	@$(PY) -m pytest -q tests/drafts/formats
 
 lint: env ## ruff and mypy
 	@$(VENV)/bin/ruff check .

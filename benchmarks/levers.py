@@ -31,7 +31,7 @@ from pipeline.training.start import build_draft
 from pipeline.training.step import StepMetrics, TrainStep, Weights
 from pipeline.training.worker import learning_rate, rows_of_step
 
-# As conf/draft/dspark_small and conf/experiment/demo; the demo takes fewer and larger steps, as each costs collectives.
+# As conf/experiment/demo; the demo takes fewer and larger steps, as each costs collectives.
 BASE: dict[str, Any] = {
     "draft": {
         "block_size": 5,

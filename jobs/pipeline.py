@@ -15,7 +15,7 @@ import json
 import time
 from typing import Any
 
-from jobs import calibrate, corpus, evaluate, extract, promote, regenerate, register, serve, train
+from jobs import calibrate, corpus, evaluate, extract, parity, promote, regenerate, register, serve, train
 from pipeline.artifact import write_json
 from pipeline.config import PipelineConfig
 from pipeline.entry import recorder, run
@@ -32,6 +32,8 @@ def main(config: PipelineConfig) -> None:
             extract.stage(config, parent)
         train.stage(config, parent)
         calibrate.stage(config, parent)
+        if not parity.stage(config, parent).info["passed"]:
+            raise SystemExit(parity.FAILED)
         evaluate.stage(config, parent)
         version = register.stage(config, parent)
         decision = promote.stage(config, parent)

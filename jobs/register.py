@@ -27,12 +27,14 @@ def registered_name(config: PipelineConfig) -> str:
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> str:
+    from pipeline.evaluation.parity import require_parity
     from pipeline.registry.promotion import register
 
     name = registered_name(config)
     print("== register", flush=True)
     with StageRecord("register", config, parent) as record:
         draft, report = config.run_dir / "calibrated", config.run_dir / "report"
+        require_parity(config.run_dir / "parity", artifact.load(draft, "draft", verify=False).digest)
         version = register(record.recorder, record.begin(), name, draft, report)
     print(f"== register: {name} version {version}", flush=True)
     return version

@@ -89,8 +89,8 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """layers: target (copies of its last), features (solved in closed form from stored features) or none.
-    markov: factors from corpus bigrams."""
+    """layers: target (copies of its last), features (solved in closed form from stored features), none, or auto
+    (features where that has a closed form and they are stored, else target). markov: factors from corpus bigrams."""
 
     layers: str = "target"
     markov: bool = True
@@ -165,6 +165,15 @@ class BenchmarkConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParityConfig:
+    """Training against engine, on held-out prompts. max_new_tokens per prompt, once greedy and once sampled."""
+
+    prompts: int = 8
+    max_new_tokens: int = 32
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class GateConfig:
     """What a draft must show to become champion. min_tau 0: no floor. max_regression: of the champion's tokens/s."""
 
@@ -185,6 +194,23 @@ class ServingConfig:
     route_prefix: str = "/"
     question: str = "What is the capital of France, and what is it known for?"
     max_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A draft for another engine. engine: vllm or sglang. format: speculators, specforge or deepspec ("": the engine's
+    own).
+
+    version: of the registered model, by number or alias (champion), or calibrated: the run's own draft. out: a
+    directory ("": export-<engine> of the run). served_target: hub id or path by which the engine finds the target
+    ("": target.path).
+    """
+
+    engine: str = "vllm"
+    format: str = ""
+    version: str = "champion"
+    out: str = ""
+    served_target: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +249,10 @@ class PipelineConfig:
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
+    parity: ParityConfig = dataclasses.field(default_factory=ParityConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
@@ -248,8 +276,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
-    "trainer.warm_start.layers": ("target", "features", "none"),
-    "draft.algorithm": ("dspark", "dflash"),
+    "trainer.warm_start.layers": ("auto", "target", "features", "none"),
+    "draft.algorithm": ("dspark", "dflash", "eagle3"),
+    "export.engine": ("vllm", "sglang"),
+    "export.format": ("", "speculators", "specforge", "deepspec"),
     "draft.markov_head_type": ("none", "vanilla", "gated", "rnn"),
 }
 _POSITIVE = (
@@ -274,6 +304,8 @@ _POSITIVE = (
     "engine.max_context",
     "engine.prefill_chunk",
     "benchmark.prompts",
+    "parity.prompts",
+    "parity.max_new_tokens",
     "benchmark.max_new_tokens",
     "benchmark.bootstrap",
     "draft.block_size",
@@ -333,6 +365,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a name or version made of digits, which YAML takes for a number
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise ConfigError(f"{key}={value!r} must be of type {hint.__name__}.")
     return value

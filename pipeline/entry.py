@@ -108,10 +108,13 @@ def _check_places(config: PipelineConfig) -> None:
     """Refuses, in a submitted job, places under Ray's own copy of the working directory: Ray deletes it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
-    for key in ("output_root", "cache_dir"):
-        if not Path(getattr(config, key)).is_absolute():
+    places = {"output_root": config.output_root, "cache_dir": config.cache_dir}
+    if config.export.out:
+        places["export.out"] = config.export.out
+    for key, place in places.items():
+        if not Path(place).is_absolute():
             raise ConfigError(
-                f"{key}={getattr(config, key)!r} is relative, and a submitted job runs in a copy of its working "
+                f"{key}={place!r} is relative, and a submitted job runs in a copy of its working "
                 f"directory that Ray deletes. Give an absolute path that every node sees: {key}=/shared/..."
             )
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import artifact
-from pipeline.corpus.conversations import Conversation, Quarantined, read_conversations, with_system_prompt
+from pipeline.corpus.conversations import Conversation, Message, Quarantined, read_conversations, with_system_prompt
 from pipeline.corpus.regeneration import read_provenance
 from pipeline.corpus.rows import ChatFormat, RowError, TokenRow
 from pipeline.errors import DraftlineError
@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ROW_GROUP = 1024
+_PROMPTS = "prompts-heldout.jsonl"
 
 
 def build_corpus(
@@ -93,10 +94,12 @@ def build_corpus(
     with artifact.create(out, "corpus", config=settings, inputs=inputs, target=target) as staging:
         with _Writer(staging.path, len(tokenizer)) as writer:
             quarantine: list[Quarantined] = []
+            prompts: list[dict[str, Any]] = []
             for conversation in read_conversations(source, quarantine):
                 if config.max_rows and writer.rows >= config.max_rows:
                     break
-                messages = with_system_prompt(conversation.messages, system_prompt)
+                asked = conversation.messages
+                messages = with_system_prompt(asked, system_prompt)
                 conversation = dataclasses.replace(conversation, messages=messages)
                 try:
                     row = chat.row(conversation, config.max_length)
@@ -106,11 +109,15 @@ def build_corpus(
                     continue
                 split = split_of(conversation, config.heldout_fraction, config.seed)
                 finished = all(m.ended for m in conversation.messages)
-                writer.add(row, split, config.min_loss_tokens, finished)
+                if writer.add(row, split, config.min_loss_tokens, finished) and split == "heldout":
+                    first = next(i for i, m in enumerate(asked) if m.role == "assistant")
+                    prompts.append({"sample_id": row.sample_id, "messages": [m.as_dict() for m in asked[:first]]})
         reasons = Counter(q.reason for q in quarantine)
         with (staging.path / "quarantine.jsonl").open("w", encoding="utf-8") as f:
             for q in sorted(quarantine, key=lambda q: q.row):
                 f.write(json.dumps(dataclasses.asdict(q), ensure_ascii=False) + "\n")
+        with (staging.path / _PROMPTS).open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
         np.save(staging.path / "token_counts.npy", writer.token_counts)
         staging.counts.update(writer.counts, quarantined=len(quarantine))
         _require_rows(staging.counts, reasons, config)
@@ -153,6 +160,18 @@ def read_rows(corpus_dir: Path | str, split: Split) -> list[TokenRow]:
         for batch in read_table(corpus_dir, split).to_batches(_ROW_GROUP)
         for row in batch.to_pylist()
     ]
+
+
+def read_heldout_prompts(corpus_dir: Path | str) -> dict[str, list[Message]]:
+    """By sample id, what was asked in the held-out rows: the messages before the first answer, as they came (no system
+    prompt of the configuration's among them).
+
+    Raises:
+        ArtifactError: as `read_table`.
+    """
+    artifact.load(corpus_dir, "corpus")
+    lines = (Path(corpus_dir) / _PROMPTS).read_text(encoding="utf-8").splitlines()
+    return {p["sample_id"]: [Message(m["role"], m["content"]) for m in p["messages"]] for p in map(json.loads, lines)}
 
 
 def read_token_counts(corpus_dir: Path | str) -> np.ndarray:
@@ -205,18 +224,19 @@ class _Writer:
                 self._flush(split)
         self._stack.close()
 
-    def add(self, row: TokenRow, split: Split, min_loss_tokens: int, finished: bool) -> None:
+    def add(self, row: TokenRow, split: Split, min_loss_tokens: int, finished: bool) -> bool:
+        """Counts a row, and keeps it unless it has too few spoken tokens or is there already."""
         spoken = row.input_ids[row.loss_mask]
         if not len(spoken):
             self.counts["dropped_no_loss"] += 1
-            return
+            return False
         if len(spoken) < min_loss_tokens:
             self.counts["dropped_few_loss"] += 1
-            return
+            return False
         key = bytes.fromhex(row.sample_id)
         if key in self._seen:
             self.counts["duplicates"] += 1
-            return
+            return False
         self._seen.add(key)
         self.counts["truncated"] += row.cut
         self.counts["length_cut"] += not finished
@@ -229,6 +249,7 @@ class _Writer:
         self._pending[split].append(row)
         if len(self._pending[split]) >= _ROW_GROUP:
             self._flush(split)
+        return True
 
     def _flush(self, split: Split) -> None:
         if rows := self._pending[split]:

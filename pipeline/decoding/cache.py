@@ -8,6 +8,7 @@ attended to (a query sees positions below its own only).
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 
@@ -57,18 +58,54 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, slots, kv_heads, capacity, head_dim)
-        try:
-            self.k = torch.zeros(shape, dtype=dtype, device=device)
-            self.v = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as e:
-            gib = 2 * torch.Size(shape).numel() * dtype.itemsize / 2**30
-            raise DraftlineError(
-                f"The KV cache of {slots} requests x {capacity} tokens needs {gib:.1f} GiB, which is not there ({e}). "
-                "Lower engine.max_requests or engine.max_context."
-            ) from None
+        self.k, self.v = _zeros([shape, shape], slots, capacity, dtype, device)
         self.slots, self.capacity = slots, capacity
 
     def write(self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores k, v [T, H, d] of one layer at (slot, position) pairs: int64[T] each."""
         self.k[layer, slots, :, positions] = k
         self.v[layer, slots, :, positions] = v
+
+
+class LayeredKVCache:
+    """Keys and values of layers that differ in KV heads and head dims, and of which some keep none.
+
+    Args:
+        shapes: per layer (KV heads, key dim, value dim), or None for a layer that reads another's.
+    Attributes:
+        k, v: per layer that keeps its own: [R, H, C, key dim] and [R, H, C, value dim].
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int] | None],
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        own = [(i, *shape) for i, shape in enumerate(shapes) if shape is not None]
+        keys = [(slots, heads, capacity, key) for _, heads, key, _ in own]
+        values = [(slots, heads, capacity, value) for _, heads, _, value in own]
+        made = _zeros(keys + values, slots, capacity, dtype, device)
+        self.k = {i: made[n] for n, (i, *_) in enumerate(own)}
+        self.v = {i: made[n + len(own)] for n, (i, *_) in enumerate(own)}
+        self.slots, self.capacity, self.dtype, self.device = slots, capacity, dtype, device
+
+    def write(self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k, v [T, H, d] of one layer at (slot, position) pairs: int64[T] each."""
+        self.k[layer][slots, :, positions] = k
+        self.v[layer][slots, :, positions] = v
+
+
+def _zeros(
+    shapes: Sequence[tuple[int, ...]], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    try:
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    except RuntimeError as e:
+        gib = sum(torch.Size(s).numel() for s in shapes) * dtype.itemsize / 2**30
+        raise DraftlineError(
+            f"The KV cache of {slots} requests x {capacity} tokens needs {gib:.1f} GiB, which is not there ({e}). "
+            "Lower engine.max_requests or engine.max_context."
+        ) from None

@@ -7,8 +7,9 @@ import time
 import torch
 
 from pipeline.decoding.attention import NAME, Segment, StepLayout
-from pipeline.decoding.cache import KVCache
-from pipeline.decoding.prepack import available, prepack
+from pipeline.decoding.cache import LayeredKVCache
+from pipeline.decoding.geometry import attention_geometry
+from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.errors import DraftlineError
 from pipeline.target import TapCapture, Target
 
@@ -23,29 +24,33 @@ class TargetRunner:
         slots: most requests at once. capacity: most positions per request.
         layer_ids: tapped decoder layers (empty: no taps).
         pack: prepack linears (CPU, fp32).
+    Raises:
+        DraftlineError: a target that the engine can't run, with the reason, or a capacity beyond its positions.
     """
 
     def __init__(
         self, target: Target, slots: int, capacity: int, layer_ids: list[int] | None = None, *, pack: bool = True
     ) -> None:
-        config = target.model.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = getattr(target.config, "max_position_embeddings", None)
         if limit is not None and capacity > limit:
             raise DraftlineError(
                 f"engine.max_context={capacity} is beyond the target's {limit} positions; set it to {limit} or less."
             )
         self.target = target
         self.layer_ids = list(layer_ids or [])
-        self.groups = heads // kv_heads
-        self.cache = KVCache(target.num_layers, slots, kv_heads, capacity, head_dim, target.dtype, target.device)
-        target.model.set_attn_implementation(NAME)
+        self.family = target.family
+        self.geometry = attention_geometry(target, NAME)
+        shapes = [
+            (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
+        ]
+        self.cache = LayeredKVCache(shapes, slots, capacity, target.dtype, target.device)
         self.packed = 0
         if pack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
-            self.packed = prepack(target.model)
-        self.family = target.family
+            self.packed = prepack(self.family.backbone)
+            head = target.model.get_output_embeddings()
+            if type(head) is torch.nn.Linear:
+                target.model.set_output_embeddings(PackedLinear(head.weight, head.bias))
+                self.packed += 1
 
     @torch.inference_mode()
     def step(
@@ -59,14 +64,11 @@ class TargetRunner:
         Returns:
             taps [T, L*D] or None, and logits [len(logit_rows), V] (softcapped where the family does so).
         """
-        layout = StepLayout(segments, self.cache, self.groups)
+        layout = StepLayout(segments, self.cache, self.geometry)
         ids = torch.tensor([token_ids], device=self.target.device)
-        backbone = self.target.model.get_decoder()
 
         def forward() -> torch.Tensor:
-            return backbone(
-                input_ids=ids, position_ids=layout.positions[None], use_cache=False, draftline_layout=layout
-            ).last_hidden_state[0]
+            return self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0]
 
         taps = None
         if self.layer_ids:

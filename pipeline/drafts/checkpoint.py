@@ -13,21 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifact
+from pipeline.drafts.base import Draft
 from pipeline.drafts.config import DraftConfig, check
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ALGORITHMS: dict[str, type[Draft]] = {"dspark": DSparkDraft, "dflash": DSparkDraft, "eagle3": Eagle3Draft}
 
 
-def make_draft(config: DraftConfig, target: Target, d2t: torch.Tensor) -> DSparkDraft:
+def make_draft(config: DraftConfig, target: Target, d2t: torch.Tensor) -> Draft:
     """A freshly initialised draft of a resolved config, borrowing the target's embedding and lm_head."""
     family = target.family
     head = getattr(family.lm_head, "weight", None)
     if head is None:
         raise ArtifactError("The target's lm_head was prepacked; make the draft before the engine takes the target.")
-    return DSparkDraft(
+    return ALGORITHMS[config.algorithm](
         config,
         family.embed_tokens.weight,
         head,
@@ -39,7 +42,7 @@ def make_draft(config: DraftConfig, target: Target, d2t: torch.Tensor) -> DSpark
 
 def save_draft(
     out: Path | str,
-    draft: DSparkDraft,
+    draft: Draft,
     *,
     target: dict[str, str],
     config: dict[str, Any],
@@ -82,7 +85,7 @@ def differences(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     ]
 
 
-def load_draft(path: Path | str, target: Target) -> DSparkDraft:
+def load_draft(path: Path | str, target: Target) -> Draft:
     """Loads a draft for a target.
 
     Raises:

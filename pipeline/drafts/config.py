@@ -10,17 +10,19 @@ from pipeline.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """A block drafter (DSpark, DFlash). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
+    """A draft (DSpark, DFlash, Eagle3). Zeros, empty lists and -1 mean "as the target" and are filled by `resolve`.
 
     Attributes:
-        algorithm: dspark or dflash (no Markov and no confidence head).
-        block_size: K slots. sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
+        algorithm: dspark, dflash or eagle3 (the last two without Markov and confidence head).
+        block_size: K slots; of eagle3 the tokens that a block proposes and that training unrolls.
+        sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
         num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
         hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
             layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
         qk_norm: RMSNorm on queries and keys.
         sliding_windows: per layer, how many positions back a slot sees context (0: all); empty: all of it everywhere.
         mask_token_id: fills slots 1..K-1; must be an embedding row that no text uses.
+        norm_before_residual: eagle3: its residual stream starts at the normalised g, not at g.
         markov_rank: r of the Markov head. markov_head_type: none, vanilla, gated or rnn.
         enable_confidence_head, confidence_head_with_markov: the confidence head and whether it sees the Markov
             embedding of the token before.
@@ -41,6 +43,7 @@ class DraftConfig:
     qk_norm: bool = True
     sliding_windows: list[int] = dataclasses.field(default_factory=list)
     sample_from_anchor: bool = True
+    norm_before_residual: bool = False
     mask_token_id: int = -1
     markov_rank: int = 256
     markov_head_type: str = "vanilla"
@@ -71,11 +74,38 @@ def default_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     return sorted({round(1 + i * (last - 1) / (count - 1)) for i in range(count)})
 
 
-def check_rope(target_config: Any) -> None:
-    """Raises ConfigError for a target whose rotary embedding drafts can't share."""
-    kind = (getattr(target_config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ConfigError(f"The target's rope type is {kind!r}; drafts support 'default' only. Choose another target.")
+def rope_theta_of(target_config: Any) -> float:
+    """Base of a draft's rotary embedding, where its config leaves it open.
+
+    A draft rotates all of a head, by the plain formula. Targets with one embedding lend its base, whatever they make of
+    it at long range; of those with several (Gemma by layer type, DeepSeek-V4 by branch) it is the base of the layers
+    that rotate by the plain formula too, full attention before sliding windows, else of the first.
+    """
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    if any(isinstance(part, dict) for part in rope.values()):
+        order = ("full_attention", "main", "sliding_attention")
+        parts = [rope[name] for name in order if rope.get(name)] or [p for p in rope.values() if p]
+        rope = next((p for p in parts if p.get("rope_type", "default") == "default"), parts[0])
+    return float(rope.get("rope_theta", 1e4))
+
+
+def _attention_of(target_config: Any, config: DraftConfig) -> tuple[int, int, int]:
+    """Heads, KV heads and head dim of the target's first layer, for what the draft's config leaves open."""
+    if getattr(target_config, "model_type", "") == "deepseek_v4":
+        names = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        if missing := [f"draft.{n}" for n in names if not getattr(config, n)]:
+            raise ConfigError(
+                f"{', '.join(missing)} must be set for a deepseek_v4 target: its {target_config.num_attention_heads} "
+                f"heads of {target_config.head_dim} share one key over compressed context and its MLPs are experts, so "
+                "there is no size for a draft's plain layers to take over. For hidden_size 4096 a usual shape is "
+                "num_heads 32, num_kv_heads 8, head_dim 128, intermediate_size 12288."
+            )
+        return config.num_heads, config.num_kv_heads, config.head_dim
+    per_layer = getattr(target_config, "per_layer_config", None)
+    first = per_layer[0] if per_layer is not None else target_config  # Gemma 4's layer types differ
+    heads = first.num_attention_heads
+    kv_heads = getattr(first, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(first, "head_dim", None) or first.hidden_size // heads
 
 
 def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> DraftConfig:
@@ -87,17 +117,15 @@ def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> Draft
     Raises:
         ConfigError: values that can't fit the target.
     """
-    heads = target_config.num_attention_heads
-    check_rope(target_config)
-    rope = getattr(target_config, "rope_parameters", None) or {}
+    heads, kv_heads, head_dim = _attention_of(target_config, config)
     full = dataclasses.replace(
         config,
         hidden_size=config.hidden_size or target_config.hidden_size,
         num_heads=config.num_heads or heads,
-        num_kv_heads=config.num_kv_heads or getattr(target_config, "num_key_value_heads", None) or heads,
-        head_dim=config.head_dim or getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        num_kv_heads=config.num_kv_heads or kv_heads,
+        head_dim=config.head_dim or head_dim,
         intermediate_size=config.intermediate_size or target_config.intermediate_size,
-        rope_theta=config.rope_theta or float(rope.get("rope_theta", 1e4)),
+        rope_theta=config.rope_theta or rope_theta_of(target_config),
         rms_norm_eps=config.rms_norm_eps or target_config.rms_norm_eps,
         target_layer_ids=config.target_layer_ids or default_layer_ids(target_config.num_hidden_layers),
         mask_token_id=config.mask_token_id if config.mask_token_id >= 0 else unused_token,
@@ -132,11 +160,17 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
         )
     if config.tokens_per_block < 1:
         raise ConfigError("draft.block_size=1 with draft.sample_from_anchor=false proposes nothing; use 2 or more.")
-    if config.algorithm == "dflash" and (config.has_markov or config.enable_confidence_head):
+    if config.algorithm != "dspark" and (config.has_markov or config.enable_confidence_head):
         raise ConfigError(
-            "draft.algorithm=dflash has neither head: set draft.markov_head_type=none and "
+            f"draft.algorithm={config.algorithm} has neither head: set draft.markov_head_type=none and "
             "draft.enable_confidence_head=false, or use draft.algorithm=dspark."
         )
+    if config.algorithm == "eagle3":
+        for name, only in (("num_layers", 1), ("sample_from_anchor", True), ("sliding_windows", [])):
+            if getattr(config, name) != only:
+                raise ConfigError(
+                    f"draft.{name}={getattr(config, name)!r}: draft.algorithm=eagle3 takes {only!r} only."
+                )
     if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
         raise ConfigError(
             f"draft.sliding_windows={config.sliding_windows} has {len(config.sliding_windows)} entries; the draft has "

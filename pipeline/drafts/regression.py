@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.drafts.base import Draft
+from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import ConfigError
 from pipeline.target.families import Family
@@ -63,14 +65,36 @@ class _Fit:
     token_const: Tensor
 
 
+def closed_form(c: DraftConfig) -> str | None:
+    """Why a resolved draft has no start from features, or None if it has."""
+    if c.algorithm == "eagle3" or not c.sample_from_anchor:
+        return (
+            "teaches the anchor's slot, which draft.algorithm=eagle3 doesn't have and which predicts nothing with "
+            "draft.sample_from_anchor=false"
+        )
+    if c.qk_norm or c.num_kv_heads < 2:
+        return (
+            "needs draft.qk_norm=false and two or more KV heads (they are "
+            f"{str(c.qk_norm).lower()} and {c.num_kv_heads})"
+        )
+    frequencies = [c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2)]
+    if not (any(1 / 160 < f < 0.75 for f in frequencies) and any(f <= 1 / 160 for f in frequencies)):
+        return (
+            f"needs fast and slow rotary frequencies; draft.head_dim={c.head_dim} with rope_theta={c.rope_theta:g} has "
+            f"{[round(f, 5) for f in frequencies]}"
+        )
+    inputs = (len(c.target_layer_ids) + 1) * c.hidden_size
+    return f"solves for {inputs} inputs; it takes at most {WIDEST}" if inputs > WIDEST else None
+
+
 @torch.no_grad()
-def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *, ridge: float = 3e-3) -> None:
+def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridge: float = 3e-3) -> None:
     """Sets `fc`, the first layer's attention and the norms from a regression; other layers start as the identity.
 
     Args:
         ridge: of the mean variance of the inputs.
     Raises:
-        ConfigError: a draft with QK norm, one KV head or few rotary frequencies, or too wide; too few samples.
+        ConfigError: a draft that `closed_form` refuses; too few samples.
     """
     c = draft.config
     size, dim = c.hidden_size, c.head_dim
@@ -79,28 +103,15 @@ def layers_from_features(draft: DSparkDraft, family: Family, samples: Samples, *
     spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
     inputs = samples.taps.shape[1] + size
     near, far = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75), draft.inv_freq <= 1 / 160
-    if not c.sample_from_anchor:
-        raise ConfigError(
-            "trainer.warm_start.layers=features teaches the anchor's slot, which predicts nothing with "
-            "draft.sample_from_anchor=false. Use trainer.warm_start.layers=target."
-        )
-    if c.qk_norm or c.num_kv_heads < 2:
-        raise ConfigError(
-            "trainer.warm_start.layers=features needs draft.qk_norm=false and two or more KV heads (they are "
-            f"{str(c.qk_norm).lower()} and {c.num_kv_heads}). Change the draft, or use "
-            "trainer.warm_start.layers=target."
-        )
-    if not (near.any() and far.any()):
-        raise ConfigError(
-            f"trainer.warm_start.layers=features needs fast and slow rotary frequencies; draft.head_dim={dim} with "
-            f"rope_theta={c.rope_theta:g} has {draft.inv_freq.tolist()}. Use trainer.warm_start.layers=target."
-        )
-    if inputs > WIDEST or len(samples.tokens) < inputs // 4:
+    if (why := closed_form(c)) is not None:
+        raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
+    assert isinstance(draft, DSparkDraft)
+    if len(samples.tokens) < inputs // 4:
         raise ConfigError(
             f"trainer.warm_start.layers=features solves for {inputs} inputs from {len(samples.tokens)} samples; it "
-            f"takes at most {WIDEST} inputs and a quarter as many samples. Use trainer.warm_start.layers=target."
+            "takes a quarter as many samples. Use trainer.warm_start.layers=target."
         )
-    gain = family.final_norm.get_parameter("weight").detach().float()
+    gain = family.final_norm_gain.float()
     fit = _solve(draft, samples, gain, rank, spare, ridge)
 
     # One orthonormal basis: the anchor heads' subspace of the embedding, and the rest for what context carries.

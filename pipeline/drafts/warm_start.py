@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.errors import ConfigError
 from pipeline.target.families import Family
 
 
 @torch.no_grad()
-def layers_from_target(draft: DSparkDraft, family: Family) -> None:
+def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None:
     """Copies the target's last layers and final norm into the draft, and lets the context pass the last tap.
 
     Draft layer i takes the weights of target layer n - num_layers + i. `fc` starts as the identity on the last tap,
     and `hidden_norm` with the first copied layer's input norm, so that context keys and values start as what
     those target layers would compute. Tensors of another shape (or absent, as q_norm) keep their initialisation.
+    Eagle3's layer takes them for the half of its input that g is; what it makes of the embedding is left to training.
+
+    Raises:
+        ConfigError: a family whose layers compute something else than a draft's.
     """
-    last = len(family.layers)
+    if family.layer_obstacle is not None:
+        raise ConfigError(
+            f"trainer.warm_start.layers=target can't copy layers of a {family.name} target: {family.layer_obstacle}. "
+            "Use trainer.warm_start.layers=none or features."
+        )
+    last, size = len(family.layers), draft.config.hidden_size
     for i, layer in enumerate(draft.layers):
         source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
         for name, weight in layer.named_parameters():
@@ -29,17 +41,22 @@ def layers_from_target(draft: DSparkDraft, family: Family) -> None:
                 given = given.unflatten(0, (-1, draft.config.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
             if given.shape == weight.shape:
                 weight.copy_(given)
-    draft.norm.weight.copy_(family.final_norm.weight)  # type: ignore[arg-type]
+            elif name.endswith("_proj.weight") and weight.shape == (given.shape[0], 2 * size):
+                weight[:, :size] *= 0.1
+                weight[:, size:] = given
+    draft.norm.weight.copy_(family.final_norm_gain)
     first = family.layers[last - draft.config.num_layers]
-    draft.hidden_norm.weight.copy_(first.input_layernorm.weight)  # type: ignore[union-attr, arg-type]
-    size = draft.config.hidden_size
+    if isinstance(draft, Eagle3Draft):
+        draft.layer.input_layernorm.weight.fill_(1.0)
+    norm = draft.layer.hidden_norm if isinstance(draft, Eagle3Draft) else draft.hidden_norm
+    norm.weight.copy_(first.input_layernorm.weight)  # type: ignore[union-attr, arg-type]
     draft.fc.weight.mul_(0.1)
     draft.fc.weight[:, -size:] += torch.eye(size)
 
 
 @torch.no_grad()
 def markov_from_bigrams(
-    draft: DSparkDraft, pairs: tuple[torch.Tensor, torch.Tensor], *, smoothing: float = 4.0, seed: int = 0
+    draft: Draft, pairs: tuple[torch.Tensor, torch.Tensor], *, smoothing: float = 4.0, seed: int = 0
 ) -> None:
     """Sets the Markov head to a low-rank fit of the corpus' bigram log-ratios, in closed form.
 

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.config import BenchmarkConfig, EngineConfig
 from pipeline.corpus.rows import TokenRow
 from pipeline.decoding import Completion, Engine, Request, RoundTrace, StepCost, make_proposer
-from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.base import Draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation.metrics import positions, speedup, summed, totals
 
@@ -80,14 +80,19 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
     return spread[len(evaluation) : len(evaluation) + calibrate], evaluation
 
 
-def block_proposer(draft: DSparkDraft, engine: EngineConfig, rule: str = "coupled") -> Any:
+def block_proposer(draft: Draft, engine: EngineConfig, rule: str = "coupled") -> Any:
     """The draft as a proposer with a slot for every request of the engine."""
     return make_proposer(
-        "dspark", draft, rule=rule, slots=engine.max_requests, capacity=engine.max_context, pack=engine.prepack
+        draft.config.algorithm,
+        draft,
+        rule=rule,
+        slots=engine.max_requests,
+        capacity=engine.max_context,
+        pack=engine.prepack,
     )
 
 
-def proposers(arms: Sequence[Arm], drafts: Mapping[str, DSparkDraft], engine: EngineConfig) -> Proposers:
+def proposers(arms: Sequence[Arm], drafts: Mapping[str, Draft], engine: EngineConfig) -> Proposers:
     """Every proposer the arms need, by `Arm.key`; ngram looks as far ahead as the first draft."""
     made: Proposers = {}
     for name, rule in dict.fromkeys(a.key for a in arms):

@@ -19,8 +19,8 @@ from pipeline import artifact
 from pipeline.config import BenchmarkConfig, EngineConfig, TargetConfig, to_plain
 from pipeline.corpus.build import read_rows
 from pipeline.decoding import Engine
+from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft, save_draft
-from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation.benchmark import (
     ARMS,
@@ -215,7 +215,7 @@ def _prepare(
     engine: EngineConfig,
     benchmark: BenchmarkConfig,
     cache_dir: Path,
-) -> tuple[Engine, list[DSparkDraft], tuple[list[Any], ...]]:
+) -> tuple[Engine, list[Draft], tuple[list[Any], ...]]:
     loaded = load_target(target, cache_dir)
     drafts = [load_draft(path, loaded) for path in draft_dirs]
     rows = read_rows(corpus_dir, "heldout")
@@ -238,7 +238,7 @@ def _prepare(
 
 
 def _measure_calibration(
-    running: Engine, draft: DSparkDraft, rows: list[Any], engine: EngineConfig, benchmark: BenchmarkConfig
+    running: Engine, draft: Draft, rows: list[Any], engine: EngineConfig, benchmark: BenchmarkConfig
 ) -> Calibration:
     raw, accepted = collect_rounds(running, block_proposer(draft, engine, engine.rule), rows, benchmark)
     return fit(raw, accepted, np.asarray(draft.temperatures.tolist()))

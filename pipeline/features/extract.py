@@ -19,11 +19,10 @@ import numpy as np
 from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import Split, read_rows
-from pipeline.drafts.config import check_rope
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
-from pipeline.target import load_identity, load_target, obtain, validate_layer_ids
+from pipeline.target import check_family, load_identity, load_target, obtain, validate_layer_ids
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _PRINT_SECONDS = 2.0
@@ -163,8 +162,9 @@ def check(
     stage_config(config, target, split)
     corpus = artifact.load(corpus_dir, "corpus", verify=False)
     check_identity(corpus, load_identity(target, Path(cache_dir)).as_dict(), corpus_dir)
-    model = AutoConfig.from_pretrained(obtain(target, Path(cache_dir))).get_text_config()
-    check_rope(model)
+    loaded = AutoConfig.from_pretrained(obtain(target, Path(cache_dir)))
+    check_family(loaded.model_type)
+    model = loaded.get_text_config()
     validate_layer_ids(config.target_layer_ids, int(model.num_hidden_layers))
     if not (rows := corpus.counts[f"{split}_rows"]):
         raise DraftlineError(f"{corpus_dir} has no {split} rows. Give more conversations (corpus.source).")

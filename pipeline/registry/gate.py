@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from pipeline.errors import DraftlineError
+from pipeline.evaluation.checks import Check, table
 
 _REMEDY = "Train a better draft, or change the gate's settings (gate.*) if its bounds are not yours."
 
@@ -49,18 +50,6 @@ class GatePolicy(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """One reason of a verdict: what was measured, the bound it had to meet, whether it did, and else what to do."""
-
-    name: str
-    value: float | bool | str
-    bound: str
-    passed: bool
-    detail: str = ""
-    remedy: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class GateDecision:
     """A verdict with every number that led to it."""
 
@@ -86,11 +75,7 @@ class GateDecision:
 
     def table(self) -> str:
         """The verdict as a text table, one line a check."""
-        rows = [("check", "value", "must be", "", "")]
-        rows += [(c.name, _show(c.value), c.bound, "ok" if c.passed else "FAILED", c.detail) for c in self.reasons]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join([f"verdict: {self.verdict}", *(line.rstrip() for line in lines)])
+        return f"verdict: {self.verdict}\n{table(self.reasons)}"
 
     def text(self) -> str:
         """The table, and for a refusal what to do about it."""
@@ -213,9 +198,3 @@ def _field(report: dict[str, Any], name: str, prefix: str = "") -> Any:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}..." if len(text) > 40 else text
-
-
-def _show(value: float | bool | str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

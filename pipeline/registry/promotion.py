@@ -184,6 +184,29 @@ def champion(recorder: Recorder, name: str, cache_dir: Path | str) -> DraftVersi
     return fetch(recorder, version, cache_dir)
 
 
+def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> DraftVersion:
+    """Resolves a version by its number or alias and brings its draft to this machine (once per digest).
+
+    Raises:
+        DraftlineError: no such version. ArtifactError: the stored draft is not the one that was registered.
+    """
+    if not which.isdigit():
+        found = _by_alias(recorder, name, which)
+    else:
+        try:
+            found = recorder.client.get_model_version(name, which)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            found = None
+    if found is None:
+        there = sorted(str(v.version) for v in recorder.client.search_model_versions(f"name = '{name}'"))
+        if there:
+            there += recorder.client.get_registered_model(name).aliases
+        raise DraftlineError(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
+    return fetch(recorder, found, cache_dir)
+
+
 def fetch(recorder: Recorder, version: ModelVersion, cache_dir: Path | str) -> DraftVersion:
     """Brings a version's draft to this machine (once per digest).
 

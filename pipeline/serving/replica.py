@@ -39,9 +39,10 @@ def build_engine(
         return Engine(loaded, config)
     from pipeline.drafts.checkpoint import load_draft
 
+    draft = load_draft(Path(draft_dir), loaded)
     proposer = make_proposer(
-        "dspark",
-        load_draft(Path(draft_dir), loaded),
+        draft.config.algorithm,
+        draft,
         slots=config.max_requests,
         capacity=config.max_context,
         rule=config.rule,

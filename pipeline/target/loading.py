@@ -13,7 +13,7 @@ import transformers
 
 from pipeline.artifact import digest_json, sha256_file, write_json
 from pipeline.errors import DraftlineError
-from pipeline.target.families import Family, family_of
+from pipeline.target.families import Family, check_family, family_of
 from pipeline.target.obtain import obtain
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
         raise DraftlineError(f"target.device={config.device!r}, but this process sees no GPU. Use target.device=cpu.")
     try:
         transformers.utils.logging.disable_progress_bar()  # one line per tensor in a job's log
+        check_family(transformers.AutoConfig.from_pretrained(path).model_type)  # before reading the weights
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None

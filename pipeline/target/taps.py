@@ -1,7 +1,8 @@
 """Taps: raw outputs of chosen decoder layers, by forward hooks.
 
 A hook sees the layer's own output. The `hidden_states` tuple of transformers is another numbering (its entry i + 1 is
-layer i) and its last entry is already normalised; nothing here reads it (algorithms.md 2).
+layer i) and its last entry is already normalised; nothing here reads it (algorithms.md 2). Where a family has several
+residual streams, a tap is their mean: D wide in every family.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class TapCapture:
     def __init__(self, family: Family, layer_ids: Sequence[int]) -> None:
         validate_layer_ids(layer_ids, len(family.layers))
         self._layers = [family.layers[i] for i in layer_ids]
+        self._streams = family.streams
         self._outputs: list[torch.Tensor | None] = [None] * len(layer_ids)
         self._hooks: list[Any] = []
 
@@ -68,7 +70,8 @@ class TapCapture:
 
     def _keep(self, slot: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            self._outputs[slot] = output[0] if isinstance(output, tuple) else output
+            raw = output[0] if isinstance(output, tuple) else output
+            self._outputs[slot] = raw.mean(dim=-2) if self._streams > 1 else raw
 
         return hook
 
@@ -97,6 +100,6 @@ def features_of(
         raise ValueError(f"lengths {sizes} don't fit input_ids of shape {list(input_ids.shape)}")
     with TapCapture(target.family, layer_ids) as capture:
         # No attention mask: attention is causal and padding is on the right, so no real token sees any of it.
-        last_hidden = target.family.backbone(input_ids=input_ids.to(target.device), use_cache=False).last_hidden_state
+        last_hidden = target.family.hidden(input_ids.to(target.device))
     taps = capture.taps()
     return [t[:n] for t, n in zip(taps, sizes, strict=True)], [h[:n] for h, n in zip(last_hidden, sizes, strict=True)]

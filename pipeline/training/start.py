@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.config import TrainerConfig
 from pipeline.corpus.build import read_rows, read_token_counts
+from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
-from pipeline.drafts.regression import Samples, layers_from_features
+from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.drafts.regression import Samples, closed_form, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
 from pipeline.errors import ConfigError
@@ -22,24 +25,35 @@ from pipeline.training.anchors import candidates
 from pipeline.training.step import Row
 
 
-def build_draft(
-    config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Iterable[Row]
-) -> DSparkDraft:
+class Rows(Protocol):
+    """Feature rows that can be counted (a FeatureStore, a list)."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Row]: ...
+
+
+def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Rows) -> Draft:
     """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed.
 
     Args:
-        features: rows for `warm_start.layers=features`.
+        features: rows for `warm_start.layers=features` (and `auto`, which takes that start where it can be had, and
+            the target's layers elsewhere, if a draft's are of their kind); empty where none are stored.
     Raises:
-        ConfigError: a draft or features that `warm_start.layers=features` has no closed form for.
+        ConfigError: a draft or features that `warm_start.layers=features` has no closed form for; a target whose
+            layers `warm_start.layers=target` can't copy.
     """
-    start = trainer.warm_start.layers
     full = resolve(config, target.config, target.unused_token)
+    start = trainer.warm_start.layers
+    if start == "auto":
+        plain = target.family.layer_obstacle is None
+        start = "features" if len(features) and closed_form(full) is None else "target" if plain else "none"
     counts = torch.from_numpy(read_token_counts(corpus_dir))
     d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
     with torch.random.fork_rng():
         torch.manual_seed(trainer.seed)
         draft = make_draft(full, target, d2t)
     if start == "target":
+        assert isinstance(draft, DSparkDraft | Eagle3Draft)
         layers_from_target(draft, target.family)
     elif start == "features":
         layers_from_features(draft, target.family, samples(features, trainer.seed))

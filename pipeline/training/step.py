@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftline_kernels.sampling import largest
+from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.training.anchors import Blocks, sample_blocks
 from pipeline.training.objectives import position_weights, vocab_loss
+from pipeline.training.unroll import unrolled_hidden
 
 
 class Row(Protocol):
@@ -97,7 +100,7 @@ class TrainStep:
 
     def __init__(
         self,
-        draft: DSparkDraft,
+        draft: Draft,
         lm_head: Tensor,
         weights: Weights,
         *,
@@ -121,7 +124,10 @@ class TrainStep:
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
         """The blocks a row contributes at a step: a function of (seed, step, sample) only."""
         key = (self.seed * 1_000_003 + step) * 1_000_003 + int(row.sample_id[:12], 16)
-        return sample_blocks(row.loss_mask, self.draft.config.tokens_per_block, self.num_anchors, key % (1 << 63))
+        mask = row.loss_mask
+        if isinstance(self.draft, Eagle3Draft):  # its blocks start from the tap before the anchor
+            mask = mask & (torch.arange(len(mask)) > 0)
+        return sample_blocks(mask, self.draft.config.tokens_per_block, self.num_anchors, key % (1 << 63))
 
     def __call__(
         self,
@@ -156,7 +162,7 @@ class TrainStep:
         keep = supervised.flatten().nonzero().squeeze(-1)
         device_type = self.draft.embed.device.type
         with torch.autocast(device_type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            hidden = self._hidden(picked)
+            hidden = self.hidden(picked)
             previous = torch.cat([self._previous(r, b) for r, b in picked])
             head = self.draft.markov_head
             markov = None
@@ -186,10 +192,14 @@ class TrainStep:
             loss = loss + (bce * flat).sum() * (self.weights.confidence * scale / sums[0].clamp(min=1e-6))
         return loss, self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
 
-    def _hidden(self, picked: list[tuple[Row, Blocks]]) -> Tensor:
+    def hidden(self, picked: list[tuple[Row, Blocks]]) -> Tensor:
         """The draft's hidden states [N, D] of all blocks of all sequences, in order."""
-        draft = self.draft
-        taps = torch.cat([r.taps for r, _ in picked]).to(self.autocast or draft.fc.weight.dtype)
+        draft, dtype = self.draft, self.autocast or self.draft.fc.weight.dtype
+        if isinstance(draft, Eagle3Draft):
+            texts = [r.input_ids.long() for r, _ in picked]
+            return unrolled_hidden(draft, texts, [r.taps.to(dtype) for r, _ in picked], [b.anchors for _, b in picked])
+        assert isinstance(draft, DSparkDraft)
+        taps = torch.cat([r.taps for r, _ in picked]).to(dtype)
         positions = torch.cat([torch.arange(len(r.input_ids)) for r, _ in picked])
         kv = draft.context_kv(draft.context(taps), positions)
         tokens = torch.cat([r.input_ids[b.anchors].long() for r, b in picked])

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.artifact import write_json
 from pipeline.config import FeaturesConfig, TargetConfig, TrainerConfig, from_plain
+from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.dspark import DSparkDraft
 from pipeline.features.store import FeatureStore, check_identity
 from pipeline.target import load_target
 from pipeline.training.start import build_draft
@@ -273,7 +273,7 @@ def _keep_for_replay(history: Path, number: int, rank: int, batch: list[Any]) ->
 
 
 def _publish(
-    p: WorkerPlan, draft: DSparkDraft, identity: dict[str, str], config: TrainerConfig, summary: dict[str, float]
+    p: WorkerPlan, draft: Draft, identity: dict[str, str], config: TrainerConfig, summary: dict[str, float]
 ) -> None:
     """Writes the draft artifact from the last checkpoint's fp32 weights (rank 0)."""
     import ray.train

@@ -14,6 +14,7 @@ from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
+from tests.drafts.samples import small_draft
 
 PROMPTS = ["What is the sum?", "Hello", "Explain why the sky is blue in one sentence, please", "a b a b a b", "def add"]
 LONG = 160
@@ -41,6 +42,30 @@ def expected(cache_dir: Path) -> list[list[int]]:  # noqa: F811
     return out
 
 
+KINDS = {
+    "dspark": {},
+    "dflash": {
+        "algorithm": "dflash",
+        "sample_from_anchor": False,
+        "markov_head_type": "none",
+        "enable_confidence_head": False,
+    },
+    "eagle3": {
+        "algorithm": "eagle3",
+        "num_layers": 1,
+        "markov_head_type": "none",
+        "enable_confidence_head": False,
+    },
+}
+
+
+def proposer_for(target: Target, name: str, rule: str = "coupled") -> Any:
+    """A proposer by name, with a small random draft where it needs one."""
+    if name not in KINDS:
+        return make_proposer(name)
+    return make_proposer(name, small_draft(target, **KINDS[name]), slots=3, capacity=512, rule=rule)
+
+
 def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:  # noqa: F811
     config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "prefill_chunk": 7, **settings})
     engine = Engine(
@@ -54,7 +79,7 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
 
 
 @pytest.mark.parametrize("scheduler", ["global", "early_stop", "fixed"])
-@pytest.mark.parametrize("name", ["none", "ngram", "dspark"])
+@pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
 def test_greedy_text_is_the_targets(
     tiny: Target,  # noqa: F811
     draft: DSparkDraft,  # noqa: F811
@@ -62,7 +87,9 @@ def test_greedy_text_is_the_targets(
     name: str,
     scheduler: str,
 ) -> None:
-    engine = engine_for(tiny, draft, name)
+    proposer = proposer_for(tiny, name)
+    engine = engine_for(tiny, draft, "none")
+    engine.set_proposer(proposer)
     engine.set_schedule(scheduler)
     done = engine.generate([Request(i, max_new_tokens=LONG) for i in prompt_ids(tiny)])
     assert [d.token_ids for d in done] == expected
@@ -92,14 +119,15 @@ def test_a_perfect_draft_is_accepted_whole(tiny: Target, draft: DSparkDraft, exp
     assert done.metrics.tau == 5.0 and done.metrics.target_steps == 20
 
 
-@pytest.mark.parametrize("name", ["none", "ngram", "dspark"])
+@pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
 def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, draft: DSparkDraft, name: str) -> None:  # noqa: F811
     """Alone or batched, plain or drafted, long blocks or scheduled ones: the same sampled text."""
     ids = prompt_ids(tiny)
     ask = {"max_new_tokens": 50, "temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 11}
+    proposer = proposer_for(tiny, name)
     plain = engine_for(tiny, draft, "none")
     alone = [plain.generate([Request(i, **ask)])[0].token_ids for i in ids]  # type: ignore[arg-type]
-    plain.set_proposer(make_proposer(name, draft, **({"slots": 3, "capacity": 512} if name == "dspark" else {})))
+    plain.set_proposer(proposer)
     for scheduler in ("global", "fixed"):
         plain.set_schedule(scheduler)
         batch = plain.generate([Request(i, **ask) for i in ids])  # type: ignore[arg-type]

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.decoding.proposers import Proposer, make_proposer
 from pipeline.decoding.proposers.base import Commit
 from pipeline.decoding.proposers.dspark import DSparkProposer
 from pipeline.decoding.request import Request, Sequence
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.target import Target
+from pipeline.training.unroll import unrolled_hidden
 from tests.drafts.samples import small_draft
 from tests.training.reference import training_hidden
 from tests.training.test_step import KINDS
@@ -25,6 +28,10 @@ def training_logits(
     draft: DSparkDraft, tokens: torch.Tensor, taps: torch.Tensor, anchor: int, proposed: torch.Tensor
 ) -> torch.Tensor:
     """[G, Vd] of the block at `anchor` by the training forward, with the proposed tokens as the Markov head's past."""
+    if isinstance(draft, Eagle3Draft):  # it takes the tokens of the text, so the text goes on as the draft proposed
+        text = torch.cat((tokens[: anchor + 1], proposed))
+        rows = torch.cat((taps[:anchor], torch.full((1 + len(proposed), taps.shape[1]), 99.0)))
+        return draft.logits(unrolled_hidden(draft, [text], [rows], [torch.tensor([anchor])]))
     hidden = training_hidden(draft, [tokens], [taps], [torch.tensor([anchor])])
     previous = torch.cat((tokens[anchor][None], proposed[:-1]))
     bias: torch.Tensor | float = 0.0
@@ -33,7 +40,7 @@ def training_logits(
     return draft.logits(hidden) + bias
 
 
-def commit(proposer: DSparkProposer, sequence: Sequence, start: int, taps: torch.Tensor) -> None:
+def commit(proposer: Proposer, sequence: Sequence, start: int, taps: torch.Tensor) -> None:
     proposer.commit([Commit(sequence, start, slice(0, len(taps)))], taps)
 
 
@@ -43,7 +50,7 @@ def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bo
     draft = small_draft(tiny, **kind)
     generator = torch.Generator().manual_seed(3)
     lengths, slots = [14, 5, 9], [2, 0, 3]
-    proposer = DSparkProposer(draft, slots=4, capacity=32, rule="ratio", pack=pack)
+    proposer = make_proposer(draft.config.algorithm, draft, slots=4, capacity=32, rule="ratio", pack=pack)
     texts, sequences = [], []
     for length, slot in zip(lengths, slots, strict=True):
         tokens = torch.randint(3, tiny.vocab_size, (length,), generator=generator)

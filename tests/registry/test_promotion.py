@@ -215,3 +215,15 @@ def test_mlflow_global_state_and_the_working_directory_are_untouched(recorder, t
     promotion.champion(recorder, NAME, tmp_path / "cache")
     assert mlflow.active_run() is None
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_version_is_found_by_number_and_by_alias(recorder, tmp_path):
+    first = submit(recorder, tmp_path / "1", b"one")
+    promote(recorder)
+    second = submit(recorder, tmp_path / "2", b"two")
+    for which, weights in ((first, b"one"), ("champion", b"one"), (second, b"two"), ("challenger", b"two")):
+        got = promotion.lookup(recorder, NAME, which, tmp_path / "cache")
+        assert (got.draft_dir / "model.safetensors").read_bytes() == weights
+    for unknown in ("99", "campion"):
+        with pytest.raises(DraftlineError, match=rf"no version '{unknown}'; there are: .*champion"):
+            promotion.lookup(recorder, NAME, unknown, tmp_path / "cache")

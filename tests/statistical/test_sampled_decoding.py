@@ -17,6 +17,7 @@ from draftline_kernels import transform
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost, make_proposer
 from pipeline.decoding.proposers.base import Proposal
+from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
@@ -43,12 +44,31 @@ def target(cache_dir: Path) -> Target:  # noqa: F811
 
 
 @pytest.fixture
+def eagle3(target: Target) -> Draft:
+    config = resolve(
+        DraftConfig(
+            "eagle3",
+            block_size=3,
+            num_layers=1,
+            target_layer_ids=[0, 2],
+            markov_head_type="none",
+            enable_confidence_head=False,
+        ),
+        target.config,
+        target.unused_token,
+    )
+    torch.manual_seed(5)
+    return make_draft(config, target, torch.tensor(TOKENS))
+
+
+@pytest.fixture
 def draft(target: Target) -> DSparkDraft:
     torch.manual_seed(5)
     config = resolve(
         DraftConfig(block_size=3, markov_rank=4, target_layer_ids=[0, 2]), target.config, target.unused_token
     )
     made = make_draft(config, target, torch.tensor(TOKENS))
+    assert isinstance(made, DSparkDraft)
     assert made.markov_head is not None
     torch.nn.init.normal_(made.markov_head.markov_w1.weight)
     torch.nn.init.normal_(made.markov_head.markov_w2.weight, std=0.3)
@@ -67,7 +87,7 @@ def exact(target: Target, ask: tuple[float, int, float]) -> torch.Tensor:
 
 
 def decode(
-    target: Target, draft: DSparkDraft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float]
+    target: Target, draft: Draft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float]
 ) -> tuple[torch.Tensor, float]:
     """Counts int64[125] of continuations over REQUESTS seeds, and the share of verified tokens accepted."""
     cost = StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
@@ -81,7 +101,7 @@ def decode(
         scheduler=scheduler,
     )
     engine = Engine(target, config, step_cost=cost)
-    options = {"slots": 96, "capacity": 16, "rule": rule} if name == "dspark" else {}
+    options = {"slots": 96, "capacity": 16, "rule": rule} if name in ("dspark", "eagle3") else {}
     engine.set_proposer(make_proposer(name, draft, **options))
     temperature, top_k, top_p = ask
     done = engine.generate(
@@ -107,16 +127,18 @@ def decode(
         ("dspark", "ratio", "early_stop", "plain"),
         ("dspark", "ratio", "fixed", "sharp, top-p"),
         ("dspark", "ratio", "fixed", "top-k"),
+        ("eagle3", "coupled", "global", "plain"),
+        ("eagle3", "ratio", "early_stop", "plain"),
     ],
 )
 def test_continuations_follow_the_target(
-    target: Target, draft: DSparkDraft, name: str, rule: str, scheduler: str, ask: str
+    target: Target, draft: DSparkDraft, eagle3: Draft, name: str, rule: str, scheduler: str, ask: str
 ) -> None:
     wanted = exact(target, ASKS[ask])
     assert abs(float(wanted.sum()) - 1) < 1e-6
-    counts, accepted = decode(target, draft, name, rule, scheduler, ASKS[ask])
+    counts, accepted = decode(target, eagle3 if name == "eagle3" else draft, name, rule, scheduler, ASKS[ask])
     assert p_value(counts, wanted) > 1e-4
-    if name == "dspark":
+    if name in ("dspark", "eagle3"):
         assert 0.2 < accepted < 0.95, "both outcomes of a verification must occur"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.training.step import _context_mask, block_attention
 
 
@@ -64,6 +65,31 @@ def dense_attention(
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     scores = torch.einsum("nhd,mhd->hnm", q, keys) / math.sqrt(q.shape[-1])
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+
+
+def plain_eagle3(draft: Eagle3Draft, tokens: Tensor, taps: Tensor, anchor: int) -> Tensor:
+    """Hidden states [G, D] of the block at `anchor`: the whole sequence of pairs run anew for every step."""
+    layer, config = draft.layer, draft.config
+    g = list(draft.fc(taps[:anchor]))
+    out = []
+    for step in range(config.block_size):
+        n = anchor + step
+        stream = torch.stack(g)
+        after = tokens[torch.arange(1, n + 1).clamp(max=len(tokens) - 1)]
+        normed = layer.hidden_norm(stream)
+        x = torch.cat((layer.input_layernorm(draft.embed[after]), normed), -1)
+        cos, sin = draft.rope(torch.arange(n))
+        q = layer.self_attn.queries(x, cos, sin)
+        k, v = layer.self_attn.keys_values(x, cos, sin)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        weights = (torch.einsum("hd,mhd->hm", q[-1], k) / math.sqrt(q.shape[-1])).softmax(-1)
+        mixed = torch.einsum("hm,mhd->hd", weights, v).flatten()
+        h = (normed if config.norm_before_residual else stream)[-1] + layer.self_attn.o_proj(mixed)
+        h = h + layer.mlp(layer.post_attention_layernorm(h))
+        g.append(h)
+        out.append(draft.norm(h))
+    return torch.stack(out)
 
 
 def dense_loss(

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.drafts.dspark import DSparkDraft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.target import TapCapture, Target
 from pipeline.training.anchors import candidates, sample_blocks
 from pipeline.training.step import TrainStep, Weights
 from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
+from tests.training.reference import plain_eagle3
 
 
 def _row(target: Target, length: int, seed: int) -> Any:
@@ -38,7 +40,7 @@ def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainS
         assert blocks is not None
         context = draft.context(r.taps)
         for i, a in enumerate(blocks.anchors.tolist()):
-            kv = draft.context_kv(context[:a], torch.arange(a))
+            kv = [] if isinstance(draft, Eagle3Draft) else draft.context_kv(context[:a], torch.arange(a))
 
             def attend(
                 layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any = kv, a: int = a
@@ -53,7 +55,10 @@ def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainS
                         seen[slot, : max(0, min(a, a + slot - window + 1))] = False
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
 
-            h = draft.blocks(r.input_ids[a : a + 1].long(), torch.tensor([a]), attend)
+            if isinstance(draft, Eagle3Draft):
+                h = plain_eagle3(draft, r.input_ids.long(), r.taps, a)
+            else:
+                h = draft.blocks(r.input_ids[a : a + 1].long(), torch.tensor([a]), attend)
             state = None
             for k in range(draft.config.tokens_per_block):
                 if not blocks.supervised[i, k]:
@@ -78,6 +83,12 @@ def _reference(draft: DSparkDraft, target: Target, rows: list[Any], step: TrainS
     return sum(0.1 * w * ce / inside_weight + (0.9 * l1 + bce) * w / weight for w, ce, l1, bce in terms)  # type: ignore[return-value]
 
 
+EAGLE3: dict[str, Any] = {
+    "algorithm": "eagle3",
+    "num_layers": 1,
+    "markov_head_type": "none",
+    "enable_confidence_head": False,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "gated": {"markov_head_type": "gated"},
@@ -90,6 +101,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "markov_head_type": "none",
         "enable_confidence_head": False,
     },
+    "eagle3": EAGLE3,
+    "eagle3, residual after the norm": {**EAGLE3, "norm_before_residual": True},
 }
 
 

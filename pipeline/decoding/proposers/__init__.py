@@ -9,26 +9,33 @@ from pipeline.decoding.proposers.ngram import NgramProposer
 from pipeline.decoding.proposers.none import NoneProposer
 from pipeline.errors import ConfigError, nearest
 
-NAMES = ("none", "ngram", "dspark")
+NAMES = ("none", "ngram", "dspark", "dflash", "eagle3")
 
 
 def make_proposer(name: str, draft: Any = None, **options: Any) -> Proposer:
     """Builds a proposer by name.
 
     Args:
-        name: none, ngram (options: block_size, longest) or dspark.
-        draft: the DSparkDraft that `dspark` decodes with; its options are slots and capacity (the engine's
-            max_requests and max_context), rule and pack.
+        name: none, ngram (options: block_size, longest), or a draft's algorithm: dspark, dflash, eagle3.
+        draft: what such a proposer decodes with; its options are slots and capacity (the engine's max_requests and
+            max_context), rule and pack.
     Raises:
-        ConfigError: unknown name, or `dspark` without a draft.
+        ConfigError: unknown name, or an algorithm without a draft or with another's.
     """
     if name == "none":
         return NoneProposer()
     if name == "ngram":
         return NgramProposer(**options)
-    if name == "dspark":
-        if draft is None:
-            raise ConfigError("The dspark proposer needs a draft: pass the one that load_draft returned.")
+    if name in NAMES:
+        if draft is None or draft.config.algorithm != name:
+            given = "none was given" if draft is None else f"this one's is {draft.config.algorithm}"
+            raise ConfigError(
+                f"The {name} proposer needs a draft of that algorithm; {given}. Pass what load_draft returns."
+            )
+        if name == "eagle3":
+            from pipeline.decoding.proposers.eagle3 import Eagle3Proposer
+
+            return Eagle3Proposer(draft, **options)
         from pipeline.decoding.proposers.dspark import DSparkProposer
 
         return DSparkProposer(draft, **options)

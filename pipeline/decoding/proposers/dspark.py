@@ -11,10 +11,10 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from draftline_kernels import Sampling, draw, proposal_stream, transform
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.drawing import Drawing
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.dspark import DSparkDraft
 
@@ -92,55 +92,16 @@ class DSparkProposer:
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> Proposal:
         batch, block = len(sequences), self.block_size
-        anchors = torch.tensor([len(s.tokens) - 1 for s in sequences], device=self.device)
-        anchor_tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
-        hidden = self.draft.blocks(anchor_tokens, anchors, self._attend(sequences))
+        drawing = Drawing(self.draft, sequences, self.rule)
+        hidden = self.draft.blocks(drawing.previous, drawing.anchors, self._attend(sequences))
         base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
         base = base.view(batch, block, -1)
         hidden = hidden.view(batch, block, -1)
-        sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=self.device,
-        )
-        keep = self.rule == "ratio" and not sampling.greedy
-        kept = torch.empty_like(base) if keep else None
-        d2t = self.draft.d2t
-        previous, state = anchor_tokens, None
-        columns, seen = [], []
+        state = None
         for k in range(block):
-            bias, state = self.draft.markov_step(hidden[:, k], previous, state)
-            logits = base[:, k] + bias
-            seen.append(previous)
-            if sampling.greedy:
-                previous = d2t[logits.argmax(-1)]
-            else:
-                logits = transform(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-                if kept is not None:
-                    kept[:, k] = logits
-                previous = draw(
-                    logits,
-                    sampling.seed,
-                    anchors + 1 + k,
-                    d2t,
-                    temperature=sampling.temperature,
-                    stream=proposal_stream(self.rule),
-                    anchor=anchors if self.rule == "ratio" else None,
-                )
-            columns.append(previous)
-        raw = self.draft.confidence(hidden, torch.stack(seen, 1))
-        if raw is None:
-            confidence = torch.full((batch, block), 0.5)
-        else:
-            raw = raw.float()
-            confidence = torch.sigmoid(raw / self.draft.temperatures)
-        return Proposal(
-            torch.stack(columns, 1),
-            torch.full((batch,), block, dtype=torch.int64),
-            confidence,
-            raw,
-            kept,
-            d2t,
-        )
+            bias, state = self.draft.markov_step(hidden[:, k], drawing.previous, state)
+            drawing.draw(base[:, k] + bias)
+        return drawing.proposal(self.draft.confidence(hidden, torch.stack(drawing.seen, 1)))
 
     def _attend(self, sequences: list[Sequence]):  # type: ignore[no-untyped-def]
         c = self.config

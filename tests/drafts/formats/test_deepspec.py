@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.formats import deepspec
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+from tests.drafts.formats.samples import rounded, same_logits, settings, tensors
 from tests.drafts.samples import small_draft
-from tests.drafts.test_parity import training_logits
 
 KINDS: dict[str, dict[str, Any]] = {
     "vanilla": {},
@@ -27,30 +26,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def rounded(target: Target, **changes: Any) -> DSparkDraft:
-    """A draft of the whole vocabulary whose weights are bfloat16 numbers already, as is its target's embedding."""
-    with torch.no_grad():
-        target.family.embed_tokens.weight.copy_(target.family.embed_tokens.weight.bfloat16())
-    draft = small_draft(target, vocabulary=0, **changes)
-    with torch.no_grad():
-        for weight in draft.parameters():
-            weight.copy_(weight.bfloat16())
-    return draft
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:  # noqa: F811
     draft = rounded(tiny, **KINDS[kind])
     draft.temperatures.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
     deepspec.write(draft, tiny, tmp_path / "export", inputs={})
     again = deepspec.read(tmp_path / "export", tiny)
-    g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, tiny.vocab_size, (12,), generator=g)
-    taps = torch.randn(12, 2 * tiny.hidden_size, generator=g)
-    proposed = torch.randint(3, tiny.vocab_size, (4,), generator=g)
-    assert torch.equal(
-        training_logits(draft, tokens, taps, 9, proposed), training_logits(again, tokens, taps, 9, proposed)
-    )
+    same_logits(draft, again, tiny)
     assert torch.equal(draft.temperatures, again.temperatures)
     assert again.config.algorithm == draft.config.algorithm
 
@@ -87,9 +69,9 @@ def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None
             f"layers.{n}.input_layernorm.weight": [h],
             f"layers.{n}.post_attention_layernorm.weight": [h],
         }
-    tensors = load_file(tmp_path / "export" / "model.safetensors")
-    assert {n: list(t.shape) for n, t in tensors.items()} == wanted
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    written = load_file(tmp_path / "export" / "model.safetensors")
+    assert {n: list(t.shape) for n, t in written.items()} == wanted
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3DSparkModel"]
     assert config["target_layer_ids"] == [0, 2] and config["num_target_layers"] == tiny.num_layers
@@ -116,36 +98,19 @@ def test_what_the_format_cannot_hold_is_refused_with_what_can(
     assert not list(tmp_path.iterdir())
 
 
-def _tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        tensors = load_file(path / "model.safetensors")
-        change(tensors)
-        save_file(tensors, path / "model.safetensors")
-
-    return damage
-
-
-def _settings(**changes: Any) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        raw = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({k: v for k, v in {**raw, **changes}.items() if v is not None}))
-
-    return damage
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_tensors(lambda t: t.pop("norm.weight")), "norm.weight is missing"),
-        (_tensors(lambda t: t.update(extra=torch.ones(1))), "extra is unknown"),
-        (_tensors(lambda t: t.update({"fc.weight": torch.ones(3, 3)})), r"fc.weight has shape \[3, 3\]"),
-        (_tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
-        (_tensors(lambda t: t["fc.weight"].fill_(float("nan"))), "not finite"),
-        (_settings(architectures=["Qwen3Eagle3Model"]), "Qwen3Eagle3Model"),
-        (_settings(target_layer_ids=[0, 4]), "0 to 3"),
-        (_settings(mask_token_id=9999), "mask_token_id=9999"),
-        (_settings(block_size=None), "no block_size"),
-        (_settings(layer_types=["sliding_attention"]), "full attention only"),
+        (tensors(lambda t: t.pop("norm.weight")), "norm.weight is missing"),
+        (tensors(lambda t: t.update(extra=torch.ones(1))), "extra is unknown"),
+        (tensors(lambda t: t.update({"fc.weight": torch.ones(3, 3)})), r"fc.weight has shape \[3, 3\]"),
+        (tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
+        (tensors(lambda t: t["fc.weight"].fill_(float("nan"))), "not finite"),
+        (settings(architectures=["Qwen3Eagle3Model"]), "Qwen3Eagle3Model"),
+        (settings(target_layer_ids=[0, 4]), "0 to 3"),
+        (settings(mask_token_id=9999), "mask_token_id=9999"),
+        (settings(block_size=None), "no block_size"),
+        (settings(layer_types=["sliding_attention"]), "full attention only"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_says_what_differs(

@@ -1,0 +1,53 @@
+"""Writes a draft as a directory that vLLM or SGLang takes as it is, with the launch command in its README.
+
+ray job submit --working-dir . -- python jobs/export.py experiment=demo export.engine=sglang \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
+from pathlib import Path
+
+from jobs.register import registered_name
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, recorder, run
+
+CALIBRATED = "calibrated"
+
+
+def chosen(config: PipelineConfig) -> tuple[Path, str]:
+    """The draft of `export.version`: its directory, and in words where it is from."""
+    from pipeline.registry.promotion import lookup
+
+    which = config.export.version
+    if which == CALIBRATED:
+        return config.run_dir / CALIBRATED, f"calibrated draft of the run {config.name}"
+    found = lookup(recorder(config), registered_name(config), which, config.cache / "champions")
+    return found.draft_dir, f"{found.name} version {found.version}"
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    from pipeline.drafts.formats.export import export_draft
+
+    draft_dir, source = chosen(config)
+    e = config.export
+    out = Path(e.out).absolute() if e.out else config.run_dir / f"export-{e.engine}"
+    return record(
+        "export",
+        config,
+        lambda begin: export_draft(draft_dir, config.target, e, out, config.cache, source=source, begin=begin),
+        out,
+        sources={"draft": draft_dir},
+        parent=parent,
+        files=("config.json", "README.md"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(stage, name="export", ray=False))

@@ -1,0 +1,47 @@
+"""Compares training and engine for the calibrated draft; one that fails can't be registered (exit status 4).
+
+ray job submit --working-dir . -- python jobs/parity.py experiment=demo \\
+    output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
+from pipeline.artifact import Manifest
+from pipeline.config import PipelineConfig
+from pipeline.entry import record, run
+
+FAILED = 4
+
+
+def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
+    from pipeline.evaluation.parity import check_parity
+
+    root, out = config.run_dir, config.run_dir / "parity"
+    features = None if config.features.mode == "stream" else root / "features"
+    draft, corpus = root / "calibrated", root / "corpus"
+    return record(
+        "parity",
+        config,
+        lambda begin: check_parity(
+            draft, config.target, corpus, features, config.engine, config.parity, out, config.cache, begin
+        ),
+        out,
+        sources={"draft": draft, "corpus": corpus, "features": root / "features"},
+        parent=parent,
+        metrics=lambda m: {"passed": float(m.info["passed"])},
+        files=("parity.json",),
+    )
+
+
+def main(config: PipelineConfig) -> None:
+    if not stage(config).info["passed"]:
+        raise SystemExit(FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, name="parity", ray=False))

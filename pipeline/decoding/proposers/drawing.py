@@ -1,0 +1,81 @@
+"""Drawing a block token by token, as every neural draft does it.
+
+Letters: B requests, G tokens per block, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from draftline_kernels import Sampling, draw, proposal_stream, transform
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.drafts.base import Draft
+
+
+class Drawing:
+    """A block of every request in the making.
+
+    Args:
+        rule: verification rule, which decides the noise that tokens are drawn with.
+    Attributes:
+        previous: int64[B], the tokens before the slot that is drawn next (the anchors at first).
+        seen: what `previous` was at each slot so far.
+    """
+
+    def __init__(self, draft: Draft, sequences: list[Sequence], rule: str) -> None:
+        device = draft.d2t.device
+        self.draft, self.rule = draft, rule
+        self.anchors = torch.tensor([len(s.tokens) - 1 for s in sequences], device=device)
+        self.previous = torch.tensor([s.tokens[-1] for s in sequences], device=device)
+        self.seen: list[torch.Tensor] = []
+        self._sampling = Sampling.of(
+            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
+            device=device,
+        )
+        self._columns: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
+        self._peaks: list[torch.Tensor] = []
+
+    def draw(self, logits: torch.Tensor) -> None:
+        """The next slot's tokens from its logits [B, Vd]; the most likely ones where decoding is greedy."""
+        sampling, d2t = self._sampling, self.draft.d2t
+        self.seen.append(self.previous)
+        if self.draft.confidence_head is None:
+            # Of the distribution and not of the token drawn: what is admitted must not depend on what was drawn.
+            best = logits.float().log_softmax(-1).amax(-1)
+            self._peaks.append(best - torch.log1p(-best.exp().clamp(max=1 - 1e-6)))
+        if sampling.greedy:
+            self.previous = d2t[logits.argmax(-1)]
+        else:
+            logits = transform(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            if self.rule == "ratio":
+                self._kept.append(logits)
+            self.previous = draw(
+                logits,
+                sampling.seed,
+                self.anchors + 1 + len(self._columns),
+                d2t,
+                temperature=sampling.temperature,
+                stream=proposal_stream(self.rule),
+                anchor=self.anchors if self.rule == "ratio" else None,
+            )
+        self._columns.append(self.previous)
+
+    def proposal(self, raw: torch.Tensor | None) -> Proposal:
+        """The finished block.
+
+        Args:
+            raw: float[B, G], the confidence head's logits. None takes the log-odds of each slot's most likely token,
+                which calibration turns into acceptance as it does a head's.
+        """
+        raw = torch.stack(self._peaks, 1) if raw is None else raw.float()
+        tokens = torch.stack(self._columns, 1)
+        return Proposal(
+            tokens,
+            torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64),
+            torch.sigmoid(raw / self.draft.temperatures),
+            raw,
+            torch.stack(self._kept, 1).float() if self._kept else None,
+            self.draft.d2t,
+        )

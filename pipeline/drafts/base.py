@@ -1,0 +1,154 @@
+"""What every draft is: matrices borrowed from the target, a draft vocabulary, and layers of the usual kind.
+
+Letters: N positions, D hidden, H query heads, Hkv KV heads, d head dim, V target vocabulary, Vd draft vocabulary, G
+tokens per block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.heads import ConfidenceHead, MarkovHead
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of inputs [.., input_size] (D unless given); the attention itself is the caller's."""
+
+    def __init__(self, c: DraftConfig, input_size: int = 0) -> None:
+        super().__init__()
+        size = input_size or c.hidden_size
+        self.shape_q, self.shape_kv = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        self.q_proj = nn.Linear(size, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape_q)), cos, sin)
+
+    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k = self.k_norm(self.k_proj(x).unflatten(-1, self.shape_kv))
+        return rotate(k, cos, sin), self.v_proj(x).unflatten(-1, self.shape_kv)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Draft(nn.Module):
+    """A draft's borrowed and common parts.
+
+    Args:
+        config: resolved (no zeros left).
+        embed: float[V, D], the target's embedding. lm_head: float[V, D], its output rows. Both are kept as
+            references outside the state dict (lm_head only its rows in the draft vocabulary).
+        d2t: int64[Vd], ascending target ids of the draft vocabulary.
+        embed_scale, logit_softcap: the target family's.
+    Attributes:
+        temperatures: float32[G], calibration of the confidence logits (ones until fitted).
+        markov_head, confidence_head: None in drafts that have none.
+    """
+
+    d2t: torch.Tensor
+    temperatures: torch.Tensor
+    embed: torch.Tensor
+    lm_rows: torch.Tensor
+    inv_freq: torch.Tensor
+    markov_head: MarkovHead | None
+    confidence_head: ConfidenceHead | None
+    fc: nn.Linear
+    layers: nn.ModuleList
+    norm: RMSNorm
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        embed: torch.Tensor,
+        lm_head: torch.Tensor,
+        d2t: torch.Tensor,
+        *,
+        embed_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed_scale, self.logit_softcap = embed_scale, logit_softcap
+        self.markov_head = None
+        self.confidence_head = None
+        self.register_buffer("d2t", d2t.clone())
+        self.register_buffer("temperatures", torch.ones(c.tokens_per_block))
+        self.register_buffer("embed", embed.detach(), persistent=False)
+        full = d2t.shape[0] == lm_head.shape[0]
+        self.register_buffer("lm_rows", lm_head.detach() if full else lm_head.detach()[d2t], persistent=False)
+        steps = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
+        self.register_buffer("inv_freq", c.rope_theta**-steps, persistent=False)
+
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [N, 1, d] of int64 positions [N]."""
+        angles = positions[:, None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos(), angles.sin()
+
+    def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The target's embeddings [.., D] of tokens [..], scaled as its family does."""
+        x = self.embed[tokens]
+        return x * self.embed_scale if self.embed_scale != 1.0 else x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Backbone logits [.., Vd] of hidden [.., D], without the Markov bias."""
+        return self.cap(F.linear(hidden, self.lm_rows))
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Applies the target family's softcap, if it has one."""
+        return logits if not self.logit_softcap else torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+
+    def markov_step(
+        self, hidden: torch.Tensor, previous: torch.Tensor, state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
+        """Bias [.., Vd] of slots with hidden [.., D] after target tokens previous [..] (0.0 without a Markov head), and
+        the head's state for the next slot."""
+        if self.markov_head is None:
+            return 0.0, None
+        code, state = self.markov_head.step(hidden, previous, state)
+        return self.markov_head.markov_w2(code), state
+
+    def confidence(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
+        """Confidence logits [..] of slots with hidden [.., D] after tokens previous [..]; None without the head."""
+        if self.confidence_head is None:
+            return None
+        x = hidden
+        if self.config.has_markov and self.config.confidence_head_with_markov and self.markov_head is not None:
+            x = torch.cat((hidden, self.markov_head.markov_w1(previous).to(hidden.dtype)), dim=-1)
+        return self.confidence_head.proj(x).squeeze(-1)
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint: everything but what is borrowed."""
+        return {name: t.detach() for name, t in self.state_dict().items()}
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)

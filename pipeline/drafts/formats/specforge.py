@@ -1,0 +1,119 @@
+"""SpecForge's checkpoints (`DSparkDraftModel`, `DFlashDraftModel`), which SGLang loads; those of z-lab's DFlash too.
+
+Nothing borrowed is in the file: SGLang lends the target's embedding and lm_head, so the vocabulary is the whole one.
+`dflash_config` holds tapped layers (ids as ours: L is the output of decoder layer L), mask token and heads. DSpark's
+slots all predict, in DFlash the anchor's slot predicts nothing: G = block_size, and block_size - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.drafts.base import Draft
+from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.target import Target
+
+_ARCHITECTURES = {"dspark": "DSparkDraftModel", "dflash": "DFlashDraftModel"}
+
+
+def obstacles(draft: Draft) -> list[Obstacle]:
+    """Why a draft can't be written in this format; empty if it can."""
+    c, found = draft.config, qwen3.obstacles(draft, "SpecForge")
+    if not qwen3.full_vocabulary(draft):
+        found.append(
+            Obstacle(
+                f"SpecForge's block drafts use the target's lm_head of {draft.embed.shape[0]} tokens; this draft "
+                f"proposes {len(draft.d2t)} of them.",
+                {"draft.draft_vocab_size": "0"},
+            )
+        )
+    if c.algorithm in _ARCHITECTURES and c.sample_from_anchor != (c.algorithm == "dspark"):
+        says = "predicts too" if c.algorithm == "dspark" else "predicts nothing"
+        found.append(
+            Obstacle(
+                f"In SpecForge's {c.algorithm} the anchor's slot {says}; this draft has sample_from_anchor="
+                f"{str(c.sample_from_anchor).lower()}.",
+                {"draft.sample_from_anchor": str(c.algorithm == "dspark").lower()},
+            )
+        )
+    return found
+
+
+def write(
+    draft: Draft,
+    target: Target,
+    out: Path | str,
+    *,
+    inputs: dict[str, str],
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> artifact.Manifest:
+    """Writes a draft as an artifact of kind "export" (see `qwen3.save`).
+
+    Raises:
+        ConfigError: the format can't hold this draft (see `obstacles`).
+    """
+    if why := obstacles(draft):
+        raise ConfigError(" ".join(map(str, why)))
+    c = draft.config
+    dflash: dict[str, Any] = {"mask_token_id": c.mask_token_id, "target_layer_ids": c.target_layer_ids}
+    config = {
+        **qwen3.settings_of(draft, target),
+        "architectures": [_ARCHITECTURES[c.algorithm]],
+        "num_target_layers": target.num_layers,
+        "block_size": c.block_size,
+        "dflash_config": dflash,
+    }
+    if c.algorithm == "dspark":
+        heads = qwen3.heads_of(c)
+        dflash |= {"projector_type": "dspark", **heads}
+        config |= heads  # SGLang builds its heads from the top level
+    return qwen3.save(
+        out,
+        draft,
+        target,
+        qwen3.tensors_of(draft),
+        config,
+        project="specforge",
+        inputs=inputs,
+        settings=settings,
+        files=files,
+    )
+
+
+def read(path: Path | str, target: Target) -> Draft:
+    """Reads a DSpark or DFlash checkpoint for a target.
+
+    Temperatures are ones unless `temperatures.json` lies beside it.
+
+    Raises:
+        ArtifactError: another architecture, or fields or tensors that don't fit the target; the message lists every
+            difference.
+    """
+    path = Path(path)
+    raw, tensors = qwen3.load(path, "SpecForge")
+    algorithm = qwen3.architecture(path, raw, {v: k for k, v in _ARCHITECTURES.items()})
+    dflash = raw.get("dflash_config") or {}
+    twice = [n for n in dflash.keys() & raw.keys() if dflash[n] != raw[n]]
+    if twice:
+        told = ", ".join(f"{n} is {raw[n]!r} and in dflash_config {dflash[n]!r}" for n in sorted(twice))
+        raise ArtifactError(f"{path / qwen3.CONFIG} contradicts itself: {told}.")
+    both = {**raw, **dflash}
+    projector = both.get("projector_type", algorithm)
+    if projector != algorithm:
+        raise ArtifactError(f"{path} has projector_type {projector!r}; this reads {algorithm!r} of that architecture.")
+    fields = {name: both.get(name) for name in ("block_size", "target_layer_ids", "mask_token_id")}
+    heads = qwen3.heads_from(both if algorithm == "dspark" else {})
+    config = qwen3.config_from(
+        path,
+        raw,
+        fields | heads | {"sample_from_anchor": algorithm == "dspark"},
+        target,
+        algorithm=algorithm,
+    )
+    return qwen3.build(path, config, target, tensors)

@@ -1,0 +1,160 @@
+"""Checkpoints of vllm-project/speculators (`DSparkSpeculator`, `DFlashSpeculator`), which vLLM loads.
+
+The draft's layers are in `transformer_layer_config`. Layer ids count hidden states: `aux_hidden_state_layer_ids` L + 1
+is the output of decoder layer L. `sample_from_anchor` states the slot layout. A reduced vocabulary brings lm_head
+[Vd, D], `d2t` int64[Vd] (offsets: target id = d + d2t[d]) and `t2d` bool[V]; otherwise nothing borrowed is in the file.
+
+A sliding layer's window is written as vLLM and we count it, position by position. The package's own training mask
+counts it from the anchor for every slot of the block, so its forward sees up to block_size - 1 positions more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import artifact
+from pipeline.drafts.base import Draft
+from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.target import Target
+
+VERSION = "0.9.0"
+"""The release of speculators whose classes the tests load our files with."""
+_ARCHITECTURES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dflash": {"sample_from_anchor": False},
+    "dspark": {"sample_from_anchor": True, "markov_rank": 256, "enable_confidence_head": True},
+}
+
+
+def obstacles(draft: Draft) -> list[Obstacle]:
+    """Why a draft can't be written in this format; empty if it can."""
+    return qwen3.obstacles(draft, "speculators")
+
+
+def write(
+    draft: Draft,
+    target: Target,
+    out: Path | str,
+    *,
+    inputs: dict[str, str],
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+    served_target: str = "",
+) -> artifact.Manifest:
+    """Writes a draft as an artifact of kind "export" (see `qwen3.save`).
+
+    Args:
+        served_target: hub id or path by which the package and vLLM find the target; "" takes the identity's.
+    Raises:
+        ConfigError: the format can't hold this draft (see `obstacles`).
+    """
+    if why := obstacles(draft):
+        raise ConfigError(" ".join(map(str, why)))
+    c = draft.config
+    config = {
+        "architectures": [_ARCHITECTURES[c.algorithm]],
+        "speculators_model_type": c.algorithm,
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": c.algorithm,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": c.tokens_per_block}],
+            "default_proposal_method": "greedy",
+            "verifier": {
+                "name_or_path": served_target or target.identity.id,
+                "architectures": list(target.model.config.architectures or []),
+            },
+        },
+        "transformer_layer_config": qwen3.settings_of(draft, target),
+        "aux_hidden_state_layer_ids": [i + 1 for i in c.target_layer_ids],
+        "block_size": c.block_size,
+        "draft_vocab_size": len(draft.d2t),
+        "mask_token_id": c.mask_token_id,
+        "sample_from_anchor": c.sample_from_anchor,
+        # Always: our blocks attend both ways in every layer, and vLLM derives the causality of all layers from it.
+        "sliding_window_non_causal": True,
+        "tie_word_embeddings": False,
+    }
+    if c.algorithm == "dspark":
+        config |= {"confidence_head_with_markov": False, **qwen3.heads_of(c)}
+    tensors = qwen3.tensors_of(draft)
+    if not qwen3.full_vocabulary(draft):
+        t2d = torch.zeros(target.vocab_size, dtype=torch.bool)
+        t2d[draft.d2t.cpu()] = True
+        offsets = draft.d2t.cpu() - torch.arange(len(draft.d2t))
+        tensors |= {qwen3.LM_HEAD: draft.lm_rows, "d2t": offsets, "t2d": t2d}
+    return qwen3.save(
+        out, draft, target, tensors, config, project="speculators", inputs=inputs, settings=settings, files=files
+    )
+
+
+def read(path: Path | str, target: Target) -> Draft:
+    """Reads a DSpark or DFlash checkpoint for a target.
+
+    Temperatures are ones unless `temperatures.json` lies beside it.
+
+    Raises:
+        ArtifactError: another model type, or fields, vocabulary or tensors that don't fit the target; the message lists
+            every difference.
+    """
+    path = Path(path)
+    raw, tensors = qwen3.load(path, "speculators")
+    algorithm = raw.get("speculators_model_type")
+    if algorithm not in _ARCHITECTURES:
+        raise ArtifactError(
+            f"{path} has speculators_model_type {algorithm!r}; this reads {' and '.join(_ARCHITECTURES)}."
+        )
+    known = {**_DEFAULTS[algorithm], **{k: v for k, v in raw.items() if v is not None}}
+    ids = known.get("aux_hidden_state_layer_ids")
+    size = known.get("draft_vocab_size")
+    fields = {
+        "block_size": known.get("block_size"),
+        "mask_token_id": known.get("mask_token_id"),
+        "target_layer_ids": None if ids is None else [i - 1 for i in ids],
+        "draft_vocab_size": size if size is None or size != target.vocab_size else 0,
+        "sample_from_anchor": bool(known["sample_from_anchor"]),
+    }
+    layers = known.get("transformer_layer_config") or {}
+    if any(kind == "sliding_attention" for kind in layers.get("layer_types") or []) and not known.get(
+        "sliding_window_non_causal", False
+    ):
+        raise ArtifactError(
+            f"{path} has sliding_window_non_causal=false: its sliding layers see only earlier slots of their block, "
+            "which this version does not compute."
+        )
+    heads = qwen3.heads_from(known if algorithm == "dspark" else {})
+    config = qwen3.config_from(path, layers, fields | heads, target, algorithm=algorithm)
+    if not config.draft_vocab_size:
+        kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
+        return qwen3.build(path, config, target, kept, optional=(qwen3.EMBED, qwen3.LM_HEAD))
+    d2t = _vocabulary(path, tensors, config.draft_vocab_size, target.vocab_size)
+    kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
+    return qwen3.build(path, config, target, kept, d2t=d2t, required=(qwen3.LM_HEAD,), optional=(qwen3.EMBED,))
+
+
+def _vocabulary(path: Path, tensors: Mapping[str, torch.Tensor], size: int, rows: int) -> torch.Tensor:
+    """int64[Vd]: target ids of the draft vocabulary, ascending."""
+    problems = [f"{n} is missing" for n in ("d2t", "t2d") if n not in tensors]
+    if not problems:
+        offsets, t2d = tensors["d2t"], tensors["t2d"]
+        problems += [
+            f"{n} has shape {list(t.shape)}, the config gives [{want}]"
+            for n, t, want in (("d2t", offsets, size), ("t2d", t2d, rows))
+            if t.shape != (want,)
+        ]
+    if not problems:
+        ids = torch.arange(size) + offsets.long()
+        if int(ids.min()) < 0 or int(ids.max()) >= rows:
+            problems.append(f"d2t leads to token {int(ids.max())}, the target has {rows}")
+        elif bool((ids.diff() <= 0).any()):
+            problems.append("d2t does not lead to ascending tokens")
+        elif not torch.equal(t2d.bool().nonzero().flatten(), ids):
+            problems.append("t2d marks other tokens than d2t leads to")
+    if problems:
+        raise ArtifactError(f"The draft at {path} has no vocabulary that fits: " + "; ".join(problems) + ".")
+    return ids

@@ -1,0 +1,184 @@
+"""The parity gate passes drafts that are served as they were trained, and catches five faults that would ruin one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import artifact
+from pipeline.config import CorpusConfig, ParityConfig, TargetConfig
+from pipeline.corpus.build import build_corpus, read_rows
+from pipeline.decoding.proposers.dspark import DSparkProposer
+from pipeline.decoding.proposers.eagle3 import Eagle3Proposer
+from pipeline.drafts.checkpoint import save_draft
+from pipeline.evaluation.parity import ParityError, check_parity, require_parity
+from pipeline.features.forward import feature_rows
+from pipeline.features.store import shard_name, write_shard
+from pipeline.target import load_target
+from tests.drafts.samples import small_draft
+from tests.evaluation.conftest import ENGINE, TARGET, Places
+from tests.training.test_step import KINDS
+
+PARITY = ParityConfig(prompts=6, max_new_tokens=24)
+ASKED = {k: KINDS[k] for k in ("vanilla", "rnn", "windows", "dflash", "eagle3")}
+
+
+@dataclasses.dataclass
+class Trained:
+    """A draft of the tiny target with the corpus and the features it would have been trained on."""
+
+    places: Places
+    features: Path
+    root: Path
+
+    def check(self, draft: Path, target: TargetConfig = TARGET, features: Path | None = None) -> dict[str, Any]:
+        out = self.root / "parity"
+        check_parity(
+            draft, target, self.places.corpus, features or self.features, ENGINE, PARITY, out, self.places.cache
+        )
+        return json.loads((out / "parity.json").read_text())
+
+
+def failed(content: dict[str, Any]) -> set[str]:
+    assert content["passed"] is not any(not c["passed"] for c in content["checks"])
+    return {c["name"] for c in content["checks"] if not c["passed"]}
+
+
+def store(target: Any, places: Places, out: Path, change: Any = lambda row: row) -> Path:
+    rows = [r for r in feature_rows(target, read_rows(places.corpus, "train")[:8], [0, 2], 512) if r is not None]
+    rows = [change(r) for r in rows]
+    with artifact.create(out, "features", config={}, inputs={}, target=target.identity.as_dict()) as staging:
+        write_shard(staging.path / shard_name(0), rows, rows[0].taps.shape[1], rows[0].last_hidden.shape[1])
+        tokens = sum(len(r.input_ids) for r in rows)
+        staging.info.update(
+            target_layer_ids=[0, 2],
+            hidden_size=target.hidden_size,
+            shards=[{"name": shard_name(0), "rows": len(rows), "tokens": tokens}],
+        )
+    return out
+
+
+@pytest.fixture
+def trained(places: Places, tmp_path: Path) -> Trained:
+    return Trained(places, store(load_target(TARGET, places.cache), places, tmp_path / "features"), tmp_path)
+
+
+def draft_of(places: Places, out: Path, **kind: Any) -> Path:
+    target = load_target(TARGET, places.cache)
+    save_draft(
+        out,
+        small_draft(target, vocabulary=0, **kind),
+        target=target.identity.as_dict(),
+        config={},
+        inputs={},
+        info={"steps": 0},
+    )
+    return out
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_draft_that_is_served_as_it_was_trained_passes(trained: Trained, kind: str) -> None:
+    draft = draft_of(trained.places, trained.root / "draft", **ASKED[kind])
+    content = trained.check(draft)
+    assert failed(content) == set()
+    names = {c["name"] for c in content["checks"]}
+    assert {"prompts", "features", "target tokens", "draft logits", "sampled acceptance 1"} <= names
+    assert content["positions"][0]["sampled"]["slots"] > 50
+    require_parity(trained.root / "parity", artifact.load(draft, "draft").digest)
+
+
+@pytest.mark.parametrize(("kind", "proposer"), [("vanilla", DSparkProposer), ("eagle3", Eagle3Proposer)])
+def test_a_layer_id_off_by_one_is_caught(trained: Trained, monkeypatch: Any, kind: str, proposer: Any) -> None:
+    made = proposer.__init__
+
+    def shifted(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.layer_ids = [i + 1 for i in self.layer_ids]
+
+    monkeypatch.setattr(proposer, "__init__", shifted)
+    content = trained.check(draft_of(trained.places, trained.root / "draft", **ASKED[kind]))
+    assert "draft logits" in failed(content)
+
+
+def test_a_swapped_slot_layout_is_caught(trained: Trained, monkeypatch: Any) -> None:
+    """The engine reads the block as DFlash's own layout has it: slot k stands for token k, not k + 1."""
+    from pipeline.drafts.dspark import DSparkDraft
+
+    blocks = DSparkDraft.blocks
+
+    def swapped(self: Any, tokens: Any, anchors: Any, attend: Any) -> Any:
+        hidden = blocks(self, tokens, anchors, attend)
+        if torch.is_inference_mode_enabled():
+            hidden = hidden.unflatten(0, (-1, self.config.block_size)).roll(1, 1).flatten(0, 1)
+        return hidden
+
+    monkeypatch.setattr(DSparkDraft, "blocks", swapped)
+    assert "draft logits" in failed(trained.check(draft_of(trained.places, trained.root / "draft")))
+
+
+def test_context_that_includes_the_anchor_is_caught(trained: Trained, monkeypatch: Any) -> None:
+    """The engine keeps the taps one position late: what stands for a position is what the next one saw."""
+    commit = DSparkProposer.commit
+
+    def late(self: Any, commits: Any, taps: Any) -> None:
+        commit(self, commits, None if taps is None else taps.roll(-1, 0))
+
+    monkeypatch.setattr(DSparkProposer, "commit", late)
+    assert "draft logits" in failed(trained.check(draft_of(trained.places, trained.root / "draft")))
+
+
+def test_a_template_without_the_system_prompt_is_caught(trained: Trained, tmp_path: Path) -> None:
+    target = load_target(TARGET, trained.places.cache)
+    source = json.loads((trained.places.corpus / "manifest.json").read_text())["info"]["source"]
+    settings = CorpusConfig(source=source, max_length=128, heldout_fraction=0.3)
+    identity = target.identity.as_dict()
+    corpus = tmp_path / "with-system"
+    build_corpus(settings, target.tokenizer, identity, corpus, system_prompt="Be brief.")
+    places = dataclasses.replace(trained.places, corpus=corpus)
+    asked = Trained(places, store(target, places, tmp_path / "other"), tmp_path)
+    draft = draft_of(places, tmp_path / "draft")
+    assert failed(asked.check(draft)) == {"prompts"}
+    assert failed(asked.check(draft, dataclasses.replace(TARGET, system_prompt="Be brief."))) == set()
+
+
+def test_an_unnormalised_last_hidden_state_is_caught(trained: Trained, tmp_path: Path) -> None:
+    target = load_target(TARGET, trained.places.cache)
+    weight = 1 / target.family.final_norm.weight.detach()
+
+    def raw(row: Any) -> Any:
+        size = torch.linspace(2, 30, len(row.input_ids))[:, None]
+        return dataclasses.replace(row, last_hidden=(row.last_hidden.float() * weight * size).bfloat16())
+
+    features = store(target, trained.places, tmp_path / "raw", raw)
+    content = trained.check(draft_of(trained.places, tmp_path / "draft"), features=features)
+    assert failed(content) == {"features"}
+    assert "last hidden" in next(c for c in content["checks"] if c["name"] == "features")["detail"]
+
+
+def test_features_of_another_layer_are_caught(trained: Trained, tmp_path: Path) -> None:
+    target = load_target(TARGET, trained.places.cache)
+    size = target.hidden_size
+
+    def swapped(row: Any) -> Any:
+        return dataclasses.replace(row, taps=torch.cat((row.taps[:, size:], row.taps[:, :size]), 1))
+
+    features = store(target, trained.places, tmp_path / "swapped", swapped)
+    assert failed(trained.check(draft_of(trained.places, tmp_path / "draft"), features=features)) == {"features"}
+
+
+def test_a_draft_that_failed_or_was_not_checked_is_refused_with_its_numbers(trained: Trained, monkeypatch: Any) -> None:
+    draft = draft_of(trained.places, trained.root / "draft")
+    digest = artifact.load(draft, "draft").digest
+    with pytest.raises(ParityError, match="was of the draft"):
+        trained.check(draft)
+        require_parity(trained.root / "parity", "f" * 64)
+    monkeypatch.setattr("pipeline.evaluation.parity.FEATURES_APART", -1.0)
+    (trained.root / "parity" / "manifest.json").unlink()
+    trained.check(draft)
+    with pytest.raises(ParityError, match="features .* FAILED"):
+        require_parity(trained.root / "parity", digest)
