@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .sampling import largest
 
-_CPU_BYTES = 16 << 20
+_CPU_BYTES = 80 << 20
 _CUDA_BYTES = 128 << 20
-_FEWEST_ROWS = 64
+_CACHE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass
@@ -66,11 +66,15 @@ class RowTargets:
         return RowTargets(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]
 
 
-def rows_per_chunk(vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Rows of a chunk: a buffer of logits takes about 16 MiB on CPU, 128 MiB on CUDA, or 64 rows if that is more, as
-    lm_rows are read once per chunk. A fixed rule, so that sums don't depend on how much memory happens to be free."""
+def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of a chunk: as equal parts of all rows as keep a buffer of logits within 80 MiB on CPU, 128 MiB on CUDA.
+
+    lm_rows are read (and on CPU repacked) once per chunk, so chunks are as large as memory is worth; a fixed rule, so
+    that sums don't depend on how much happens to be free.
+    """
     budget = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
-    return max(_FEWEST_ROWS, budget // (vocabulary * itemsize))
+    most = max(1, budget // (vocabulary * itemsize))
+    return -(-rows // max(1, -(-rows // most))) or 1
 
 
 def row_losses_(
@@ -100,8 +104,14 @@ def row_losses_(
         from . import vocab_loss_triton
 
         vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, gradient=gradient)
-    else:
-        reference_(base, bias, target, targets, out, softcap, gradient)
+        return
+    # A few rows at a time, so that what one step writes the next one finds in the cache.
+    group = max(1, _CACHE_BYTES // (base.shape[1] * 4))
+    for start in range(0, base.shape[0], group):
+        part = slice(start, start + group)
+        more = None if bias is None else bias[part]
+        to = RowStats(out.ce[part], out.kl[part], out.l1[part], out.agree[part])
+        reference_(base[part], more, target[part], targets.part(part), to, softcap, gradient)
 
 
 def reference_(
@@ -113,9 +123,8 @@ def reference_(
     softcap: float,
     gradient: bool,
 ) -> None:
-    """`row_losses_` in torch, on any device, arguments unchecked. Every chunk-sized tensor is reused: at these sizes the
-    first touch of a fresh page costs
-    as much as the arithmetic."""
+    """`row_losses_` in torch, on any device, arguments unchecked. Tensors are reused: the first touch of a fresh page
+    costs as much as the arithmetic on it."""
     # float32 inputs are worked on in place; narrower ones in a float32 copy.
     z, t = base.float(), target.float()
     slope = None
@@ -326,6 +335,6 @@ def vocab_loss(
     _check_targets(targets, rows, device)
     if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
         raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
-    size = chunk or rows_per_chunk(vocabulary, lm_rows.element_size(), device)
+    size = chunk or rows_per_chunk(rows, vocabulary, lm_rows.element_size(), device)
     loss, ce, kl, l1, agree = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, size)
     return loss, RowStats(ce, kl, l1, agree)
