@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.draftline-installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo smoke test formats lint format bench serve clean
+.PHONY: help env demo smoke test formats lint format bench bench-gpu serve clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ format: env ## rewrites the code in the house style
 bench: env ## the comparison tables of benchmarks/
 	@$(PY) benchmarks/extract.py
 	@$(PY) benchmarks/levers.py
+	@$(PY) benchmarks/kernels.py
+
+bench-gpu: env ## the kernels against their references and the copy bandwidth, on a CUDA device
+	@$(PY) benchmarks/kernels.py --only speed
 
 serve: env ## serves the champion of the demo on a local cluster until Ctrl-C
 	@$(PY) infra/local/demo.py --experiment demo --job serve

@@ -112,6 +112,22 @@ def markov_block(
         return markov_block_triton.markov_block(
             base, code, w2, anchor_tokens, anchors, sampling, vocabulary, d2t, stream, own, logits
         )
+    return reference(base, code, w2, anchor_tokens, anchors, sampling, d2t, stream, own, logits)
+
+
+def reference(
+    base: Tensor,
+    code: Code | None,
+    w2: Tensor | None,
+    anchor_tokens: Tensor,
+    anchors: Tensor,
+    sampling: Sampling,
+    d2t: Tensor | None,
+    stream: str,
+    own_anchor: Tensor | None,
+    logits: bool,
+) -> Block:
+    """`markov_block` in torch, on any device, arguments unchecked; `own_anchor` keys the noise by the round too."""
     previous = anchor_tokens
     tokens, seen, kept = [], [], []
     for k in range(base.shape[1]):
@@ -125,7 +141,9 @@ def markov_block(
         else:
             z = transform(z, sampling.temperature, sampling.top_k, sampling.top_p)
             at = anchors + 1 + k
-            previous = draw(z, sampling.seed, at, d2t, temperature=sampling.temperature, stream=stream, anchor=own)
+            previous = draw(
+                z, sampling.seed, at, d2t, temperature=sampling.temperature, stream=stream, anchor=own_anchor
+            )
         tokens.append(previous)
         if logits:
             kept.append(z)

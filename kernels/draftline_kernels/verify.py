@@ -248,6 +248,23 @@ def verify(
             target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t
         )
     _check_values(target_logits, tokens, lengths, cu_lengths)
+    return reference(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
+
+
+def reference(
+    target_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    cu_lengths: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    rule: str,
+    draft_logits: Tensor | None,
+    d2t: Tensor | None,
+) -> VerifyResult:
+    """`verify` in torch, on any device, arguments unchecked: what the kernels are held and timed against."""
+    batch = tokens.shape[0]
+    device = tokens.device
     owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1)
     if rule == "coupled" and not sampling.greedy:
         row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .sampling import largest
 
-_CPU_BYTES = 16 << 20
+_CPU_BYTES = 80 << 20
 _CUDA_BYTES = 128 << 20
-_FEWEST_ROWS = 64
+_CACHE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass
@@ -53,8 +53,8 @@ class RowStats:
 class RowTargets:
     """What each row is compared with, [N] each; the fields are `vocab_loss`'s arguments of the same names."""
 
-    log_normaliser: Tensor
-    target_best: Tensor
+    log_normaliser: Tensor | None
+    target_best: Tensor | None
     labels: Tensor
     ce_weight: Tensor
     kl_weight: Tensor
@@ -62,14 +62,19 @@ class RowTargets:
 
     def part(self, rows: slice) -> RowTargets:
         """The targets of `rows`, as views."""
-        return RowTargets(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return RowTargets(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]
 
 
-def rows_per_chunk(vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Rows of a chunk: a buffer of logits takes about 16 MiB on CPU, 128 MiB on CUDA, or 64 rows if that is more, as
-    lm_rows are read once per chunk. A fixed rule, so that sums don't depend on how much memory happens to be free."""
+def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of a chunk: as equal parts of all rows as keep a buffer of logits within 80 MiB on CPU, 128 MiB on CUDA.
+
+    lm_rows are read (and on CPU repacked) once per chunk, so chunks are as large as memory is worth; a fixed rule, so
+    that sums don't depend on how much happens to be free.
+    """
     budget = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
-    return max(_FEWEST_ROWS, budget // (vocabulary * itemsize))
+    most = max(1, budget // (vocabulary * itemsize))
+    return -(-rows // max(1, -(-rows // most))) or 1
 
 
 def row_losses_(
@@ -99,11 +104,17 @@ def row_losses_(
         from . import vocab_loss_triton
 
         vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, gradient=gradient)
-    else:
-        _reference(base, bias, target, targets, out, softcap, gradient)
+        return
+    # A few rows at a time, so that what one step writes the next one finds in the cache.
+    group = max(1, _CACHE_BYTES // (base.shape[1] * 4))
+    for start in range(0, base.shape[0], group):
+        part = slice(start, start + group)
+        more = None if bias is None else bias[part]
+        to = RowStats(out.ce[part], out.kl[part], out.l1[part], out.agree[part])
+        reference_(base[part], more, target[part], targets.part(part), to, softcap, gradient)
 
 
-def _reference(
+def reference_(
     base: Tensor,
     bias: Tensor | None,
     target: Tensor,
@@ -112,8 +123,8 @@ def _reference(
     softcap: float,
     gradient: bool,
 ) -> None:
-    """`row_losses_` in torch. Every chunk-sized tensor is reused: at these sizes the first touch of a fresh page costs
-    as much as the arithmetic."""
+    """`row_losses_` in torch, on any device, arguments unchecked. Tensors are reused: the first touch of a fresh page
+    costs as much as the arithmetic on it."""
     # float32 inputs are worked on in place; narrower ones in a float32 copy.
     z, t = base.float(), target.float()
     slope = None
@@ -126,12 +137,17 @@ def _reference(
     if bias is not None:
         z += bias
     best, _ = largest(z)
-    out.agree.copy_(best == targets.target_best)
+    target_best, normaliser = targets.target_best, targets.log_normaliser
+    if target_best is None:
+        target_best, _ = largest(t)
+    if normaliser is None:
+        normaliser = t.logsumexp(-1)
+    out.agree.copy_(best == target_best)
     z -= z.gather(-1, best[:, None])
     inside = targets.labels >= 0
     column = targets.labels.clamp(min=0)[:, None]
     at_label = z.gather(-1, column).squeeze(-1)
-    t -= targets.log_normaliser[:, None]
+    t -= normaliser[:, None]
     p = t.exp()
     within = p.sum(-1)
     # sum p (log p - log q) + m log(1 / m), in three sums instead of another [C, Vd] of logarithms.
@@ -183,6 +199,8 @@ def _check_targets(targets: RowTargets, rows: int, device: torch.device) -> None
     """Raises ValueError unless every field is [rows] on `device`, of its documented dtype."""
     for field in dataclasses.fields(targets):
         value = getattr(targets, field.name)
+        if value is None and field.name in ("log_normaliser", "target_best"):
+            continue
         if value.shape != (rows,) or value.device != device:
             raise ValueError(
                 f"{field.name} has shape {list(value.shape)} on {value.device}; expected [{rows}] on {device}"
@@ -263,8 +281,8 @@ def vocab_loss(
     w2: Tensor | None,
     lm_rows: Tensor,
     target_hidden: Tensor,
-    log_normaliser: Tensor,
-    target_best: Tensor,
+    log_normaliser: Tensor | None,
+    target_best: Tensor | None,
     labels: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
@@ -279,8 +297,10 @@ def vocab_loss(
         hidden: [N, D], the draft's. markov: [N, r], codes of the Markov head at each slot. w2: [Vd, r]. Both or none.
         lm_rows: [Vd, D] in the compute dtype, float32, bfloat16 or float16 (products run in it; statistics in fp32).
         target_hidden: [N, D], the target's last hidden state at the position before each label.
-        log_normaliser: float32[N], log-sum-exp of the target's logits there over its whole vocabulary.
-        target_best: int64[N], draft id of the target's most likely token there, -1 outside the draft vocabulary.
+        log_normaliser: float32[N], log-sum-exp of the target's logits there over its whole vocabulary; None
+            where the draft vocabulary is the whole one, so that the logits formed here tell it.
+        target_best: int64[N], draft id of the target's most likely token there, -1 outside the draft vocabulary;
+            None likewise.
         labels: int64[N], draft ids, -1 outside the draft vocabulary.
         ce_weight, kl_weight, l1_weight: float32[N], complete with denominators.
         softcap: c of the target's c tanh(logits / c), 0 for none.
@@ -315,6 +335,6 @@ def vocab_loss(
     _check_targets(targets, rows, device)
     if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
         raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
-    size = chunk or rows_per_chunk(vocabulary, lm_rows.element_size(), device)
+    size = chunk or rows_per_chunk(rows, vocabulary, lm_rows.element_size(), device)
     loss, ce, kl, l1, agree = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, size)
     return loss, RowStats(ce, kl, l1, agree)

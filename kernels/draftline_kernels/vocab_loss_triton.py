@@ -1,4 +1,5 @@
-"""`vocab_loss.row_losses_` in Triton: one program per row, three sweeps over the row's logits.
+"""`vocab_loss.row_losses_` in Triton: one program per row, three sweeps over the row's logits (four where the target's
+normaliser is not given).
 
 Sweep 1 takes the maximum, sum-exp and argmax of the draft's logits online, and of the target's (whose normaliser is
 known) the mass inside and the two sums of the KL; sweep 2, with q now normalised, sum |q - p| and sum q sign(q - p);
@@ -69,6 +70,8 @@ def _row_losses(
     cap,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
+    NORMALISER: tl.constexpr,
+    BEST: tl.constexpr,
     GRADIENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -76,14 +79,27 @@ def _row_losses(
     base_row = base + row * base_stride
     bias_row = bias + row * bias_stride
     target_row = target + row * target_stride
-    normaliser = tl.load(normalisers + row)
     label = tl.load(labels + row)
     lane = tl.arange(0, TILE)
+
+    if NORMALISER:
+        normaliser = tl.load(normalisers + row)
+    else:
+        top = tl.full((), float("-inf"), tl.float32)
+        whole = tl.full((), 0.0, tl.float32)
+        for start in range(0, width, TILE):
+            t = _log_p(target_row, start + lane, width, 0.0, cap, SOFTCAP)
+            raised = tl.maximum(top, tl.max(t, 0))
+            whole = whole * tl.exp(top - raised) + tl.sum(tl.exp(t - raised), 0)
+            top = raised
+        normaliser = top + tl.log(whole)
 
     # Every running value is one per row: tiles are reduced at once, so the tile's registers are all that is live.
     peak = tl.full((), float("-inf"), tl.float32)
     mass = tl.full((), 0.0, tl.float32)
     best = tl.full((), 0, tl.int32)
+    likeliest = tl.full((), float("-inf"), tl.float32)
+    target_place = tl.full((), 0, tl.int64)
     at_label = tl.full((), 0.0, tl.float32)
     within = tl.full((), 0.0, tl.float32)
     entropy = tl.full((), 0.0, tl.float32)
@@ -102,6 +118,10 @@ def _row_losses(
         mass = mass * scale + tl.sum(tl.exp(z - raised), 0)
         at_label += tl.sum(tl.where(column == label, z, 0.0), 0)
         log_p = _log_p(target_row, column, width, normaliser, cap, SOFTCAP)
+        if not BEST:
+            tall, spot = tl.max(log_p, 0, return_indices=True, return_indices_tie_break_left=True)
+            target_place = tl.where(tall > likeliest, (start + spot).to(tl.int64), target_place)
+            likeliest = tl.maximum(likeliest, tall)
         p = tl.exp(log_p)
         entropy += tl.sum(p * tl.where(inside, log_p, 0.0), 0)
         crossed += tl.sum(p * tl.where(inside, z - raised, 0.0), 0)
@@ -113,7 +133,9 @@ def _row_losses(
     # p may stay outside altogether: then there is nothing to divide by, and no KL.
     log_within = tl.log(tl.maximum(within, 1e-30))
     tl.store(kl + row, entropy - crossed + within * (log_mass - log_within))
-    tl.store(agree + row, (best.to(tl.int64) == tl.load(target_best + row)).to(tl.int8))
+    if BEST:
+        target_place = tl.load(target_best + row)
+    tl.store(agree + row, (best.to(tl.int64) == target_place).to(tl.int8))
 
     apart = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
@@ -173,8 +195,8 @@ def row_losses_(
         base.stride(0),
         second.stride(0),
         target.stride(0),
-        targets.log_normaliser.contiguous(),
-        targets.target_best.contiguous(),
+        targets.ce_weight if targets.log_normaliser is None else targets.log_normaliser.contiguous(),
+        targets.labels if targets.target_best is None else targets.target_best.contiguous(),
         targets.labels.contiguous(),
         targets.ce_weight.contiguous(),
         targets.kl_weight.contiguous(),
@@ -187,6 +209,8 @@ def row_losses_(
         float(softcap) or 1.0,
         SOFTCAP=bool(softcap),
         BIAS=bias is not None,
+        NORMALISER=targets.log_normaliser is not None,
+        BEST=targets.target_best is not None,
         GRADIENT=gradient,
         TILE=tile,
         num_warps=16 if tile >= 2048 else 4,

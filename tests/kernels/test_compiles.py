@@ -29,6 +29,7 @@ def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool) -> tuple[
     pointers |= {n: "*fp32" for n in ("normalisers", "ce_weight", "kl_weight", "l1_weight", "ce", "kl", "l1")}
     scalars = {"base_stride": "i64", "bias_stride": "i64", "target_stride": "i64", "width": "i32", "cap": "fp32"}
     constants = {"SOFTCAP": softcap, "BIAS": bias, "GRADIENT": gradient, "TILE": 4096}
+    constants |= dict.fromkeys(("NORMALISER", "BEST"), not softcap)
     return vocab_loss_triton._row_losses, pointers | scalars, constants
 
 

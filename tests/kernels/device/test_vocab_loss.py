@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def case(device: torch.device, width: int, *, bias: bool, softcap: float, spread
     best = torch.where(torch.arange(N) % 2 == 0, z.argmax(-1), -1)
     outside = torch.rand(N, generator=g)
     to = RowTargets(capped.logsumexp(-1) + outside, best, labels, *weights)
-    to = RowTargets(*(getattr(to, f).to(device) for f in RowTargets.__dataclass_fields__))
+    to = RowTargets(*(getattr(to, f.name).to(device) for f in dataclasses.fields(to)))
     return base.to(device), added.to(device) if bias else None, target.to(device), to
 
 
@@ -97,6 +99,20 @@ def test_bfloat16_logits_are_summed_in_float32(device: torch.device) -> None:
         torch.testing.assert_close(getattr(out, name).double(), wanted[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.double(), grad, rtol=1e-2, atol=1e-6)
     assert torch.equal(got, got_bias)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_whole_vocabulary_needs_no_normaliser(device: torch.device, softcap: float) -> None:
+    """Normaliser and best token come from the target's logits: as when they are given."""
+    base, added, target, to = case(device, 203, bias=True, softcap=softcap)
+    capped = softcap * torch.tanh(target.double() / softcap) if softcap else target.double()
+    to = dataclasses.replace(to, log_normaliser=capped.logsumexp(-1).float(), target_best=capped.argmax(-1))
+    wanted, grad, _ = exact(base, added, target, to, softcap)
+    open_ended = dataclasses.replace(to, log_normaliser=None, target_best=None)
+    out, got, _ = run(base, added, target, open_ended, softcap, tile=64)
+    for name, value in wanted.items():
+        torch.testing.assert_close(getattr(out, name).double(), value.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.double(), grad, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_alone(device: torch.device) -> None:
