@@ -73,8 +73,9 @@ class CorpusConfig:
 class FeaturesConfig:
     """Hidden-state features. target_layer_ids: 0-based decoder layers, empty takes the draft's.
 
-    batch_tokens: padded tokens per forward. threads: torch threads per actor. dtype: stored.
-    compute_dtype: of the extracting forward ("" takes the target's). mode: store or stream.
+    batch_tokens: padded tokens per forward. threads: torch threads per actor. dtype: stored. shard_rows: rows of a
+    shard, and of a streamed run's request. compute_dtype: of the extracting forward ("" takes the target's). mode:
+    store or stream.
     """
 
     mode: str = "store"

@@ -19,6 +19,7 @@ from pipeline.config import TargetConfig
 from pipeline.corpus.build import read_rows
 from pipeline.errors import DraftlineError
 from pipeline.target import load_target
+from pipeline.training.average import read_average
 from pipeline.training.preemption import HeedSigterm
 from pipeline.training.schedule import rows_of_step
 from tests.training.runs import Place, Signaller, curve, make_features, make_place, reported
@@ -73,6 +74,10 @@ def test_two_workers_stopped_by_sigterm_are_gone_on_with_by_one(place: Place, al
     mine, theirs = (load_file(d / "draft" / "model.safetensors") for d in (run, alone))
     for name, weight in theirs.items():
         torch.testing.assert_close(mine[name], weight, rtol=1e-4, atol=1e-6)
+    last = _checkpoint(alone)
+    trained = torch.load(next(last.glob("deepspeed/*model_states.pt")), weights_only=False)["module"]
+    assert torch.equal(theirs["fc.weight"], read_average(last)["draft.fc.weight"]), "published: the running average"
+    assert not torch.allclose(theirs["fc.weight"], trained["draft.fc.weight"], rtol=1e-3)
 
 
 def _has_nothing_borrowed(checkpoint: Path) -> None:
