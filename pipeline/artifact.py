@@ -141,6 +141,7 @@ def create(
     """
     final = Path(final).absolute()
     key = digest_json({"kind": kind, "config": config, "inputs": inputs or {}, "target": target})
+    _settle(final)
     aside = final.with_name(f".{final.name}.staging")
     if aside.exists() and (not resumable or _staged_key(aside) != key):
         shutil.rmtree(aside)
@@ -172,14 +173,7 @@ def create(
     write_json(aside / MANIFEST, dataclasses.asdict(manifest))
     # Only now: hashing takes a while, and a kill during it must not cost what was staged.
     (aside / _KEY).unlink()
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        aside.rename(final)
+    _replace(aside, final)
 
 
 def load(path: Path | str, kind: str, *, verify: bool = True) -> Manifest:
@@ -231,12 +225,35 @@ def current(
 
     A stage whose output is current is skipped (design.md, rule 4). A damaged artifact is not current.
     """
+    _settle(Path(path).absolute())
     try:
         manifest = load(path, kind, verify=False)
     except ArtifactError:
         return None
     same = digest_json(manifest.config) == digest_json(config) and manifest.inputs == inputs
     return manifest if same and target in (None, manifest.target) else None
+
+
+def _replace(aside: Path, final: Path) -> None:
+    """Puts a whole artifact under its final name; what was there goes away only then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(final: Path) -> None:
+    """Ends what a killed writer had begun: a whole artifact that was not renamed yet is, else the old one comes back.
+
+    For writers only: a reader that did this could meet a writer between its two renames.
+    """
+    aside, old = final.with_name(f".{final.name}.staging"), final.with_name(f".{final.name}.old")
+    if (aside / MANIFEST).is_file() and not (aside / _KEY).exists():
+        _replace(aside, final)
+    elif old.exists() and not final.exists():
+        old.rename(final)
 
 
 def _staged_key(aside: Path) -> str | None:

@@ -71,7 +71,8 @@ class CorpusConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """Hidden-state features. target_layer_ids: 0-based decoder layers, empty takes the draft's.
+    """Hidden-state features. target_layer_ids: 0-based decoder layers, empty takes the draft's,
+    and where that has none either, five spread over the target.
 
     batch_tokens: padded tokens per forward. threads: torch threads per actor. dtype: stored. shard_rows: rows of a
     shard, and of a streamed run's request. compute_dtype: of the extracting forward ("" takes the target's). mode:
@@ -313,6 +314,7 @@ _POSITIVE = (
     "engine.max_context",
     "engine.prefill_chunk",
     "benchmark.prompts",
+    "benchmark.calibrate_prompts",
     "parity.prompts",
     "parity.max_new_tokens",
     "benchmark.max_new_tokens",
@@ -320,6 +322,28 @@ _POSITIVE = (
     "draft.block_size",
     "draft.num_layers",
     "cluster.num_cpus",
+    "trainer.threads_per_worker",
+    "serving.max_tokens",
+)
+_NOT_NEGATIVE = (
+    "engine.threads",
+    "corpus.max_rows",
+    "corpus.min_loss_tokens",
+    "corpus.regenerate.limit",
+    "corpus.regenerate.temperature",
+    "corpus.regenerate.top_k",
+    "trainer.weight_decay",
+    "trainer.warmup_steps",
+    "trainer.grad_clip",
+    "trainer.ce",
+    "trainer.kl",
+    "trainer.tv",
+    "trainer.confidence",
+    "trainer.max_failures",
+    "benchmark.temperature",
+    "gate.min_prompts",
+    "gate.min_tau",
+    "serving.port",
 )
 
 
@@ -395,6 +419,11 @@ def _check_values(config: Any) -> None:
     for key in _POSITIVE:
         if get(key) is not None and get(key) <= 0:
             raise ConfigError(f"{key}={get(key)!r} must be above 0.")
+    for key in _NOT_NEGATIVE:
+        if get(key) < 0:
+            raise ConfigError(f"{key}={get(key)!r} must be 0 or more.")
+    if not any(get(f"trainer.{name}") for name in ("ce", "kl", "tv")):
+        raise ConfigError("trainer.ce, trainer.kl and trainer.tv are all 0: nothing would train the draft's tokens.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "

@@ -21,6 +21,9 @@ BLOCK = 4096
 STREAMS: dict[str, tuple[int, int]] = {"target": (0, 1), "draft": (2, 3), "residual": (4, 5), "bonus": (6, 7)}
 """Noise streams (block choice, token choice) of each purpose that a token is drawn for."""
 
+COLDEST = 1e-5
+"""Below it logits / temperature leaves what float32 tells apart: such a temperature is greedy decoding."""
+
 _STRIPE = 256
 _NARROW = 64
 
@@ -30,7 +33,8 @@ class Sampling:
     """Sampling parameters of B requests, one entry each.
 
     Attributes:
-        temperature: float32 [B]; 0 means greedy, and the other two are then ignored.
+        temperature: float32 [B]; 0 means greedy, and the other two are then ignored. `of` takes what is below
+            COLDEST for 0.
         top_k: int64 [B]; 0 means off.
         top_p: float32 [B] in [0, 1]; 1 means off.
         seed: int64 [B].
@@ -70,7 +74,9 @@ class Sampling:
         # Seeds are 64 bits: an unsigned one keeps its bit pattern.
         seeds = [((row[3] + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for row in entries]
         return cls(
-            temperature=torch.tensor([row[0] for row in entries], dtype=torch.float32, device=device),
+            temperature=torch.tensor(
+                [row[0] if row[0] >= COLDEST else 0.0 for row in entries], dtype=torch.float32, device=device
+            ),
             top_k=torch.tensor([row[1] for row in entries], dtype=torch.int64, device=device),
             top_p=torch.tensor([row[2] for row in entries], dtype=torch.float32, device=device),
             seed=torch.tensor(seeds, dtype=torch.int64, device=device),

@@ -43,14 +43,15 @@ class QueueFull(DraftlineError):
 class RoundTrace:
     """What happened to the blocks of one step (given to `Engine.on_round`).
 
-    request_ids of the B requests; raw_confidence float32[B, K] or None; lengths, accepted, counts: int64[B].
+    request_ids of the B requests; raw_confidence float32[B, K] or None; lengths, accepted, emitted: int64[B]. Where the
+    text ended inside the block, fewer than accepted + 1 tokens are emitted.
     """
 
     request_ids: list[str]
     raw_confidence: torch.Tensor | None
     lengths: torch.Tensor
     accepted: torch.Tensor
-    counts: torch.Tensor
+    emitted: torch.Tensor
 
 
 class Engine:
@@ -60,7 +61,8 @@ class Engine:
         target: taken over by the engine (see TargetRunner).
         config: sizes, scheduler, verification rule, threads.
         proposer: the draft; None decodes plainly.
-        step_cost: a table measured earlier; otherwise `profile()` measures it when a scheduler first needs it.
+        step_cost: a table measured earlier. Without one the first step that drafts measures it (seconds; `profile()`
+            does so beforehand), where the scheduler needs it.
     Raises:
         ConfigError: a rule and scheduler that are not exact together, unknown names.
     """
@@ -93,13 +95,16 @@ class Engine:
     def set_schedule(self, scheduler: str, length: int | None = None, rule: str | None = None) -> None:
         """Chooses the prefix scheduler (and verification rule) for the steps to come.
 
-        Raises ConfigError for unknown names. A non-causal scheduler with the ratio rule is refused per request,
-        when one that samples is submitted: greedy decoding is exact under any schedule.
+        Raises ConfigError for unknown names, DraftlineError while requests run. A non-causal scheduler with the ratio
+        rule is refused per request, when one that samples is submitted: greedy decoding is exact under any schedule.
         """
-        self.scheduler: PrefixScheduler = make_scheduler(scheduler, length)
+        made = make_scheduler(scheduler, length)
         rule = rule or self.config.rule
         if rule not in ("coupled", "ratio"):
             raise ConfigError(f"engine.rule={rule!r} is not one of coupled, ratio.")
+        if self.has_work:
+            raise DraftlineError("The schedule can't be changed while requests run; finish or cancel them first.")
+        self.scheduler: PrefixScheduler = made
         self.rule = rule
 
     def set_proposer(self, proposer: Proposer) -> None:
@@ -133,7 +138,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-            DraftlineError: an invalid field, or sampling under a rule and scheduler that are not exact together.
+            DraftlineError: an invalid field, or sampling under a rule and scheduler that are not exact together or
+                with a draft made for the other rule.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request.check(self.target.vocab_size, self.config.max_context)
@@ -142,6 +148,13 @@ class Engine:
                 f"Request {request.id}: temperature {request.temperature} with engine.rule=ratio and "
                 f"engine.scheduler={self.scheduler.name} would not follow the target's distribution (the schedule sees "
                 "the tokens it decides on). Use engine.scheduler=early_stop or engine.rule=coupled."
+            )
+        drawn = getattr(self.proposer, "rule", self.rule)
+        if request.temperature > 0 and drawn != self.rule:
+            raise DraftlineError(
+                f"Request {request.id}: temperature {request.temperature}, but the draft draws its tokens for the "
+                f"{drawn} rule and the engine verifies by the {self.rule} rule. Make the proposer with "
+                f"rule={self.rule!r}."
             )
         if len(self._queue) >= self.config.max_queue:
             raise QueueFull(
@@ -164,20 +177,29 @@ class Engine:
     def generate(
         self, requests: Iterable[Request], on_event: Callable[[StepEvent], None] | None = None
     ) -> list[Completion]:
-        """Decodes requests to their end, however many; completions come in the order of the requests."""
+        """Decodes requests to their end, however many; completions come in the order of the requests.
+
+        Whatever is raised (a request that can't be served, an interruption), none of them stays in the engine.
+        """
         waiting = collections.deque(requests)
         order = [r.id for r in waiting]
         if len(set(order)) != len(order):
             raise DraftlineError("Two requests have the same id; ids must be unique.")
         done: dict[str, Completion] = {}
-        while waiting or self.has_work:
-            while waiting and len(self._queue) < self.config.max_queue:
-                self.submit(waiting.popleft())
-            for event in self.step():
-                if on_event:
-                    on_event(event)
-                if event.finished:
-                    done[event.request_id] = event.finished
+        try:
+            while waiting or self.has_work:
+                while waiting and len(self._queue) < self.config.max_queue:
+                    self.submit(waiting.popleft())
+                for event in self.step():
+                    if on_event:
+                        on_event(event)
+                    if event.finished:
+                        done[event.request_id] = event.finished
+        except BaseException:
+            for i in order:
+                self.cancel(i)
+            self._reap()
+            raise
         return [done[i] for i in order]
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -186,6 +208,8 @@ class Engine:
     def step(self) -> list[StepEvent]:
         """Advances every running request by one target step; returns what was emitted."""
         events = self._reap()
+        if self._queue and not self._running and self._cost_is_missing:
+            self.profile()
         self._admit()
         if not self._running:
             return events
@@ -227,18 +251,13 @@ class Engine:
         if proposal is None or not decoding:
             return [0] * len(decoding)
         limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
-        if self.scheduler.name == "fixed":
-            cost: StepCost | None = None
-        else:
-            cost = self.step_cost or self._default_cost()
+        cost = None if self.scheduler.name == "fixed" else self.step_cost
         context = sum(len(s.tokens) for s in decoding) // len(decoding)
         return self.scheduler.lengths(proposal.confidence, cost, context, limits).tolist()  # type: ignore[arg-type]
 
-    def _default_cost(self) -> StepCost:
-        raise DraftlineError(
-            f"engine.scheduler={self.scheduler.name} needs the cost of a step: call Engine.profile() before the first "
-            "request, or pass a step cost measured earlier."
-        )
+    @property
+    def _cost_is_missing(self) -> bool:
+        return self.step_cost is None and self.scheduler.name != "fixed" and self.proposer.block_size > 0
 
     def _learn_draft_cost(self, seconds: float) -> None:
         """Keeps a running mean of what drafting adds to a round; lengths are chosen with it in the denominator."""
@@ -294,17 +313,6 @@ class Engine:
         if verifying:
             result = self._verify([s for s, _ in verifying], proposal, lengths, logits)
             accepted, following, finite = (x.tolist() for x in (result.accepted, result.next_token, result.finite))
-            if self.on_round is not None and proposal is not None and decoding:
-                n = len(decoding)
-                self.on_round(
-                    RoundTrace(
-                        [s.request.id for s in decoding],
-                        None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
-                        torch.tensor(lengths),
-                        result.accepted[:n].cpu(),
-                        proposal.counts,
-                    )
-                )
             now = time.perf_counter()
             emitted: list[tuple[Sequence, list[int], str | None]] = []
             for i, (s, first) in enumerate(verifying):
@@ -326,6 +334,17 @@ class Engine:
                     s.metrics.ttft = now - s.admitted
                 emitted.append((s, new, reason))
             self.proposer.commit(commits, taps)
+            if self.on_round is not None and proposal is not None and decoding:
+                n = len(decoding)
+                self.on_round(
+                    RoundTrace(
+                        [s.request.id for s in decoding],
+                        None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
+                        torch.tensor(lengths),
+                        result.accepted[:n].cpu(),
+                        torch.tensor([len(new) for _, new, _ in emitted[:n]]),
+                    )
+                )
             for s, new, reason in emitted:
                 if reason is not None:
                     events.append(self._finish(s, new, reason))

@@ -96,7 +96,7 @@ def load_draft(path: Path | str, target: Target) -> Draft:
     mine, theirs = target.identity.as_dict(), manifest.target or {}
     differing = [
         f"{key}: the draft's is {theirs.get(key)!r}, the target's is {mine[key]!r}"
-        for key in ("weight_digest", "tokenizer_digest", "revision")
+        for key in ("weight_digest", "config_digest", "tokenizer_digest", "revision")
         if theirs.get(key) != mine[key]
     ]
     if differing:

@@ -116,7 +116,9 @@ def collect_rounds(
 
     def keep(trace: RoundTrace) -> None:
         if trace.raw_confidence is not None:
-            whole = (trace.lengths == trace.raw_confidence.shape[1]).numpy()
+            # What lies behind a text's end is not what the draft is for.
+            ended = trace.emitted <= trace.accepted
+            whole = ((trace.lengths == trace.raw_confidence.shape[1]) & ~ended).numpy()
             raw.append(trace.raw_confidence.numpy()[whole])
             accepted.append(trace.accepted.numpy()[whole])
 

@@ -74,7 +74,8 @@ calibrated.</b>{% endif %}</p>
 <td>{{ "%.2f"|format(s.speedup) }}</td></tr>{% endfor %}</table>
 <footer><h2>Provenance</h2>
 {% for k, v in r.conventions.items() %}{{ k }}: {{ v }}.<br>{% endfor %}
-target revision {{ r.target.revision }}, weights {{ r.target.weight_digest }}, tokenizer {{ r.target.tokenizer_digest }}
+target revision {{ r.target.revision }}, weights {{ r.target.weight_digest }},
+config {{ r.target.config_digest }}, tokenizer {{ r.target.tokenizer_digest }}
 <br>draft {{ r.draft_digest }}<br>corpus {{ r.corpus_digest }}<br>evaluation set {{ r.evaluation_set_digest }}
 <br>code {{ r.provenance.code_version }}, torch {{ r.provenance.torch }}, {{ r.provenance.machine }}
 <br>settings {{ r.provenance.settings|tojson }}</footer></body></html>

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import Split, read_rows
+from pipeline.drafts.config import default_layer_ids
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
@@ -26,6 +27,7 @@ from pipeline.target import check_family, load_identity, load_target, obtain, va
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _PRINT_SECONDS = 2.0
+_TRIES = 4  # of a shard whose actor dies: more would be a shard that kills it
 
 
 class Extractor:
@@ -84,6 +86,14 @@ def stage_config(config: FeaturesConfig, target: TargetConfig, split: Split) -> 
     return plain | {"compute_dtype": dtype, "split": split}
 
 
+def with_layers(config: FeaturesConfig, target: TargetConfig, cache_dir: Path | str) -> FeaturesConfig:
+    """The configuration with the layers named: those of `target_layer_ids`, or a draft's default for this target."""
+    if config.target_layer_ids:
+        return config
+    layers = int(_model_config(target, cache_dir).get_text_config().num_hidden_layers)
+    return dataclasses.replace(config, target_layer_ids=default_layer_ids(layers))
+
+
 def extract(
     config: FeaturesConfig,
     target: TargetConfig,
@@ -107,6 +117,7 @@ def extract(
         DraftlineError: no row has finite features.
     """
     corpus = artifact.load(corpus_dir, "corpus")
+    config = with_layers(config, target, cache_dir)
     plain = stage_config(config, target, split)
     inputs = {"corpus": corpus.digest}
     identity = load_identity(target, Path(cache_dir)).as_dict()
@@ -157,18 +168,22 @@ def check(
     Returns:
         The split's rows, and the target's hidden size.
     """
-    from transformers import AutoConfig
-
     stage_config(config, target, split)
     corpus = artifact.load(corpus_dir, "corpus", verify=False)
     check_identity(corpus, load_identity(target, Path(cache_dir)).as_dict(), corpus_dir)
-    loaded = AutoConfig.from_pretrained(obtain(target, Path(cache_dir)))
-    check_family(loaded.model_type)
-    model = loaded.get_text_config()
+    model = _model_config(target, cache_dir).get_text_config()
     validate_layer_ids(config.target_layer_ids, int(model.num_hidden_layers))
     if not (rows := corpus.counts[f"{split}_rows"]):
         raise DraftlineError(f"{corpus_dir} has no {split} rows. Give more conversations (corpus.source).")
     return rows, int(model.hidden_size)
+
+
+def _model_config(target: TargetConfig, cache_dir: Path | str) -> Any:
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(obtain(target, Path(cache_dir)))
+    check_family(loaded.model_type)
+    return loaded
 
 
 def _make(
@@ -188,18 +203,29 @@ def _make(
         num_cpus=1,
         num_gpus=num_gpus(target),
         compute=ray.data.ActorPoolStrategy(size=actors),
+        max_task_retries=_TRIES - 1,
         fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
     )
+    try:
+        _follow(results.iter_rows(), len(missing), actors)
+    except ray.exceptions.RayActorError as e:
+        raise DraftlineError(
+            f"A shard's extracting actor died {_TRIES} times (the last: {' '.join(str(e).split())[:300]}). The usual "
+            f"cause is memory: lower features.batch_tokens (now {config.batch_tokens}) or features.actors (now "
+            f"{config.actors}). What was made is kept; the same command goes on."
+        ) from None
+
+
+def _follow(made: Iterable[dict[str, Any]], count: int, actors: int) -> None:
+    """Waits for shards, with progress."""
     began, printed, tokens, busy = time.monotonic(), 0.0, 0, 0.0
-    for n, row in enumerate(results.iter_rows(), start=1):
+    for n, row in enumerate(made, start=1):
         tokens, busy, now = tokens + row["tokens"], busy + row["seconds"], time.monotonic()
-        if now - printed < _PRINT_SECONDS and n < len(missing):
+        if now - printed < _PRINT_SECONDS and n < count:
             continue
-        printed, left = now, (now - began) / n * (len(missing) - n)
+        printed, left = now, (now - began) / n * (count - n)
         # Tokens per second of work: over the time since the start, loading the target would weigh in at first.
-        print(
-            f"extract: shard {n}/{len(missing)}, {tokens * actors / busy:.0f} tokens/s, {left:.0f} s left", flush=True
-        )
+        print(f"extract: shard {n}/{count}, {tokens * actors / busy:.0f} tokens/s, {left:.0f} s left", flush=True)
 
 
 def num_gpus(target: TargetConfig) -> float | None:

@@ -169,7 +169,13 @@ class _Shard:
         )
 
 
-_FIELDS = {"id": "id", "revision": "revision", "weight_digest": "weights", "tokenizer_digest": "tokenizer"}
+_FIELDS = {
+    "id": "id",
+    "revision": "revision",
+    "weight_digest": "weights",
+    "config_digest": "config",
+    "tokenizer_digest": "tokenizer",
+}
 
 
 def check_identity(manifest: artifact.Manifest, identity: Mapping[str, str], what: Path | str) -> None:
@@ -180,7 +186,7 @@ def check_identity(manifest: artifact.Manifest, identity: Mapping[str, str], wha
         what: the artifact, as the message calls it.
 
     Raises:
-        ArtifactError: names the first of id, revision, weights, tokenizer that differs, and what to do.
+        ArtifactError: names the first of id, revision, weights, config, tokenizer that differs, and what to do.
     """
     if manifest.target is None:
         raise ArtifactError(f"{what} does not say which target it was made with. Make the {manifest.kind} again.")

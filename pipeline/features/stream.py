@@ -19,7 +19,7 @@ import torch
 
 from pipeline.config import FeaturesConfig, TargetConfig
 from pipeline.corpus.build import Split, read_rows
-from pipeline.features.extract import check, num_gpus
+from pipeline.features.extract import check, num_gpus, with_layers
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
 from pipeline.target import load_target
@@ -90,6 +90,7 @@ def feature_stream(
     """
     import ray
 
+    config = with_layers(config, target, cache_dir)
     count, _ = check(config, target, corpus_dir, cache_dir, split)
     actor = ray.remote(num_cpus=1, num_gpus=num_gpus(target) or 0, max_restarts=-1, max_task_retries=3)(StreamExtractor)
     places = (str(Path(corpus_dir).absolute()), split, str(Path(cache_dir).absolute()))

@@ -272,7 +272,7 @@ def ray_job_id() -> str | None:
 
 
 def identity_tags(target: Mapping[str, str]) -> dict[str, str]:
-    """A target's identity as tags: target.id, target.revision, target.weight_digest, target.tokenizer_digest."""
+    """A target's identity as tags: target.id, target.revision, target.weight_digest, ..."""
     return {f"target.{key}": value for key, value in target.items()}
 
 

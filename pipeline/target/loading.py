@@ -12,13 +12,16 @@ import torch
 import transformers
 
 from pipeline.artifact import digest_json, sha256_file, write_json
-from pipeline.errors import DraftlineError
+from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target.families import Family, check_family, family_of
 from pipeline.target.obtain import obtain
 
 if TYPE_CHECKING:
     from pipeline.config import TargetConfig
 
+# Rotary base, norms and layer kinds are in the config: with another one the same weights are another model. These
+# entries are not: where it came from, who wrote it, and the dtype that target.dtype overrides.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -26,13 +29,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 class TargetIdentity:
     """Which target something belongs to.
 
-    weight_digest: over the safetensors files; tokenizer_digest: over the tokenizer's files and chat template;
-    revision: the hub's commit, else the configured one, else the first 12 digits of the weight digest.
+    weight_digest: over the safetensors files; config_digest: over config.json, without what says only how it was
+    written; tokenizer_digest: over the tokenizer's files and chat template; revision: the hub's commit, else the
+    configured one, else the first 12 digits of the weight digest.
     """
 
     id: str
     revision: str
     weight_digest: str
+    config_digest: str
     tokenizer_digest: str
 
     def as_dict(self) -> dict[str, str]:
@@ -96,14 +101,26 @@ class Target:
     @cached_property
     def unused_token(self) -> int:
         """A token id that no text of the target contains: the highest embedding row outside its special eos/bos,
-        preferring padded rows, then reserved special tokens."""
+        preferring padded rows, then reserved special tokens that the chat template does not write.
+
+        Raises:
+            ConfigError: there is none.
+        """
         used = {*self.eos_ids, self.tokenizer.bos_token_id}
         if self.vocab_size > len(self.tokenizer):
             return self.vocab_size - 1
-        special = [i for i in self.tokenizer.all_special_ids if i not in used]
+        template = str(self.tokenizer.chat_template or "")
+        special = [
+            i
+            for i in self.tokenizer.all_special_ids
+            if i not in used and str(self.tokenizer.convert_ids_to_tokens(i)) not in template
+        ]
         if special:
             return int(min(special))
-        return 0
+        raise ConfigError(
+            f"Every token of {self.identity.id} may occur in its texts, so none stands for a draft's empty slots by "
+            "itself. Name one: draft.mask_token_id=<a token id that your corpus does not use>."
+        )
 
 
 def load_tokenizer(config: TargetConfig, cache_dir: Path) -> Any:
@@ -138,7 +155,7 @@ def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) 
     name = config.path if not Path(config.path).is_dir() else Path(config.path).resolve().name
     # The hub's cache names a snapshot's directory after its commit; a configured revision may be a moving branch.
     commit = path.name if path.parent.name == "snapshots" else ""
-    return TargetIdentity(name, commit or config.revision or digest[:12], digest, tokens)
+    return TargetIdentity(name, commit or config.revision or digest[:12], digest, _config_digest(path), tokens)
 
 
 def load_target(config: TargetConfig, cache_dir: Path) -> Target:
@@ -172,6 +189,14 @@ def _cached_digest(file: Path, cache_dir: Path) -> str:
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_json(memo, {"sha256": digest, "file": file.name})
     return digest
+
+
+def _config_digest(path: Path) -> str:
+    try:
+        raw = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise DraftlineError(f"{path} has no config.json that can be read: {_first_line(e)}") from None
+    return digest_json({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
 
 
 def _first_line(e: BaseException) -> str:

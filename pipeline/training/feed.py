@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from pipeline.config import TrainerConfig
+from pipeline.errors import DraftlineError
 from pipeline.training.schedule import microbatches_of_step
 from pipeline.training.step import Row
 
@@ -47,6 +48,8 @@ def streamed(
             was ordered; None where features are not finite.
         request_rows: rows per order, at least a step's. ahead: orders that are out while one is being used, which
             bounds what waits in memory.
+    Raises:
+        DraftlineError: this rank's share of a whole pass over the rows gave no finite features.
     """
     share = config.sequences_per_step // world
     steps_each = max(1, request_rows // share)
@@ -63,8 +66,15 @@ def streamed(
 
     orders = [order(at) for at in range(min(ahead, len(starts)))]
     size = share // config.accumulate
+    seen, usable = 0, False
     for at in range(len(starts)):
         made = list(get(orders.pop(0)))
+        seen, usable = seen + len(made), usable or any(r is not None for r in made)
+        if not usable and seen >= -(-rows // world):
+            raise DraftlineError(
+                f"The features of {seen} rows, a whole pass, are not finite. Use features.compute_dtype=float32, or "
+                "check the target's weights."
+            )
         if at + ahead < len(starts):
             orders.append(order(at + ahead))
         for start in range(0, len(made), share):

@@ -42,7 +42,8 @@ def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, cor
         ConfigError: a draft or features that `warm_start.layers=features` has no closed form for; a target whose
             layers `warm_start.layers=target` can't copy.
     """
-    full = resolve(config, target.config, target.unused_token)
+    masks = config.algorithm != "eagle3" and config.mask_token_id < 0
+    full = resolve(config, target.config, target.unused_token if masks else 0)
     start = trainer.warm_start.layers
     if start == "auto":
         plain = target.family.layer_obstacle is None

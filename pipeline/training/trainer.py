@@ -17,9 +17,10 @@ from ray.train import UserCallback
 from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.errors import ConfigError, DraftlineError
+from pipeline.features import extract
 from pipeline.target.loading import load_identity
 from pipeline.training.preemption import HeedSigterm, bell
-from pipeline.training.worker import WorkerPlan, replay_files, stopped_file, train_worker
+from pipeline.training.worker import History, WorkerPlan, replay_files, stopped_file, train_worker
 
 
 class Sink(Protocol):
@@ -32,11 +33,15 @@ def stage_config(config: PipelineConfig) -> dict[str, Any]:
     """The settings that decide what training produces (where and on how many workers it runs, and how often it reports,
     do not; nor do microbatches, unless they weigh something)."""
     trainer = to_plain(config.trainer)
+    target: dict[str, Any] = {"dtype": config.target.dtype}  # what the borrowed matrices are in
     for name in ("checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu", "workers"):
         trainer.pop(name)
     if config.trainer.normalise == "tokens":
         trainer.pop("accumulate")
-    return {"trainer": trainer, "draft": to_plain(config.draft), "deepspeed": config.deepspeed}
+    plain = {"trainer": trainer, "draft": to_plain(config.draft), "deepspeed": config.deepspeed, "target": target}
+    if config.features.mode == "stream":
+        plain["features"] = extract.stage_config(config.features, config.target, "train")
+    return plain
 
 
 def train(
@@ -68,7 +73,7 @@ def train(
     inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
     if features_dir is not None:
         inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
-    _same_layers(config, features_dir)
+    config = _with_layers(config, features_dir, cache_dir)
     plain = stage_config(config)
     identity = load_identity(config.target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
@@ -118,19 +123,28 @@ def train(
     return artifact.load(out, "draft", verify=False)
 
 
-def _same_layers(config: PipelineConfig, features_dir: Path | None) -> None:
-    """Raises ConfigError where features come from other layers than the draft will be served with."""
+def _with_layers(config: PipelineConfig, features_dir: Path | None, cache_dir: Path) -> PipelineConfig:
+    """The configuration with the layers that its features come from, which are the ones the draft will tap.
+
+    Raises:
+        ConfigError: the draft wants others.
+    """
     wanted = list(config.draft.target_layer_ids)
     if features_dir is None:
-        given, where = list(config.features.target_layer_ids), "features.target_layer_ids"
+        features = extract.with_layers(config.features, config.target, cache_dir)
+        given, where = list(features.target_layer_ids), "features.target_layer_ids"
     else:
         manifest = artifact.load(features_dir, "features", verify=False)
+        features = config.features
         given, where = list(manifest.info["target_layer_ids"]), f"the features at {features_dir}"
-    if wanted and given and wanted != given:
+    if wanted and wanted != given:
         raise ConfigError(
             f"draft.target_layer_ids={wanted}, but {where} has {given}. Extract the draft's layers, or train a "
             "draft of those."
         )
+    return dataclasses.replace(
+        config, features=features, draft=dataclasses.replace(config.draft, target_layer_ids=given)
+    )
 
 
 def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path, sink: Sink | None) -> None:
@@ -168,10 +182,7 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:
     """The reported metrics of the run that made a draft, in order of steps."""
     key = artifact.digest_json([manifest.config, manifest.inputs, manifest.target])[:12]
-    file = Path(run_dir) / "train" / f"history-{key}.jsonl"
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return History.read(Path(run_dir) / "train" / f"history-{key}.jsonl")
 
 
 class _Reports(UserCallback):

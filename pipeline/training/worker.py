@@ -193,12 +193,15 @@ class History:
 
     def __init__(self, path: Path, first: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first]
+        kept = [json.dumps(entry) + "\n" for entry in self.read(path) if entry["step"] <= first]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept))
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+    @staticmethod
+    def read(path: Path) -> list[dict[str, float]]:
+        """The reports of a file, in order of steps; without one that a kill cut short, none without a file."""
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def add(self, summary: dict[str, float]) -> None:
         with self.path.open("a") as f:

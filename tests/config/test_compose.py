@@ -70,6 +70,8 @@ def test_values_survive_being_plain() -> None:
         ("engine.scheduler=globl", "Did you mean 'global'?"),
         ("trainer.steps=many", "trainer.steps='many' must be of type int"),
         ("trainer.steps=0", "trainer.steps=0 must be above 0"),
+        ("benchmark.calibrate_prompts=0", "benchmark.calibrate_prompts=0 must be above 0"),
+        ("trainer.warmup_steps=-1", "trainer.warmup_steps=-1 must be 0 or more"),
         ("trainer.warm_start.layers=feature", "Did you mean 'features'?"),
         ("trainer.use_gpu=1", "trainer.use_gpu=1 must be of type bool"),
         ("nonsense", "is not a setting; write name=value"),
@@ -92,6 +94,11 @@ def test_a_wrong_name_or_value_is_one_line_that_helps(override: str, says: str) 
 def test_settings_that_exclude_each_other_are_refused_together(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose(["trainer.warm_start.layers=features", *overrides])
+
+
+def test_weights_that_train_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing would train the draft's tokens"):
+        compose(["trainer.ce=0", "trainer.kl=0", "trainer.tv=0"])
 
 
 def test_a_missing_value_is_named() -> None:

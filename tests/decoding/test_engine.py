@@ -273,6 +273,53 @@ def test_a_bad_field_is_named_with_its_value(tiny: Target, draft: DSparkDraft, f
         engine.submit(Request(**{"prompt_ids": [5], field: value}))
 
 
+def test_a_refused_request_leaves_none_in_the_engine(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+) -> None:
+    engine = engine_for(tiny, draft, "dspark")
+    ids = prompt_ids(tiny)
+    with pytest.raises(DraftlineError, match="top_p"):
+        engine.generate([Request(ids[0], max_new_tokens=30), Request(ids[1], top_p=2.0)])
+    assert not engine.has_work
+
+    def interrupt(event: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([Request(i, max_new_tokens=30) for i in ids], interrupt)
+    assert not engine.has_work
+    (done,) = engine.generate([Request(ids[1], max_new_tokens=30)])
+    assert done.token_ids == expected[1][:30]
+
+
+def test_an_engine_without_step_costs_measures_them(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+    config = EngineConfig(max_requests=1, max_context=128, threads=1, scheduler="early_stop")
+    engine = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128))
+    (done,) = engine.generate([Request(prompt_ids(tiny)[0], max_new_tokens=8)])
+    assert len(done.token_ids) == 8
+    assert engine.step_cost is not None and engine.step_cost.seconds(1, 64) > 0
+
+
+def test_a_temperature_too_small_for_float32_is_greedy(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+) -> None:
+    engine = engine_for(tiny, draft, "dspark")
+    (done,) = engine.generate([Request(prompt_ids(tiny)[0], max_new_tokens=30, temperature=1e-38)])
+    assert done.token_ids == expected[0][:30]
+
+
+def test_a_draft_made_for_the_other_rule_may_not_sample(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+    engine = engine_for(tiny, draft, "dspark", rule="coupled")
+    engine.set_schedule("early_stop", rule="ratio")
+    with pytest.raises(DraftlineError, match="draws its tokens for the coupled rule .* by the ratio rule"):
+        engine.submit(Request([5], temperature=1.0))
+    engine.submit(Request([5]))
+
+
 def test_a_full_queue_and_an_inexact_schedule_are_refused(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
     engine = engine_for(tiny, draft, "none", max_queue=1)
     engine.submit(Request([5]))

@@ -12,8 +12,9 @@ import torch
 from pipeline.artifact import load
 from pipeline.config import TargetConfig
 from pipeline.corpus.build import read_rows
+from pipeline.drafts.config import default_layer_ids
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
-from pipeline.features.extract import extract
+from pipeline.features.extract import extract, with_layers
 from pipeline.features.forward import batches, feature_rows
 from pipeline.features.store import FeatureStore
 from pipeline.features.stream import feature_stream
@@ -112,7 +113,6 @@ def test_a_corpus_of_another_target_is_refused_before_anything_runs(corpus_dir, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_layer_ids": []}, "target_layer_ids is empty"),
         ({"target_layer_ids": [4]}, "To tap the last layer's raw output, use 3"),
         ({"dtype": "float16"}, "features.dtype='float16'"),
         ({"compute_dtype": "int8"}, "features.compute_dtype='int8'"),
@@ -127,6 +127,12 @@ def test_settings_that_cannot_be_are_refused_with_their_name(corpus_dir, cache_d
     ):
         with pytest.raises(ConfigError, match=message):
             run()
+
+
+def test_layers_that_nobody_names_are_the_drafts_default(corpus_dir, cache_dir) -> None:
+    named = with_layers(dataclasses.replace(FEATURES, target_layer_ids=[]), TARGET, cache_dir)
+    assert named.target_layer_ids == default_layer_ids(4)
+    assert with_layers(FEATURES, TARGET, cache_dir) is FEATURES
 
 
 def test_an_empty_split_is_refused(corpus_dir, cache_dir, tmp_path) -> None:

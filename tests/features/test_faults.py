@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
-from pipeline.features.extract import extract
+from pipeline.errors import DraftlineError
+from pipeline.features.extract import Extractor, extract
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureStore
 from pipeline.target import load_target
@@ -84,6 +86,26 @@ def test_an_actor_killed_between_shards_loses_and_repeats_nothing(ray_here, corp
     killer.join()
     assert len(killed) == 1 and 3 <= killed[0][1] < 26
     assert_every_row_once(out, corpus_dir, cache_dir)
+
+
+class Murderous(Extractor):
+    """Its process dies of shard 1, every time."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if int(batch["shard"][0]) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+def test_a_shard_that_kills_its_actor_every_time_is_given_up(
+    ray_here, corpus_dir, cache_dir, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("pipeline.features.extract.Extractor", Murderous)
+    config = dataclasses.replace(FEATURES, shard_rows=13)
+    out = tmp_path / "features"
+    with pytest.raises(DraftlineError, match="died 4 times .* features.batch_tokens"):
+        extract(config, TARGET, corpus_dir, out, cache_dir)
+    assert not out.exists(), "and the shards made before wait for the next try"
 
 
 def test_a_killed_driver_goes_on_where_it_was(ray_here, corpus_dir, cache_dir, tmp_path) -> None:

@@ -13,7 +13,13 @@ from pipeline.errors import ArtifactError
 from pipeline.features.store import FeatureRow, FeatureStore, check_identity, shard_name, write_shard
 
 WIDTH, HIDDEN = 6, 3
-IDENTITY = {"id": "a", "revision": "1", "weight_digest": "w" * 64, "tokenizer_digest": "t" * 64}
+IDENTITY = {
+    "id": "a",
+    "revision": "1",
+    "weight_digest": "w" * 64,
+    "config_digest": "c" * 64,
+    "tokenizer_digest": "t" * 64,
+}
 
 
 def row(name: str, tokens: int) -> FeatureRow:
@@ -99,7 +105,13 @@ def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("field", "name"),
-    [("id", "id"), ("revision", "revision"), ("weight_digest", "weights"), ("tokenizer_digest", "tokenizer")],
+    [
+        ("id", "id"),
+        ("revision", "revision"),
+        ("weight_digest", "weights"),
+        ("config_digest", "config"),
+        ("tokenizer_digest", "tokenizer"),
+    ],
 )
 def test_a_store_of_another_target_is_refused_naming_what_differs(path, field: str, name: str) -> None:
     manifest = FeatureStore(path).manifest

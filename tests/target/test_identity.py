@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pipeline.config import TargetConfig
-from pipeline.errors import DraftlineError
+from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, family_of, features_of, load_identity, load_target, load_tokenizer, loading, obtain
 
 SMALL = {
@@ -40,6 +41,17 @@ def test_one_changed_weight_is_another_target(cache_dir: Path, tiny: Target, tmp
     assert after.weight_digest != before.weight_digest
     assert after.revision == after.weight_digest[:12]
     assert after.tokenizer_digest == before.tokenizer_digest
+
+
+def test_another_rotary_base_is_another_target_and_another_writer_is_not(cache_dir: Path, tmp_path: Path) -> None:
+    file = _copy(cache_dir, tmp_path / "stretched") / "config.json"
+    before = load_identity(TargetConfig(path=str(file.parent)), cache_dir)
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"transformers_version": "0.0", "dtype": "bfloat16"}))
+    assert load_identity(TargetConfig(path=str(file.parent)), cache_dir) == before
+    file.write_text(json.dumps(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}))
+    after = load_identity(TargetConfig(path=str(file.parent)), cache_dir)
+    assert after.config_digest != before.config_digest and after.weight_digest == before.weight_digest
 
 
 def test_a_changed_tokenizer_is_another_target(cache_dir: Path, tiny: Target, tmp_path: Path) -> None:
@@ -87,6 +99,20 @@ def test_the_unused_token_is_no_token_of_a_text(tiny: Target) -> None:
     assert tiny.unused_token not in tiny.eos_ids
     chat = tiny.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], return_dict=True)["input_ids"]
     assert tiny.unused_token not in chat
+
+
+def test_a_target_that_may_use_every_token_asks_for_one(tiny: Target) -> None:
+    class Tokenizer:
+        bos_token_id, all_special_ids, chat_template = 1, [1, 2], "{{ '<|turn|>' }}"
+
+        def __len__(self) -> int:
+            return tiny.vocab_size
+
+        def convert_ids_to_tokens(self, i: int) -> str:
+            return ["", "<|bos|>", "<|turn|>"][i]
+
+    with pytest.raises(ConfigError, match=r"draft\.mask_token_id="):
+        _ = Target(tiny.model, Tokenizer(), tiny.identity).unused_token
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,17 @@ workers there are."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config import PipelineConfig, TrainerConfig, from_plain
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DraftlineError
 from pipeline.training.feed import stored, streamed
 from pipeline.training.schedule import rows_of_step
+from pipeline.training.worker import History
 
 ROWS = [SimpleNamespace(sample_id=f"{i:032x}") for i in range(11)]  # an epoch ends inside a step
 
@@ -99,6 +101,21 @@ def test_rows_without_finite_features_are_left_out_and_counted() -> None:
     assert sum(lost for _, lost in short) > 0
 
 
+def test_a_pass_without_any_finite_features_ends_the_run() -> None:
+    config = _config(steps=50)
+    passed = 0
+
+    def get(order: list[int]) -> list[Any]:
+        nonlocal passed
+        passed += len(order)
+        return [None] * len(order)
+
+    with pytest.raises(DraftlineError, match="a whole pass, are not finite. Use features.compute_dtype=float32"):
+        for _ in streamed(len(ROWS), lambda _, indices: indices, get, config, 0, 2, 0, request_rows=4):
+            pass
+    assert len(ROWS) // 2 <= passed < len(ROWS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -111,3 +128,11 @@ def test_rows_without_finite_features_are_left_out_and_counted() -> None:
 def test_settings_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_plain(PipelineConfig, {"trainer": change})
+
+
+def test_a_report_that_a_kill_cut_short_is_taken_again(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [r["step"] for r in History.read(file)] == [1, 2]
+    History(file, first=1)
+    assert file.read_text() == '{"step": 1}\n'

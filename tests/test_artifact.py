@@ -1,0 +1,83 @@
+"""An artifact is whole under its name or isn't there, and what a reader gets is what was written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact
+from pipeline.errors import ArtifactError
+
+# Replaces an artifact and is killed at the n-th rename of a directory.
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import artifact
+out, kill_at, renames = Path(sys.argv[1]), int(sys.argv[2]), 0
+rename = Path.rename
+def counted(self, to):
+    global renames
+    renames += 1
+    if renames == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, to)
+Path.rename = counted
+with artifact.create(out, "thing", config={"n": 2}) as staging:
+    (staging.path / "data").write_text("new")
+"""
+
+
+def write(out: Path, n: int, text: str) -> None:
+    with artifact.create(out, "thing", config={"n": n}) as staging:
+        (staging.path / "data").write_text(text)
+
+
+def current(out: Path, n: int) -> bool:
+    return artifact.current(out, "thing", config={"n": n}, inputs={}) is not None
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_kill_while_one_is_replaced_loses_neither(tmp_path: Path, kill_at: int) -> None:
+    out = tmp_path / "thing"
+    write(out, 1, "old")
+    killed = subprocess.run([sys.executable, "-c", WRITER, str(out), str(kill_at)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert current(out, 2), "the new one was whole: the next run of the stage takes it"
+    assert (out / "data").read_text() == "new"
+    assert artifact.load(out, "thing").config == {"n": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_an_old_one_comes_back_when_its_successor_was_not_whole(tmp_path: Path) -> None:
+    out = tmp_path / "thing"
+    write(out, 1, "old")
+    out.rename(tmp_path / ".thing.old")
+    (tmp_path / ".thing.staging").mkdir()
+    assert current(out, 1) and (out / "data").read_text() == "old"
+
+
+def test_a_failed_writer_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "thing"
+    write(out, 1, "old")
+    with pytest.raises(OSError), artifact.create(out, "thing", config={"n": 2}) as staging:
+        (staging.path / "data").write_text("half")
+        raise OSError("disk full")
+    assert current(out, 1) and [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_was_altered_or_cut_short_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "thing"
+    write(out, 1, "right")
+    (out / "data").write_text("wrong")
+    with pytest.raises(ArtifactError, match="was altered"):
+        artifact.load(out, "thing")
+    (out / "data").write_text("ri")
+    with pytest.raises(ArtifactError, match="2 bytes, the manifest says 5"):
+        artifact.load(out, "thing", verify=False)
+    with pytest.raises(ArtifactError, match="holds a 'thing' artifact"):
+        artifact.load(out, "corpus")
