@@ -19,6 +19,7 @@ from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.training.anchors import Blocks, sample_blocks
+from pipeline.training.attention import packed_attention
 from pipeline.training.objectives import position_weights, vocab_loss
 from pipeline.training.unroll import unrolled_hidden
 
@@ -236,17 +237,12 @@ class TrainStep:
         tokens = torch.cat([r.input_ids[b.anchors].long() for r, b in picked])
         anchors = torch.cat([b.anchors for _, b in picked])
         lengths = [len(r.input_ids) for r, _ in picked]
-        counts = [len(b.anchors) for _, b in picked]
         c = draft.config
-        masks = {
-            window: [
-                _context_mask(b.anchors, n, c.block_size, window) for (_, b), n in zip(picked, lengths, strict=True)
-            ]
-            for window in {c.window(i) for i in range(c.num_layers)}
-        }
+        windows = [c.window(i) for i in range(c.num_layers)]
+        attention = packed_attention(lengths, [b.anchors for _, b in picked], c.block_size, windows)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_attention(q, k, v, kv[layer], lengths, counts, masks[c.window(layer)], c.block_size)
+            return attention(q, k, v, kv[layer], windows[layer])
 
         return draft.blocks(tokens, anchors, attend)
 
@@ -336,62 +332,3 @@ class TrainStep:
             torch.zeros((), dtype=torch.float64, device=self.device),
             loss,
         )
-
-
-def _context_mask(anchors: Tensor, length: int, block: int, window: int) -> Tensor:
-    """Additive float[A*K, S]: a slot sees positions strictly before its block's anchor, and less than `window` before
-    its own (0: any)."""
-    device = anchors.device
-    at = torch.arange(length, device=device)
-    hidden = (at >= anchors[:, None]).repeat_interleave(block, 0)
-    if window:
-        hidden |= at <= (anchors[:, None] + torch.arange(block, device=device)).flatten()[:, None] - window
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: tuple[Tensor, Tensor],
-    lengths: list[int],
-    counts: list[int],
-    masks: list[Tensor],
-    block: int,
-) -> Tensor:
-    """Attention of blocks over context + own block, exact, without a mask over all blocks of all sequences.
-
-    One softmax spans two score tensors: blocks x context of the same sequence, and block x itself.
-
-    Args:
-        q: [N, H, d]; k, v: [N, Hkv, d] of the block slots; context: (k, v) [sum S, Hkv, d].
-        lengths, counts: S and A per sequence. masks: additive [A*K, S] per sequence.
-    Returns:
-        [N, H, d].
-    """
-    heads, dim = q.shape[1:]
-    kv_heads = k.shape[1]
-    groups = heads // kv_heads
-    scale = dim**-0.5
-    outputs = []
-    slot, position = 0, 0
-    for length, count, mask in zip(lengths, counts, masks, strict=True):
-        here = slice(slot, slot + count * block)
-        there = slice(position, position + length)
-        slot, position = here.stop, there.stop
-        # [Hkv, G, A*K, d]
-        qs = (q[here] * scale).view(count * block, kv_heads, groups, dim).permute(1, 2, 0, 3)
-        kc = context[0][there].transpose(0, 1)
-        vc = context[1][there].transpose(0, 1)
-        kb = k[here].view(count, block, kv_heads, dim).permute(2, 0, 1, 3)
-        vb = v[here].view(count, block, kv_heads, dim).permute(2, 0, 1, 3)
-        far = (qs.flatten(1, 2) @ kc.transpose(1, 2)).view(kv_heads, groups, count * block, length) + mask
-        grid = qs.reshape(kv_heads, groups, count, block, dim)
-        near = torch.einsum("hgakd,hajd->hgakj", grid, kb).reshape(kv_heads, groups, count * block, block)
-        weights = torch.cat((far.float(), near.float()), dim=-1).softmax(-1).to(v.dtype)
-        out = weights[..., :length].reshape(kv_heads, -1, length) @ vc
-        own = weights[..., length:].reshape(kv_heads, groups, count, block, block)
-        own = torch.einsum("hgakj,hajd->hgakd", own, vb).reshape(kv_heads, -1, dim)
-        out = (out + own).view(kv_heads, groups, count * block, dim)
-        outputs.append(out.permute(2, 0, 1, 3).reshape(count * block, heads, dim))
-    return torch.cat(outputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
-from pipeline.training.step import _context_mask, block_attention
+from pipeline.training.attention import packed_attention
 
 
 def training_hidden(draft: DSparkDraft, tokens: list[Tensor], taps: list[Tensor], anchors: list[Tensor]) -> Tensor:
@@ -36,8 +36,7 @@ def training_attention(
     window: int = 0,
 ) -> Tensor:
     """The training step's attention for given anchors per sequence: [N, H, d]."""
-    masks = [_context_mask(a, n, block, window) for a, n in zip(anchors, lengths, strict=True)]
-    return block_attention(q, k, v, context, lengths, [len(a) for a in anchors], masks, block)
+    return packed_attention(lengths, anchors, block, [window])(q, k, v, context, window)
 
 
 def dense_attention(
