@@ -57,27 +57,24 @@ def flex_mask(lengths: list[int], anchors: list[Tensor], block: int, window: int
     slots = blocks * block
     counts = torch.tensor([len(a) for a in anchors], device=device)
     starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0).repeat_interleave(counts, output_size=blocks)
-    ends = starts + torch.cat(anchors)  # the first key a block does not see
+    # Per slot two ranges of keys: of its context and of its own block.
+    index = torch.arange(slots, device=device)
+    end = (starts + torch.cat(anchors)).repeat_interleave(block)
+    first = starts.repeat_interleave(block)
+    if window:
+        first = torch.maximum(first, end + index % block - window + 1)
+    own = context + index // block * block
+    own_end = own + block  # a tensor: a captured number would be a symbol of the compiled kernel's
 
     def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        of, start, end = query // block, starts[query // block], ends[query // block]
-        before = (key >= start) & (key < end)
-        if window:
-            before = before & (key > end + query % block - window)
-        return before | ((key >= context) & ((key - context) // block == of))
+        far = (key >= first[query]) & (key < end[query])
+        return far | ((key >= own[query]) & (key < own_end[query]))
 
-    # Per slot the tiles of its two ranges of keys; per tile of slots those that any slot has.
-    index = torch.arange(slots, device=device)
-    of = index // block
-    first, last = starts[of], ends[of] - 1
-    if window:
-        first = torch.maximum(first, ends[of] + index % block - window + 1)
-    own = context + of * block
     rows, columns = -(-slots // tile), -(-(context + slots) // tile)
     column = torch.arange(columns, device=device)
     table = torch.zeros(rows, columns, dtype=torch.int32, device=device)
-    for low, high in ((first, last), (own, own + block - 1)):
-        touched = (column >= low[:, None] // tile) & (column <= high[:, None] // tile) & (low <= high)[:, None]
+    for low, high in ((first, end), (own, own_end)):
+        touched = (column >= low[:, None] // tile) & (column * tile < high[:, None]) & (low < high)[:, None]
         table.index_add_(0, index // tile, touched.int())
     used = (table > 0).int()
     order = used.argsort(dim=-1, descending=True, stable=True).int()
@@ -100,8 +97,8 @@ def flex_block_attention(
 ) -> Tensor:
     """`block_attention` by FlexAttention, all sequences in one call.
 
-    The mask, the outputs and the gradients are verified uncompiled on CPU, where torch 2.13 computes the gradients but
-    asks for another device first; the compiled kernel has run on no GPU yet.
+    Outputs and gradients are verified uncompiled on CPU, and the compiled forward with its table of tiles there (torch
+    2.13 compiles no backward for CPU); no GPU has run it yet.
 
     Args:
         q, k, v, context: as `block_attention`. mask: `flex_mask`'s. attend: `flex_attention`, compiled on CUDA.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
@@ -51,3 +54,19 @@ def test_the_table_of_tiles_is_the_masks(window: int, tile: int) -> None:
     whole = flex.create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu", BLOCK_SIZE=tile)
     assert torch.equal(mask.to_dense(), whole.to_dense())
     assert tile > 16 or not mask.to_dense().all(), "some tiles are skipped"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+def test_the_compiled_forward_skips_no_tile_that_counts() -> None:
+    g = torch.Generator().manual_seed(7)
+    lengths, counts, window = [300, 90], [20, 50], 64
+    anchors = [torch.randperm(n, generator=g)[:a].sort().values for n, a in zip(lengths, counts, strict=True)]
+    slots = BLOCK * sum(counts)
+    q, k, v = (torch.randn(slots, heads, 16, generator=g) for heads in (4, 2, 2))
+    context = torch.randn(sum(lengths), 2, 16, generator=g), torch.randn(sum(lengths), 2, 16, generator=g)
+    mask = flex_mask(lengths, anchors, BLOCK, window)
+    # Sizes as constants: torch 2.13's code for CPU stumbles over the names of symbolic ones.
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+    with torch.no_grad():
+        out = flex_block_attention(q, k, v, context, mask, attend)
+    torch.testing.assert_close(out, training_attention(q, k, v, context, lengths, anchors, BLOCK, window))
