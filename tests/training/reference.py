@@ -102,6 +102,10 @@ def dense_loss(
     ce_weight: Tensor,
     kl_weight: Tensor,
     l1_weight: Tensor,
+    rkl_weight: Tensor,
+    lk_weight: Tensor,
+    hybrid_weight: Tensor,
+    eta: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, acceptance [N]) with q and p both written out over the target's whole vocabulary (q is 0 outside)."""
@@ -121,5 +125,10 @@ def dense_loss(
     inner = p[:, d2t]
     m = inner.sum(-1)
     kl = m * torch.nn.functional.kl_div(log_q, inner / m[:, None], reduction="none").sum(-1)
-    loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum()
-    return loss, torch.minimum(q, p).sum(-1).detach()
+    rkl = (log_q.exp() * (log_q - inner.log())).sum(-1)
+    acceptance = torch.minimum(q, p).sum(-1)
+    share = torch.exp(-eta * acceptance.detach())
+    hybrid = share * kl + (1 - share) * l1 / 2
+    loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum() + (rkl * rkl_weight).sum()
+    loss = loss - (acceptance.log() * lk_weight).sum() + (hybrid * hybrid_weight).sum()
+    return loss, acceptance.detach()
