@@ -54,13 +54,18 @@ class _PlacedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Loss weights (eq. 12) and the decay of the position weights."""
+    """Loss weights (eq. 12, and the further terms of `draftline_kernels.vocab_loss`; lk_eta is its eta), and the decay
+    of the position weights that a step starts with."""
 
     ce: float = 0.1
     kl: float = 0.0
     tv: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    reverse_kl: float = 0.0
+    lk: float = 0.0
+    lk_hybrid: float = 0.0
+    lk_eta: float = 3.0
 
 
 @dataclasses.dataclass
@@ -141,13 +146,16 @@ class TrainStep:
         self.lm_head = lm_head.detach().to(device, compute)
         self.lm_rows = draft.lm_rows.detach().to(compute)
         self.softcap = draft.logit_softcap or 0.0
-        self.position_weights = position_weights(draft.config.tokens_per_block, weights.decay).to(device)
         self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64, device=device)
         self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0], device=device)
-        self._host_weights = position_weights(draft.config.tokens_per_block, weights.decay).double()
         self._host_t2d = self.t2d.cpu()
         self._scored: dict[str, tuple[Tensor, Tensor]] = {}
         self._positions_scored = 0
+        self.weigh_positions(position_weights(draft.config.tokens_per_block, weights.decay))
+
+    def weigh_positions(self, weights: Tensor) -> None:
+        """Gives the slots of a block other weights, float32[K], in the losses and in their denominators."""
+        self.position_weights, self._host_weights = weights.to(self.device), weights.cpu().double()
 
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
         """The blocks a row contributes at a step, on CPU: a function of (seed, step, sample) only, whatever the draft's
@@ -201,6 +209,8 @@ class TrainStep:
             confidence = self.draft.confidence(hidden, previous)
         flat = all_weight.flatten()[keep]
         scored = [self._target_scores(r, b) for r, b in picked]
+        w, every = self.weights, scale / sums[0].clamp(min=1e-6)
+        more = {"rkl_weight": w.reverse_kl, "lk_weight": w.lk, "hybrid_weight": w.lk_hybrid}
         loss, stats = vocab_loss(
             hidden,
             markov,
@@ -210,15 +220,17 @@ class TrainStep:
             torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
             torch.cat([best for _, best in scored]).flatten()[keep],
             draft_labels.flatten()[keep],
-            ce_weight.flatten()[keep] * (self.weights.ce * scale / sums[1].clamp(min=1e-6)),
-            flat * (self.weights.kl * scale / sums[0].clamp(min=1e-6)),
-            flat * (self.weights.tv * scale / sums[0].clamp(min=1e-6)),
+            ce_weight.flatten()[keep] * (w.ce * scale / sums[1].clamp(min=1e-6)),
+            flat * (w.kl * every),
+            flat * (w.tv * every),
+            **{name: flat * (weight * every) for name, weight in more.items() if weight},
+            eta=w.lk_eta,
             softcap=self.softcap,
             chunk=self.chunk,
         )
-        if confidence is not None and self.weights.confidence:
+        if confidence is not None and w.confidence:
             bce = F.binary_cross_entropy_with_logits(confidence.float(), stats.acceptance.clamp(0, 1), reduction="none")
-            loss = loss + (bce * flat).sum() * (self.weights.confidence * scale / sums[0].clamp(min=1e-6))
+            loss = loss + (bce * flat).sum() * (w.confidence * every)
         metrics = self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
         metrics.skipped += sum(b is None for _, b in found)
         return loss, metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.training.objectives import vocab_loss
+from pipeline.training.objectives import SurvivalWeights, vocab_loss
 from tests.training.reference import dense_attention, dense_loss, training_attention
 
 N, D, R, V = 23, 8, 3, 50
@@ -118,6 +118,23 @@ def test_a_target_that_stays_outside_the_draft_vocabulary_gives_no_nan() -> None
     loss.backward()
     assert loss.item() == 0 and torch.equal(hidden.grad, torch.zeros(3, D))
     assert torch.equal(stats.acceptance, none)
+
+
+def test_position_weights_follow_survival() -> None:
+    """By hand: chances 0.8 and 0.5 with floor 0.5 become 0.9 and 0.75, which reach 0.9 and 0.675."""
+    weights = SurvivalWeights(2, floor=0.5, memory=0.5)
+    assert weights.weights().tolist() == pytest.approx([1.0, 0.25 / 0.75]), "nothing observed: nothing survives"
+    weights.observe(torch.tensor([8.0, 4.0]), torch.tensor(10.0))
+    assert weights.weights().tolist() == pytest.approx([1.0, 0.675 / 1.575])
+    weights.observe(torch.tensor([5.0, 5.0]), torch.tensor(5.0))
+    again = SurvivalWeights(2, floor=0.5, memory=0.5)
+    again.load(weights.state())
+    # Of 10 blocks that count, 5 by half, 9 got past the first slot and 7 past both.
+    reach = (1 + 0.9) / 2, (1 + 0.9) / 2 * (1 + 7 / 9) / 2
+    assert again.weights().tolist() == pytest.approx([1.0, reach[1] / sum(reach)])
+    assert torch.equal(again.weights(), weights.weights())
+    with pytest.raises(ValueError, match="blocks of 3 have one more"):
+        SurvivalWeights(3, floor=0.5, memory=0.5).load(weights.state())
 
 
 def test_blocks_of_several_sequences_attend_as_under_one_dense_mask() -> None:
