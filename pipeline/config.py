@@ -106,8 +106,11 @@ class TrainerConfig:
     accumulate: microbatches of a step. normalise: tokens (every supervised token of a step weighs the same) or
         microbatches (every microbatch does, as DeepSpec has it).
     lr, weight_decay, beta1, beta2, warmup_steps, grad_clip: AdamW with warm-up and cosine decay.
-    ce, kl, tv, confidence: loss weights (paper eq. 12, and forward KL). decay: of the position weight
-        exp(-(k-1)/decay).
+    ce, kl, reverse_kl, tv, lk, lk_hybrid, confidence: loss weights (paper eq. 12; both KLs; -log acceptance and its
+        blend of KL and TV from arXiv 2602.23881). lk_eta: how fast the blend goes over to TV as acceptance grows.
+    position_weights: fixed, exp(-(k-1)/decay), or survival, which follows how far blocks survive in training.
+    survival_floor: smoothing of that, above 0 (the smaller, the more the first positions weigh). survival_memory: what
+        a step leaves of what was observed before it.
     ema: decay per step of a running average of the weights, which is then what training publishes (0: none).
     checkpoint_every, log_every: steps. autocast: compute dtype of the draft's products ("" keeps fp32).
     chunk_rows: rows of the vocabulary loss at once; null chooses them by the draft vocabulary's size.
@@ -127,9 +130,16 @@ class TrainerConfig:
     ema: float = 0.0
     ce: float = 0.1
     kl: float = 0.0
+    reverse_kl: float = 0.0
     tv: float = 0.9
+    lk: float = 0.0
+    lk_hybrid: float = 0.0
+    lk_eta: float = 3.0
     confidence: float = 1.0
+    position_weights: str = "fixed"
     decay: float = 4.0
+    survival_floor: float = 0.5
+    survival_memory: float = 0.99
     seed: int = 0
     workers: int = 2
     threads_per_worker: int = 1
@@ -285,6 +295,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.regenerate.dtype": ("", "float32", "bfloat16", "float16"),
     "trainer.autocast": ("", "bfloat16"),
     "trainer.normalise": ("tokens", "microbatches"),
+    "trainer.position_weights": ("fixed", "survival"),
     "trainer.warm_start.layers": ("auto", "target", "features", "none"),
     "draft.algorithm": ("dspark", "dflash", "eagle3"),
     "export.engine": ("vllm", "sglang"),
@@ -438,6 +449,13 @@ def _check_values(config: Any) -> None:
         )
     if not 0 <= trainer.ema < 1:
         raise ConfigError(f"trainer.ema={trainer.ema} must be at least 0 and below 1 (0 turns it off).")
+    for name in ("ce", "kl", "reverse_kl", "tv", "lk", "lk_hybrid", "lk_eta", "confidence"):
+        if not getattr(trainer, name) >= 0:
+            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 0.")
+    if not 0 < trainer.survival_floor <= 1:
+        raise ConfigError(f"trainer.survival_floor={trainer.survival_floor} must be above 0 and at most 1.")
+    if not 0 <= trainer.survival_memory < 1:
+        raise ConfigError(f"trainer.survival_memory={trainer.survival_memory} must be at least 0 and below 1.")
     if config.trainer.warm_start.layers == "features":
         if config.features.mode == "stream":
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The vocabulary loss without a [N, V] tensor: CE, KL, total variation and acceptance per row, with their gradients.
+"""The vocabulary loss without a [N, V] tensor: CE, both KLs, total variation and acceptance per row, with gradients.
 
 For row i with draft logits z = cap(h W^T) + m U^T over the draft vocabulary (W the frozen lm_head rows, U = W2 of the
 Markov head, cap(x) = c tanh(x / c) where the target softcaps its logits), q = softmax(z), p the target's probabilities
@@ -9,6 +9,13 @@ on the draft vocabulary and p_out its mass outside:
     L1_i = sum_j |q_j - p_j| + p_out            (twice the total variation; eq. 10 of arXiv 2607.05147 has no 1/2)
     acceptance_i = 1 - L1_i / 2
     d CE / d z = q - onehot(y);   d KL / d z = m q - p;   d L1 / d z_j = q_j (s_j - sum_i q_i s_i),  s = sign(q - p)
+
+and where they are asked for, with a = sum_j min(p_j, q_j) the acceptance, itself without gradient in l:
+
+    RKL_i = sum_j q_j log(q_j / p_j)            (KL(q || p): q is 0 outside)
+    LK_i = -log a                               (L^alpha of arXiv 2602.23881; its tangent in a below FLOOR)
+    hybrid_i = l KL_i + (1 - l) L1_i / 2, l = exp(-eta a)   (L^lambda there, l by row; eta 3 is its best)
+    d RKL / d z_j = q_j (log(q_j / p_j) - RKL);   d LK / d z = d L1 / d z / (2 a)
 
 Rows are processed in chunks. A chunk's logits come from plain matrix products (the device's own are faster than any
 product inside a kernel, which would also have to be made twice: the gradient needs the statistics of the whole row);
@@ -22,7 +29,7 @@ Letters: N rows, C rows of a chunk, D hidden, r Markov rank, Vd draft vocabulary
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,16 +39,21 @@ from .sampling import largest
 _CPU_BYTES = 80 << 20
 _CUDA_BYTES = 128 << 20
 _CACHE_BYTES = 2 << 20
+ETA = 3.0
+FLOOR = 1e-5  # the gradient of a smaller acceptance is lost in float32 sums over a vocabulary
 
 
 @dataclasses.dataclass
 class RowStats:
-    """Per row, without gradient: ce (0 where the label is outside), kl, l1, agree (argmaxes equal): [N] each."""
+    """Per row, without gradient: ce (0 where the label is outside), kl, l1, agree (argmaxes equal): [N] each. rkl and
+    overlap (sum of min(p, q), the acceptance to more digits) only where a loss asks for them."""
 
     ce: Tensor
     kl: Tensor
     l1: Tensor
     agree: Tensor
+    rkl: Tensor | None = None
+    overlap: Tensor | None = None
 
     @property
     def acceptance(self) -> Tensor:
@@ -59,11 +71,22 @@ class RowTargets:
     ce_weight: Tensor
     kl_weight: Tensor
     l1_weight: Tensor
+    rkl_weight: Tensor | None = None
+    lk_weight: Tensor | None = None
+    hybrid_weight: Tensor | None = None
 
-    def part(self, rows: slice) -> RowTargets:
-        """The targets of `rows`, as views."""
-        values = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return RowTargets(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]
+    @property
+    def wants_overlap(self) -> bool:
+        """Whether a loss is made of the acceptance itself."""
+        return self.lk_weight is not None or self.hybrid_weight is not None
+
+
+_R = TypeVar("_R", RowStats, RowTargets)
+
+
+def _part(of: _R, rows: slice) -> _R:
+    cut: dict[str, Any] = {name: None if v is None else v[rows] for name, v in vars(of).items()}
+    return type(of)(**cut)
 
 
 def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
@@ -85,6 +108,7 @@ def row_losses_(
     out: RowStats,
     *,
     softcap: float = 0.0,
+    eta: float = ETA,
     gradient: bool = True,
 ) -> None:
     """Statistics of a chunk of rows from their logits; the logits are overwritten with the loss's gradient.
@@ -93,25 +117,27 @@ def row_losses_(
         base: [C, Vd], lm_head's logits before the softcap. Overwritten with d loss / d base (`gradient`), or undefined.
         bias: [C, Vd], the Markov head's, added behind the softcap; None: none. Overwritten with d loss / d bias.
         target: [C, Vd], the target's logits before the softcap. Overwritten with undefined values.
-        targets: C rows. out: [C] tensors, written.
-        softcap: 0 for none.
+        targets: C rows. out: [C] tensors, written; those that the targets ask for.
+        softcap: 0 for none. eta: of the hybrid.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit; the message names the argument.
     """
     _check_rows(base, bias, target, targets)
+    for name, asked in (("rkl", targets.rkl_weight is not None), ("overlap", targets.wants_overlap)):
+        if asked and getattr(out, name) is None:
+            raise ValueError(f"out.{name} is None, but a weight asks for it: give a float32 [{base.shape[0]}]")
     if base.device.type == "cuda":
         from . import vocab_loss_triton
 
-        vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, gradient=gradient)
+        vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, eta=eta, gradient=gradient)
         return
     # A few rows at a time, so that what one step writes the next one finds in the cache.
     group = max(1, _CACHE_BYTES // (base.shape[1] * 4))
     for start in range(0, base.shape[0], group):
         part = slice(start, start + group)
         more = None if bias is None else bias[part]
-        to = RowStats(out.ce[part], out.kl[part], out.l1[part], out.agree[part])
-        reference_(base[part], more, target[part], targets.part(part), to, softcap, gradient)
+        reference_(base[part], more, target[part], _part(targets, part), _part(out, part), softcap, gradient, eta)
 
 
 def reference_(
@@ -122,6 +148,7 @@ def reference_(
     out: RowStats,
     softcap: float,
     gradient: bool,
+    eta: float = ETA,
 ) -> None:
     """`row_losses_` in torch, on any device, arguments unchecked. Tensors are reused: the first touch of a fresh page
     costs as much as the arithmetic on it."""
@@ -151,13 +178,28 @@ def reference_(
     p = t.exp()
     within = p.sum(-1)
     # sum p (log p - log q) + m log(1 / m), in three sums instead of another [C, Vd] of logarithms.
-    apart = t.sub_(z).mul_(p).sum(-1)
+    t.sub_(z)
+    ratio = None if targets.rkl_weight is None else t.clone()
+    apart = t.mul_(p).sum(-1)
     q = z.exp_()
     mass = q.sum(-1, keepdim=True)
     q /= mass
     log_mass = mass.log_().squeeze(-1)
     out.ce.copy_((log_mass - at_label).mul_(inside))
     out.kl.copy_(apart.add_(within * (log_mass - within.clamp(min=1e-30).log_())))  # p may stay outside altogether
+    rkl_weight, rkl = targets.rkl_weight, out.rkl
+    if ratio is not None and rkl is not None:
+        ratio.add_(log_mass[:, None]).neg_()  # log(q / p)
+        torch.sum(torch.mul(q, ratio, out=t), -1, out=rkl)
+    kl_weight, l1_weight = targets.kl_weight, targets.l1_weight
+    if targets.wants_overlap and out.overlap is not None:
+        torch.sum(torch.minimum(q, p, out=t), -1, out=out.overlap)
+        if targets.lk_weight is not None:
+            l1_weight = l1_weight + targets.lk_weight / (2 * out.overlap.clamp(min=FLOOR))
+        if targets.hybrid_weight is not None:
+            share = torch.exp(-eta * out.overlap)
+            kl_weight = kl_weight + targets.hybrid_weight * share
+            l1_weight = l1_weight + targets.hybrid_weight * (1 - share) / 2
     torch.sub(q, p, out=t)
     scratch = t.abs()
     out.l1.copy_(scratch.sum(-1).add_((1 - within).clamp_(min=0)))
@@ -166,9 +208,13 @@ def reference_(
     sign = t.sign_()
     mean = torch.mul(q, sign, out=scratch).sum(-1)
     own = targets.ce_weight * inside
-    shift = own + targets.kl_weight * within - targets.l1_weight * mean
-    sign.mul_(targets.l1_weight[:, None]).add_(shift[:, None])
-    grad = q.mul_(sign).addcmul_(p, targets.kl_weight[:, None], value=-1)
+    shift = own + kl_weight * within - l1_weight * mean
+    sign.mul_(l1_weight[:, None])
+    if ratio is not None and rkl_weight is not None and rkl is not None:
+        sign.addcmul_(ratio, rkl_weight[:, None])
+        shift -= rkl_weight * rkl
+    sign.add_(shift[:, None])
+    grad = q.mul_(sign).addcmul_(p, kl_weight[:, None], value=-1)
     grad.scatter_add_(-1, column, -own[:, None])
     if bias is not None:
         bias.copy_(grad)
@@ -199,7 +245,7 @@ def _check_targets(targets: RowTargets, rows: int, device: torch.device) -> None
     """Raises ValueError unless every field is [rows] on `device`, of its documented dtype."""
     for field in dataclasses.fields(targets):
         value = getattr(targets, field.name)
-        if value is None and field.name in ("log_normaliser", "target_best"):
+        if value is None and field.name not in ("labels", "ce_weight", "kl_weight", "l1_weight"):
             continue
         if value.shape != (rows,) or value.device != device:
             raise ValueError(
@@ -221,12 +267,15 @@ class _VocabLoss(torch.autograd.Function):
         target_hidden: Tensor,
         targets: RowTargets,
         softcap: float,
+        eta: float,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         compute, device, rows = lm_rows.dtype, lm_rows.device, hidden.shape[0]
         gradient = any(ctx.needs_input_grad[:3])
-        ce, kl, l1 = (torch.zeros(rows, device=device) for _ in range(3))
+        ce, kl, l1, rkl, overlap = (torch.zeros(rows, device=device) for _ in range(5))
         stats = RowStats(ce, kl, l1, torch.zeros(rows, dtype=torch.bool, device=device))
+        stats.rkl = None if targets.rkl_weight is None else rkl
+        stats.overlap = overlap if targets.wants_overlap else None
         grad_hidden = grad_markov = grad_w2 = None
         if gradient:
             grad_hidden = torch.empty(rows, hidden.shape[1], device=device)
@@ -248,8 +297,8 @@ class _VocabLoss(torch.autograd.Function):
                     torch.mm(codes[0][part], codes[1].T, out=bias)
                 else:
                     base.addmm_(codes[0][part], codes[1].T)
-            out = RowStats(ce[part], kl[part], l1[part], stats.agree[part])
-            row_losses_(base, bias, target, targets.part(part), out, softcap=softcap, gradient=gradient)
+            to, out = _part(targets, part), _part(stats, part)
+            row_losses_(base, bias, target, to, out, softcap=softcap, eta=eta, gradient=gradient)
             if grad_hidden is not None:
                 grad_hidden[part] = base @ lm_rows
             if codes is not None and grad_markov is not None and grad_w2 is not None:
@@ -261,9 +310,17 @@ class _VocabLoss(torch.autograd.Function):
                     grad_w2 += back.T @ codes[0][part]
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
         ctx.dtypes = hidden.dtype, None if markov is None else markov.dtype, None if w2 is None else w2.dtype
-        ctx.mark_non_differentiable(ce, kl, l1, stats.agree)
+        ctx.mark_non_differentiable(*(t for t in vars(stats).values() if t is not None))
         loss = (ce * targets.ce_weight).sum() + (kl * targets.kl_weight).sum() + (l1 * targets.l1_weight).sum()
-        return loss, ce, kl, l1, stats.agree
+        if targets.rkl_weight is not None:
+            loss = loss + (rkl * targets.rkl_weight).sum()
+        if targets.lk_weight is not None:
+            lk = (1 - overlap / FLOOR).clamp(min=0) - overlap.clamp(min=FLOOR).log()
+            loss = loss + (lk * targets.lk_weight).sum()
+        if targets.hybrid_weight is not None:
+            share = torch.exp(-eta * overlap)
+            loss = loss + ((share * kl + (1 - share) * l1 / 2) * targets.hybrid_weight).sum()
+        return loss, *vars(stats).values()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -272,7 +329,7 @@ class _VocabLoss(torch.autograd.Function):
             None if saved is None else saved.mul_(grad_loss).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 def vocab_loss(
@@ -288,10 +345,15 @@ def vocab_loss(
     kl_weight: Tensor,
     l1_weight: Tensor,
     *,
+    rkl_weight: Tensor | None = None,
+    lk_weight: Tensor | None = None,
+    hybrid_weight: Tensor | None = None,
+    eta: float = ETA,
     softcap: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, RowStats]:
-    """sum_i ce_weight_i CE_i + kl_weight_i KL_i + l1_weight_i L1_i, with gradients to hidden, markov and w2.
+    """sum_i ce_weight_i CE_i + kl_weight_i KL_i + l1_weight_i L1_i, and RKL, LK and hybrid likewise, with gradients to
+    hidden, markov and w2.
 
     Args:
         hidden: [N, D], the draft's. markov: [N, r], codes of the Markov head at each slot. w2: [Vd, r]. Both or none.
@@ -303,6 +365,7 @@ def vocab_loss(
             None likewise.
         labels: int64[N], draft ids, -1 outside the draft vocabulary.
         ce_weight, kl_weight, l1_weight: float32[N], complete with denominators.
+        rkl_weight, lk_weight, hybrid_weight: likewise; None: not computed. eta: of the hybrid, at least 0.
         softcap: c of the target's c tanh(logits / c), 0 for none.
         chunk: rows at once; None: `rows_per_chunk`.
 
@@ -311,7 +374,7 @@ def vocab_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a label is beyond the draft vocabulary (CPU only: on CUDA
-            looking would wait for the device), or chunk < 1; the message names the argument.
+            looking would wait for the device), eta < 0 or chunk < 1; the message names the argument.
     """
     rows, device = hidden.shape[0], lm_rows.device
     vocabulary, width = lm_rows.shape
@@ -331,10 +394,13 @@ def vocab_loss(
             )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1, or None for the default")
-    targets = RowTargets(log_normaliser, target_best, labels, ce_weight, kl_weight, l1_weight)
+    if not eta >= 0:
+        raise ValueError(f"eta {eta} must be at least 0")
+    more = rkl_weight, lk_weight, hybrid_weight
+    targets = RowTargets(log_normaliser, target_best, labels, ce_weight, kl_weight, l1_weight, *more)
     _check_targets(targets, rows, device)
     if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
         raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
     size = chunk or rows_per_chunk(rows, vocabulary, lm_rows.element_size(), device)
-    loss, ce, kl, l1, agree = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, size)
-    return loss, RowStats(ce, kl, l1, agree)
+    loss, *stats = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, eta, size)
+    return loss, RowStats(*stats)

@@ -2,7 +2,8 @@
 normaliser is not given).
 
 Sweep 1 takes the maximum, sum-exp and argmax of the draft's logits online, and of the target's (whose normaliser is
-known) the mass inside and the two sums of the KL; sweep 2, with q now normalised, sum |q - p| and sum q sign(q - p);
+known) the mass inside and the two sums of the KL; sweep 2, with q now normalised, sum |q - p|, sum q sign(q - p) and
+what further losses ask for;
 sweep 3 writes the gradient over the logits. Rows in flight stay in the second-level cache between sweeps, so device
 memory sees about one read of each logit and one write of each gradient. All arithmetic is float32.
 
@@ -11,15 +12,12 @@ Imported on CUDA only (or under Triton's interpreter): the package works without
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .vocab_loss import RowStats, RowTargets
+from .vocab_loss import FLOOR, RowStats, RowTargets
 
 
 @triton.jit
@@ -62,16 +60,26 @@ def _row_losses(
     ce_weight,
     kl_weight,
     l1_weight,
+    rkl_weight,
+    lk_weight,
+    hybrid_weight,
     ce,
     kl,
     l1,
     agree,
+    rkl,
+    overlap,
     width,
     cap,
+    eta,
+    floor,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     NORMALISER: tl.constexpr,
     BEST: tl.constexpr,
+    RKL: tl.constexpr,
+    LK: tl.constexpr,
+    HYBRID: tl.constexpr,
     GRADIENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -139,28 +147,52 @@ def _row_losses(
 
     apart = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
+    reverse = tl.full((), 0.0, tl.float32)
+    shared = tl.full((), 0.0, tl.float32)
     for start in range(0, width, TILE):
         column = start + lane
         z = _logits(base_row, bias_row, column, width, cap, SOFTCAP, BIAS)
         q = tl.exp(z - peak) / mass
-        difference = q - tl.exp(_log_p(target_row, column, width, normaliser, cap, SOFTCAP))
+        log_p = _log_p(target_row, column, width, normaliser, cap, SOFTCAP)
+        difference = q - tl.exp(log_p)
+        if RKL:
+            reverse += tl.sum(q * tl.where(column < width, z - peak - log_mass - log_p, 0.0), 0)
+        if LK or HYBRID:
+            shared += tl.sum(tl.minimum(q, tl.exp(log_p)), 0)
         apart += tl.sum(tl.abs(difference), 0)
         mean += tl.sum(tl.where(difference > 0, q, 0.0) - tl.where(difference < 0, q, 0.0), 0)
     tl.store(l1 + row, apart + tl.maximum(1.0 - within, 0.0))
+    if RKL:
+        tl.store(rkl + row, reverse)
+    if LK or HYBRID:
+        tl.store(overlap + row, shared)
 
     if GRADIENT:
         pull = tl.load(kl_weight + row)
         push = tl.load(l1_weight + row)
+        if LK:
+            push += tl.load(lk_weight + row) / (2.0 * tl.maximum(shared, floor))
+        if HYBRID:
+            share = tl.exp(-eta * shared)
+            hybrid = tl.load(hybrid_weight + row)
+            pull += hybrid * share
+            push += hybrid * (1.0 - share) * 0.5
         own *= tl.load(ce_weight + row)
         shift = own + pull * within - push * mean
+        if RKL:
+            back = tl.load(rkl_weight + row)
+            shift -= back * reverse
         for start in range(0, width, TILE):
             column = start + lane
             inside = column < width
             z = _logits(base_row, bias_row, column, width, cap, SOFTCAP, BIAS)
             q = tl.exp(z - peak) / mass
-            p = tl.exp(_log_p(target_row, column, width, normaliser, cap, SOFTCAP))
-            sign = tl.where(q > p, 1.0, 0.0) - tl.where(q < p, 1.0, 0.0)
-            gradient = q * (push * sign + shift) - pull * p - tl.where(column == label, own, 0.0)
+            log_p = _log_p(target_row, column, width, normaliser, cap, SOFTCAP)
+            p = tl.exp(log_p)
+            factor = push * (tl.where(q > p, 1.0, 0.0) - tl.where(q < p, 1.0, 0.0)) + shift
+            if RKL:
+                factor += back * tl.where(inside, z - peak - log_mass - log_p, 0.0)
+            gradient = q * factor - pull * p - tl.where(column == label, own, 0.0)
             slope = gradient
             if SOFTCAP:
                 bent = _capped(tl.load(base_row + column, mask=inside, other=0.0).to(tl.float32), cap) / cap
@@ -179,6 +211,7 @@ def row_losses_(
     out: RowStats,
     *,
     softcap: float = 0.0,
+    eta: float = 3.0,
     gradient: bool = True,
     tile: int = 4096,
 ) -> None:
@@ -187,6 +220,7 @@ def row_losses_(
     if rows == 0:
         return
     second = base if bias is None else bias
+    more = targets.rkl_weight, targets.lk_weight, targets.hybrid_weight
     tile = min(tile, triton.next_power_of_2(width))
     _row_losses[(rows,)](
         base,
@@ -201,16 +235,24 @@ def row_losses_(
         targets.ce_weight.contiguous(),
         targets.kl_weight.contiguous(),
         targets.l1_weight.contiguous(),
+        *(targets.l1_weight if w is None else w.contiguous() for w in more),
         out.ce,
         out.kl,
         out.l1,
         out.agree.view(torch.int8),
+        out.l1 if out.rkl is None else out.rkl,
+        out.l1 if out.overlap is None else out.overlap,
         width,
         float(softcap) or 1.0,
+        float(eta),
+        FLOOR,
         SOFTCAP=bool(softcap),
         BIAS=bias is not None,
         NORMALISER=targets.log_normaliser is not None,
         BEST=targets.target_best is not None,
+        RKL=more[0] is not None,
+        LK=more[1] is not None,
+        HYBRID=more[2] is not None,
         GRADIENT=gradient,
         TILE=tile,
         num_warps=16 if tile >= 2048 else 4,

@@ -2,7 +2,7 @@
 
     step_000100/   deepspeed/                          every rank's shard of fp32 weights and optimizer moments
                    average-rank-0.safetensors, ...     the running average, if there is one
-                   meta.json                           {"step", "world", "zero_stage"}
+                   meta.json                           {"step", "world", "zero_stage", "survival"}
 
 Ray Train merges what the ranks wrote and keeps a checkpoint only when all of it has arrived. The same number of ranks
 reads its own shards back, bit for bit; another number reads them through DeepSpeed's universal format, made on the way.
@@ -32,9 +32,11 @@ _UNIVERSAL = "universal"
 _META = "meta.json"
 
 
-def save(engine: Any, average: Average | None, *, step: int, rank: int, world: int, stage: int) -> str:
+def save(
+    engine: Any, average: Average | None, *, step: int, rank: int, world: int, stage: int, survival: list[float]
+) -> str:
     """Writes this rank's part of a checkpoint into a new folder of this machine, for `ray.train.report`; every rank
-    calls it."""
+    calls it. survival: the state of learned position weights, the same on all ranks (empty: fixed ones)."""
     folder = Path(tempfile.mkdtemp(prefix="draft-checkpoint-"))
     engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": step})
     # DeepSpeed puts its own tools beside its files; one copy per checkpoint is of no use to anybody.
@@ -43,7 +45,7 @@ def save(engine: Any, average: Average | None, *, step: int, rank: int, world: i
     if average is not None:
         average.save(folder)
     if rank == 0:
-        write_json(folder / _META, {"step": step, "world": world, "zero_stage": stage})
+        write_json(folder / _META, {"step": step, "world": world, "zero_stage": stage, "survival": survival})
     return str(folder)
 
 
@@ -85,13 +87,14 @@ class Resume:
 
     Attributes:
         universal: whether the engine must be made with `checkpoint.load_universal`.
-        step: steps done. world: ranks that wrote it.
+        step: steps done. world: ranks that wrote it. survival: as `save` was given it.
     """
 
-    def __init__(self, folder: Path, shards: Path, tag: str, meta: dict[str, int]) -> None:
+    def __init__(self, folder: Path, shards: Path, tag: str, meta: dict[str, Any]) -> None:
         self._folder, self._shards, self._tag = folder, shards, tag
         self.universal = tag == _UNIVERSAL
         self.step, self.world = int(meta["step"]), int(meta["world"])
+        self.survival: list[float] = meta["survival"]
 
     def load(self, engine: Any, average: Average | None) -> None:
         """Puts weights, moments and average back; every rank calls it.

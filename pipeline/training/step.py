@@ -19,6 +19,7 @@ from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.training.anchors import Blocks, sample_blocks
+from pipeline.training.attention import packed_attention
 from pipeline.training.objectives import position_weights, vocab_loss
 from pipeline.training.unroll import unrolled_hidden
 
@@ -53,13 +54,18 @@ class _PlacedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Loss weights (eq. 12) and the decay of the position weights."""
+    """Loss weights (eq. 12, and the further terms of `draftline_kernels.vocab_loss`; lk_eta is its eta), and the decay
+    of the position weights that a step starts with."""
 
     ce: float = 0.1
     kl: float = 0.0
     tv: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    reverse_kl: float = 0.0
+    lk: float = 0.0
+    lk_hybrid: float = 0.0
+    lk_eta: float = 3.0
 
 
 @dataclasses.dataclass
@@ -140,13 +146,16 @@ class TrainStep:
         self.lm_head = lm_head.detach().to(device, compute)
         self.lm_rows = draft.lm_rows.detach().to(compute)
         self.softcap = draft.logit_softcap or 0.0
-        self.position_weights = position_weights(draft.config.tokens_per_block, weights.decay).to(device)
         self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64, device=device)
         self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0], device=device)
-        self._host_weights = position_weights(draft.config.tokens_per_block, weights.decay).double()
         self._host_t2d = self.t2d.cpu()
         self._scored: dict[str, tuple[Tensor, Tensor]] = {}
         self._positions_scored = 0
+        self.weigh_positions(position_weights(draft.config.tokens_per_block, weights.decay))
+
+    def weigh_positions(self, weights: Tensor) -> None:
+        """Gives the slots of a block other weights, float32[K], in the losses and in their denominators."""
+        self.position_weights, self._host_weights = weights.to(self.device), weights.cpu().double()
 
     def blocks_of(self, row: Row, step: int) -> Blocks | None:
         """The blocks a row contributes at a step, on CPU: a function of (seed, step, sample) only, whatever the draft's
@@ -200,6 +209,8 @@ class TrainStep:
             confidence = self.draft.confidence(hidden, previous)
         flat = all_weight.flatten()[keep]
         scored = [self._target_scores(r, b) for r, b in picked]
+        w, every = self.weights, scale / sums[0].clamp(min=1e-6)
+        more = {"rkl_weight": w.reverse_kl, "lk_weight": w.lk, "hybrid_weight": w.lk_hybrid}
         loss, stats = vocab_loss(
             hidden,
             markov,
@@ -209,15 +220,17 @@ class TrainStep:
             torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
             torch.cat([best for _, best in scored]).flatten()[keep],
             draft_labels.flatten()[keep],
-            ce_weight.flatten()[keep] * (self.weights.ce * scale / sums[1].clamp(min=1e-6)),
-            flat * (self.weights.kl * scale / sums[0].clamp(min=1e-6)),
-            flat * (self.weights.tv * scale / sums[0].clamp(min=1e-6)),
+            ce_weight.flatten()[keep] * (w.ce * scale / sums[1].clamp(min=1e-6)),
+            flat * (w.kl * every),
+            flat * (w.tv * every),
+            **{name: flat * (weight * every) for name, weight in more.items() if weight},
+            eta=w.lk_eta,
             softcap=self.softcap,
             chunk=self.chunk,
         )
-        if confidence is not None and self.weights.confidence:
+        if confidence is not None and w.confidence:
             bce = F.binary_cross_entropy_with_logits(confidence.float(), stats.acceptance.clamp(0, 1), reduction="none")
-            loss = loss + (bce * flat).sum() * (self.weights.confidence * scale / sums[0].clamp(min=1e-6))
+            loss = loss + (bce * flat).sum() * (w.confidence * every)
         metrics = self._metrics(supervised, keep, stats.acceptance, stats.agree, float(loss.detach()) / scale)
         metrics.skipped += sum(b is None for _, b in found)
         return loss, metrics
@@ -236,17 +249,12 @@ class TrainStep:
         tokens = torch.cat([r.input_ids[b.anchors].long() for r, b in picked])
         anchors = torch.cat([b.anchors for _, b in picked])
         lengths = [len(r.input_ids) for r, _ in picked]
-        counts = [len(b.anchors) for _, b in picked]
         c = draft.config
-        masks = {
-            window: [
-                _context_mask(b.anchors, n, c.block_size, window) for (_, b), n in zip(picked, lengths, strict=True)
-            ]
-            for window in {c.window(i) for i in range(c.num_layers)}
-        }
+        windows = [c.window(i) for i in range(c.num_layers)]
+        attention = packed_attention(lengths, [b.anchors for _, b in picked], c.block_size, windows)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_attention(q, k, v, kv[layer], lengths, counts, masks[c.window(layer)], c.block_size)
+            return attention(q, k, v, kv[layer], windows[layer])
 
         return draft.blocks(tokens, anchors, attend)
 
@@ -336,62 +344,3 @@ class TrainStep:
             torch.zeros((), dtype=torch.float64, device=self.device),
             loss,
         )
-
-
-def _context_mask(anchors: Tensor, length: int, block: int, window: int) -> Tensor:
-    """Additive float[A*K, S]: a slot sees positions strictly before its block's anchor, and less than `window` before
-    its own (0: any)."""
-    device = anchors.device
-    at = torch.arange(length, device=device)
-    hidden = (at >= anchors[:, None]).repeat_interleave(block, 0)
-    if window:
-        hidden |= at <= (anchors[:, None] + torch.arange(block, device=device)).flatten()[:, None] - window
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: tuple[Tensor, Tensor],
-    lengths: list[int],
-    counts: list[int],
-    masks: list[Tensor],
-    block: int,
-) -> Tensor:
-    """Attention of blocks over context + own block, exact, without a mask over all blocks of all sequences.
-
-    One softmax spans two score tensors: blocks x context of the same sequence, and block x itself.
-
-    Args:
-        q: [N, H, d]; k, v: [N, Hkv, d] of the block slots; context: (k, v) [sum S, Hkv, d].
-        lengths, counts: S and A per sequence. masks: additive [A*K, S] per sequence.
-    Returns:
-        [N, H, d].
-    """
-    heads, dim = q.shape[1:]
-    kv_heads = k.shape[1]
-    groups = heads // kv_heads
-    scale = dim**-0.5
-    outputs = []
-    slot, position = 0, 0
-    for length, count, mask in zip(lengths, counts, masks, strict=True):
-        here = slice(slot, slot + count * block)
-        there = slice(position, position + length)
-        slot, position = here.stop, there.stop
-        # [Hkv, G, A*K, d]
-        qs = (q[here] * scale).view(count * block, kv_heads, groups, dim).permute(1, 2, 0, 3)
-        kc = context[0][there].transpose(0, 1)
-        vc = context[1][there].transpose(0, 1)
-        kb = k[here].view(count, block, kv_heads, dim).permute(2, 0, 1, 3)
-        vb = v[here].view(count, block, kv_heads, dim).permute(2, 0, 1, 3)
-        far = (qs.flatten(1, 2) @ kc.transpose(1, 2)).view(kv_heads, groups, count * block, length) + mask
-        grid = qs.reshape(kv_heads, groups, count, block, dim)
-        near = torch.einsum("hgakd,hajd->hgakj", grid, kb).reshape(kv_heads, groups, count * block, block)
-        weights = torch.cat((far.float(), near.float()), dim=-1).softmax(-1).to(v.dtype)
-        out = weights[..., :length].reshape(kv_heads, -1, length) @ vc
-        own = weights[..., length:].reshape(kv_heads, groups, count, block, block)
-        own = torch.einsum("hgakj,hajd->hgakd", own, vb).reshape(kv_heads, -1, dim)
-        out = (out + own).view(kv_heads, groups, count * block, dim)
-        outputs.append(out.permute(2, 0, 1, 3).reshape(count * block, heads, dim))
-    return torch.cat(outputs)

@@ -30,6 +30,7 @@ from pipeline.target import load_target
 from pipeline.training import checkpoints, feed
 from pipeline.training.average import Average
 from pipeline.training.engine import Objective, make_engine, take_step
+from pipeline.training.objectives import SurvivalWeights
 from pipeline.training.preemption import Listener
 from pipeline.training.schedule import learning_rate
 from pipeline.training.start import build_draft
@@ -88,7 +89,7 @@ def train_worker(plan: dict[str, Any]) -> None:
     step = TrainStep(
         draft,
         target.lm_head_weight,
-        Weights(config.ce, config.kl, config.tv, config.confidence, config.decay),
+        Weights(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Weights)}),
         num_anchors=config.num_anchors,
         seed=config.seed,
         autocast=torch.bfloat16 if half else getattr(torch, config.autocast) if config.autocast else None,
@@ -103,6 +104,9 @@ def train_worker(plan: dict[str, Any]) -> None:
 
     stage = int(p.deepspeed["zero_optimization"]["stage"])
     objective = Objective(step)
+    survival = None
+    if config.position_weights == "survival":
+        survival = SurvivalWeights(draft.config.tokens_per_block, config.survival_floor, config.survival_memory)
     first = 0
     checkpoint = ray.train.get_checkpoint()
     with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as past:
@@ -113,6 +117,8 @@ def train_worker(plan: dict[str, Any]) -> None:
         if past is not None:
             past.load(engine, average)
             first = past.step
+            if survival is not None:
+                survival.load(past.survival)
             if rank == 0:
                 moved = f" with {world} workers instead of {past.world}" if past.universal else ""
                 print(f"train: goes on from step {first} of {config.steps}{moved}", flush=True)
@@ -128,8 +134,11 @@ def train_worker(plan: dict[str, Any]) -> None:
         not_finite += lost
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
+        if survival is not None:
+            step.weigh_positions(survival.weights())
         metrics, apply = take_step(engine, step, parts, number, config.normalise, reduce, world)
-        flags = reduce(torch.tensor([float(not math.isfinite(metrics.loss)), float(listener.asked())])).tolist()
+        flags = torch.tensor([not math.isfinite(metrics.loss), listener.asked()], dtype=torch.float64, device=device)
+        flags, survived, blocks = reduce(torch.cat((flags, metrics.survival, metrics.blocks[:1]))).tensor_split((2, -1))
         if flags[0]:
             # Said by a file and not by raising: Ray Train would take the same step again, max_failures times.
             _keep_for_replay(Path(p.history), number, rank, [r for rows in parts for r in rows])
@@ -137,9 +146,11 @@ def train_worker(plan: dict[str, Any]) -> None:
         apply()
         if average is not None:
             average.update()
+        if survival is not None:
+            survival.observe(survived, blocks)
         window.append(metrics)
         anchors += float(metrics.count[0])
-        last, stop = number + 1 == config.steps, flags[1] > 0
+        last, stop = number + 1 == config.steps, bool(flags[1])
         save = last or stop or (number + 1) % config.checkpoint_every == 0
         if not (save or (number + 1) % config.log_every == 0):
             continue
@@ -159,10 +170,15 @@ def train_worker(plan: dict[str, Any]) -> None:
             "memory_gib": totals[3] / world,
             "eta_seconds": spent / (number + 1 - first) * (config.steps - number - 1),
         }
+        if survival is not None:
+            summary |= {f"weight_{k}": w for k, w in enumerate(step.position_weights.tolist(), start=1)}
         if history is not None:
             history.add(summary)
         if save:
-            folder = checkpoints.save(engine, average, step=number + 1, rank=rank, world=world, stage=stage)
+            state = survival.state() if survival else []
+            folder = checkpoints.save(
+                engine, average, step=number + 1, rank=rank, world=world, stage=stage, survival=state
+            )
             ray.train.report(
                 summary,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),

@@ -151,7 +151,7 @@ def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, draft: DSpar
 def test_draft_context_is_the_training_forwards(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
     """The draft sees in decoding what it sees in training: its first block's tokens are the training forward's."""
     from pipeline.target import TapCapture
-    from pipeline.training.step import block_attention
+    from pipeline.training.attention import block_attention
 
     ids = prompt_ids(tiny)[2]
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.regression import Samples, layers_from_features
 from pipeline.errors import ConfigError
 from pipeline.target import Target
-from pipeline.training.step import block_attention
+from pipeline.training.attention import block_attention
 from tests.drafts.samples import small_draft
 
 N = 3000

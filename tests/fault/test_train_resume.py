@@ -33,9 +33,11 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(tmp_path: 
     try:
         killer = Signaller(tmp_path / "killed", signal.SIGKILL, after=EVERY + 1, but=EVERY)
         killer.start()
-        killed = place.train("killed", {"steps": STEPS, "checkpoint_every": EVERY})
+        # Weights learned on the way are state that a checkpoint must hold, too.
+        settings = {"steps": STEPS, "checkpoint_every": EVERY, "position_weights": "survival", "lk": 0.2}
+        killed = place.train("killed", settings)
         assert EVERY < killer.sent_after < STEPS, "no worker was killed while the run was going"
-        whole = place.train("whole", {"steps": STEPS, "checkpoint_every": EVERY})
+        whole = place.train("whole", settings)
     finally:
         ray.shutdown()
 
@@ -46,3 +48,4 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(tmp_path: 
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert curves[1][-1]["loss"] < curves[1][0]["loss"]
+    assert curves[1][0]["weight_3"] != curves[1][1]["weight_3"] != curves[1][-1]["weight_3"]

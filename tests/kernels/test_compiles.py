@@ -23,13 +23,17 @@ from draftline_kernels import (  # noqa: E402
 _LOGITS = ("fp32", "bf16")
 
 
-def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def _vocab_loss(
+    dtype: str, softcap: bool, bias: bool, gradient: bool, more: bool = False
+) -> tuple[Any, dict[str, str], dict[str, Any]]:
     pointers = {name: f"*{dtype}" for name in ("base", "bias", "target")}
     pointers |= {name: "*i64" for name in ("target_best", "labels")} | {"agree": "*i8"}
-    pointers |= {n: "*fp32" for n in ("normalisers", "ce_weight", "kl_weight", "l1_weight", "ce", "kl", "l1")}
-    scalars = {"base_stride": "i64", "bias_stride": "i64", "target_stride": "i64", "width": "i32", "cap": "fp32"}
+    weights = tuple(f"{n}_weight" for n in ("ce", "kl", "l1", "rkl", "lk", "hybrid"))
+    pointers |= {n: "*fp32" for n in ("normalisers", *weights, "ce", "kl", "l1", "rkl", "overlap")}
+    scalars = {n: "i64" for n in ("base_stride", "bias_stride", "target_stride")} | {"width": "i32"}
+    scalars |= {n: "fp32" for n in ("cap", "eta", "floor")}
     constants = {"SOFTCAP": softcap, "BIAS": bias, "GRADIENT": gradient, "TILE": 4096}
-    constants |= dict.fromkeys(("NORMALISER", "BEST"), not softcap)
+    constants |= dict.fromkeys(("NORMALISER", "BEST"), not softcap) | dict.fromkeys(("RKL", "LK", "HYBRID"), more)
     return vocab_loss_triton._row_losses, pointers | scalars, constants
 
 
@@ -95,6 +99,7 @@ CASES = {
     "truncated": _markov(markov_block_triton._truncated, "bf16", D2T=True, PADDED=64),
     **{f"vocab_loss {d}": _vocab_loss(d, False, False, True) for d in _LOGITS},
     "vocab_loss softcap and bias": _vocab_loss("bf16", True, True, True),
+    "vocab_loss every term": _vocab_loss("bf16", False, True, True, True),
     "vocab_loss statistics": _vocab_loss("bf16", False, True, False),
 }
 

@@ -71,6 +71,18 @@ def test_without_gradients_none_is_formed() -> None:
     torch.testing.assert_close(loss, run(inputs)[0])
 
 
+def test_an_acceptance_of_nearly_nothing_still_has_a_finite_gradient() -> None:
+    """-log a where a underflows: the tangent, of a slope that the rows' own probabilities bring down."""
+    inputs = case() | {"lm_rows": case()["lm_rows"] * 200}
+    none = torch.zeros(N)
+    got = run(
+        {**inputs, "log_normaliser": None, "target_best": None, "lk_weight": torch.ones(N)}
+        | dict.fromkeys(("ce_weight", "kl_weight", "l1_weight"), none)
+    )
+    assert float(got[1].min()) < 1e-6
+    assert all(bool(t.isfinite().all()) for t in got)
+
+
 def test_no_rows_are_no_loss() -> None:
     inputs = case()
     for name in inputs.keys() - {"w2", "lm_rows"}:
@@ -99,6 +111,8 @@ def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(rows: int, vocabul
         ({"labels": torch.zeros(N)}, "labels is torch.float32"),
         ({"ce_weight": torch.zeros(N - 1)}, r"ce_weight has shape \[11\]"),
         ({"lm_rows": torch.zeros(V, D).double()}, "expected float32, bfloat16 or float16"),
+        ({"lk_weight": torch.zeros(N - 1)}, r"lk_weight has shape \[11\]"),
+        ({"eta": -1.0}, "eta -1.0 must be at least 0"),
         ({"chunk": 0}, "chunk 0 must be at least 1"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
-from pipeline.training.step import _context_mask, block_attention
+from pipeline.training.attention import packed_attention
 
 
 def training_hidden(draft: DSparkDraft, tokens: list[Tensor], taps: list[Tensor], anchors: list[Tensor]) -> Tensor:
@@ -36,8 +36,7 @@ def training_attention(
     window: int = 0,
 ) -> Tensor:
     """The training step's attention for given anchors per sequence: [N, H, d]."""
-    masks = [_context_mask(a, n, block, window) for a, n in zip(anchors, lengths, strict=True)]
-    return block_attention(q, k, v, context, lengths, [len(a) for a in anchors], masks, block)
+    return packed_attention(lengths, anchors, block, [window])(q, k, v, context, window)
 
 
 def dense_attention(
@@ -103,6 +102,10 @@ def dense_loss(
     ce_weight: Tensor,
     kl_weight: Tensor,
     l1_weight: Tensor,
+    rkl_weight: Tensor,
+    lk_weight: Tensor,
+    hybrid_weight: Tensor,
+    eta: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, acceptance [N]) with q and p both written out over the target's whole vocabulary (q is 0 outside)."""
@@ -122,5 +125,10 @@ def dense_loss(
     inner = p[:, d2t]
     m = inner.sum(-1)
     kl = m * torch.nn.functional.kl_div(log_q, inner / m[:, None], reduction="none").sum(-1)
-    loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum()
-    return loss, torch.minimum(q, p).sum(-1).detach()
+    rkl = (log_q.exp() * (log_q - inner.log())).sum(-1)
+    acceptance = torch.minimum(q, p).sum(-1)
+    share = torch.exp(-eta * acceptance.detach())
+    hybrid = share * kl + (1 - share) * l1 / 2
+    loss = (ce * ce_weight).sum() + (kl * kl_weight).sum() + (l1 * l1_weight).sum() + (rkl * rkl_weight).sum()
+    loss = loss - (acceptance.log() * lk_weight).sum() + (hybrid * hybrid_weight).sum()
+    return loss, acceptance.detach()

@@ -33,7 +33,7 @@ def test_the_step_runs_where_the_draft_is(tiny: Target, kind: str, monkeypatch: 
     rows = [_row(tiny, 30, 1), _row(tiny, 19, 2)]
     draft = small_draft(tiny, vocabulary=200, **KINDS[kind])
     head = tiny.family.lm_head.weight.detach()
-    here = TrainStep(draft, head, Weights(kl=0.1), **settings)
+    here = TrainStep(draft, head, Weights(kl=0.1, reverse_kl=0.1, lk=0.1), **settings)
     loss, metrics = here(rows, 3)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in draft.named_parameters() if p.grad is not None}
@@ -41,7 +41,7 @@ def test_the_step_runs_where_the_draft_is(tiny: Target, kind: str, monkeypatch: 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with chip():
         draft.to(CHIP)
-        there = TrainStep(draft, head, Weights(kl=0.1), **settings)
+        there = TrainStep(draft, head, Weights(kl=0.1, reverse_kl=0.1, lk=0.1), **settings)
         sums = there.denominators(rows, 3)
         loss_there, metrics_there = there(rows, 3, sums)
         loss_there.backward()

@@ -26,7 +26,7 @@ from tests.training.runs import Place, Signaller, curve, make_features, make_pla
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 10
-COMMON: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 100, "ema": 0.9}
+COMMON: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 100, "ema": 0.9, "position_weights": "survival"}
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,13 @@ def _row(target: Target, length: int, seed: int) -> Any:
     )
 
 
-def _reference(draft: DSparkDraft, rows: list[Any], step: TrainStep) -> torch.Tensor:  # noqa: F811
+def _reference(
+    draft: DSparkDraft,  # noqa: F811
+    rows: list[Any],
+    step: TrainStep,
+    of: Weights,
+    position_weights: torch.Tensor | None,
+) -> torch.Tensor:
     terms, weight, inside_weight = [], 0.0, 0.0
     for r in rows:
         blocks = step.blocks_of(r, 0)
@@ -75,7 +81,7 @@ def _reference(draft: DSparkDraft, rows: list[Any], step: TrainStep) -> torch.Te
                 z = draft.logits(h[k]) + bias
                 p = r.logits[a + k].softmax(-1)
                 l1 = (z.softmax(-1) - p[draft.d2t]).abs().sum() + 1 - p[draft.d2t].sum()
-                w = math.exp(-k / 4)
+                w = math.exp(-k / 4) if position_weights is None else float(position_weights[k])
                 weight += w
                 column = (draft.d2t == label).nonzero()
                 ce: Any = 0.0
@@ -86,8 +92,15 @@ def _reference(draft: DSparkDraft, rows: list[Any], step: TrainStep) -> torch.Te
                 bce: Any = 0.0
                 if guess is not None:
                     bce = F.binary_cross_entropy_with_logits(guess, (1 - 0.5 * l1).detach())
-                terms.append((w, ce, l1, bce))
-    return sum(0.1 * w * ce / inside_weight + (0.9 * l1 + bce) * w / weight for w, ce, l1, bce in terms)  # type: ignore[return-value]
+                log_q, inner = z.log_softmax(-1), p[draft.d2t]
+                kl = (inner * (inner.log() - inner.sum().log() - log_q)).sum()
+                rkl = (log_q.exp() * (log_q - inner.log())).sum()
+                acceptance = 1 - 0.5 * l1
+                share = torch.exp(-of.lk_eta * acceptance.detach())
+                rest = of.tv * l1 + of.kl * kl + of.reverse_kl * rkl - of.lk * acceptance.log()
+                rest = rest + of.lk_hybrid * (share * kl + (1 - share) * (1 - acceptance))
+                terms.append((w, ce, rest + of.confidence * bce))
+    return sum(of.ce * w * ce / inside_weight + rest * w / weight for w, ce, rest in terms)  # type: ignore[return-value]
 
 
 EAGLE3: dict[str, Any] = {
@@ -119,15 +132,28 @@ def test_loss_and_gradients_equal_the_plain_formulation(tiny: Target, kind: str,
     check_against_plain(tiny, small_draft(tiny, vocabulary=200, **KINDS[kind]), chunk)
 
 
-def check_against_plain(target: Target, draft: DSparkDraft, chunk: int = 1024) -> None:  # noqa: F811
+def test_every_term_and_learned_position_weights_equal_the_plain_formulation(tiny: Target) -> None:  # noqa: F811
+    weights = Weights(ce=0.2, kl=0.3, tv=0.4, confidence=0.5, reverse_kl=0.6, lk=0.7, lk_hybrid=0.8, lk_eta=2.0)
+    check_against_plain(tiny, small_draft(tiny, vocabulary=200), 16, weights, torch.tensor([1.0, 0.4, 0.7, 0.2]))
+
+
+def check_against_plain(
+    target: Target,
+    draft: DSparkDraft,  # noqa: F811
+    chunk: int = 1024,
+    weights: Weights = Weights(),  # noqa: B008
+    position_weights: torch.Tensor | None = None,
+) -> None:
     """The step's loss and every gradient against one block at a time over the target's own logits."""
     rows = [_row(target, 30, 1), _row(target, 19, 2)]
-    step = TrainStep(draft, target.family.lm_head.weight, Weights(), num_anchors=6, seed=0, chunk=chunk)
+    step = TrainStep(draft, target.family.lm_head.weight, weights, num_anchors=6, seed=0, chunk=chunk)
+    if position_weights is not None:
+        step.weigh_positions(position_weights)
     loss, _ = step(rows, 0)
     loss.backward()
     mine = {n: p.grad.clone() for n, p in draft.named_parameters() if p.grad is not None}
     draft.zero_grad()
-    reference = _reference(draft, rows, step)
+    reference = _reference(draft, rows, step, weights, position_weights)
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     theirs = {n: p.grad for n, p in draft.named_parameters() if p.grad is not None}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draftline_kernels import RowStats, vocab_loss, vocab_loss_triton
-from draftline_kernels.vocab_loss import RowTargets
+from draftline_kernels.vocab_loss import ETA, RowTargets
 
 N = 9
 
@@ -31,25 +31,32 @@ def exact(
     ce = -log_q.gather(-1, to.labels.clamp(min=0)[:, None]).squeeze(-1) * inside
     kl = (p * (log_p - log_q)).nan_to_num().sum(-1) - within * within.clamp(min=1e-30).log()
     l1 = (q - p).abs().sum(-1) + (1 - within).clamp(min=0)
-    (ce @ to.ce_weight.double() + kl @ to.kl_weight.double() + l1 @ to.l1_weight.double()).backward()
+    rkl, overlap = (q * (log_q - log_p)).sum(-1), torch.minimum(p, q).sum(-1)
+    share = torch.exp(-ETA * overlap.detach())
+    terms = [ce, kl, l1, rkl, -overlap.log(), share * kl + (1 - share) * l1 / 2]
+    weights = [to.ce_weight, to.kl_weight, to.l1_weight, to.rkl_weight, to.lk_weight, to.hybrid_weight]
+    sum(t @ w.double() for t, w in zip(terms, weights, strict=True) if w is not None).backward()  # type: ignore[union-attr]
     values = {"ce": ce, "kl": kl, "l1": l1, "agree": z.argmax(-1) == to.target_best}
+    values |= {} if to.rkl_weight is None else {"rkl": rkl, "overlap": overlap}
     return {k: v.detach() for k, v in values.items()}, base.grad, None if bias is None else bias.grad
 
 
-def case(device: torch.device, width: int, *, bias: bool, softcap: float, spread: float = 3.0) -> tuple:  # type: ignore[type-arg]
+def case(  # type: ignore[type-arg]
+    device: torch.device, width: int, *, bias: bool, softcap: float, spread: float = 3.0, terms: int = 3
+) -> tuple:
     """Logits and targets in which every third label is outside, one row weighs nothing, and some p is outside."""
     g = torch.Generator().manual_seed(width)
     base, added, target = (torch.randn(N, width, generator=g) * spread for _ in range(3))
     capped = softcap * torch.tanh(target / softcap) if softcap else target
     labels = torch.randint(0, width, (N,), generator=g)
     labels[::3] = -1
-    weights = torch.rand(3, N, generator=g)
+    weights = torch.rand(terms, N, generator=g)
     weights[:, 4] = 0
     z = (softcap * torch.tanh(base / softcap) if softcap else base) + (added if bias else 0)
     best = torch.where(torch.arange(N) % 2 == 0, z.argmax(-1), -1)
     outside = torch.rand(N, generator=g)
     to = RowTargets(capped.logsumexp(-1) + outside, best, labels, *weights)
-    to = RowTargets(*(getattr(to, f.name).to(device) for f in dataclasses.fields(to)))
+    to = RowTargets(*(None if v is None else v.to(device) for v in vars(to).values()))
     return base.to(device), added.to(device) if bias else None, target.to(device), to
 
 
@@ -57,8 +64,8 @@ def run(base: Tensor, bias: Tensor | None, target: Tensor, to: RowTargets, softc
     """The kernel on copies; results start out poisoned."""
     base, target = base.clone(), target.clone()
     bias = None if bias is None else bias.clone()
-    poison = [torch.full((len(base),), float("nan"), device=base.device) for _ in range(3)]
-    out = RowStats(*poison, torch.zeros(len(base), dtype=torch.bool, device=base.device))
+    poison = [torch.full((len(base),), float("nan"), device=base.device) for _ in range(5)]
+    out = RowStats(*poison[:3], torch.zeros(len(base), dtype=torch.bool, device=base.device), *poison[3:])
     vocab_loss_triton.row_losses_(base, bias, target, to, out, softcap=softcap, **options)
     return out, base, bias
 
@@ -76,6 +83,17 @@ def test_values_and_gradients(device: torch.device, width: int, bias: bool, soft
     if bias:
         torch.testing.assert_close(got_bias.double(), grad_bias, rtol=1e-4, atol=1e-6)
     assert float(got_base[4].abs().max()) == 0, "a row without weight has no gradient"
+
+
+@pytest.mark.parametrize(("bias", "softcap"), [(True, 0.0), (True, 5.0)])
+def test_reverse_kl_and_acceptance_losses(device: torch.device, bias: bool, softcap: float) -> None:
+    base, added, target, to = case(device, 203, bias=bias, softcap=softcap, terms=6)
+    wanted, grad_base, grad_bias = exact(base, added, target, to, softcap)
+    out, got_base, got_bias = run(base, added, target, to, softcap, tile=64)
+    for name, value in wanted.items():
+        torch.testing.assert_close(getattr(out, name).double(), value.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_base.double(), grad_base, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(got_bias.double(), grad_bias, rtol=1e-4, atol=2e-6)
 
 
 def test_extreme_logits(device: torch.device) -> None:
@@ -125,7 +143,12 @@ def test_statistics_alone(device: torch.device) -> None:
 
 def test_no_rows(device: torch.device) -> None:
     base, _, target, to = case(device, 8, bias=False, softcap=0.0)
-    none = to.part(slice(0, 0))
+    none = RowTargets(
+        *(
+            getattr(to, n)[:0]
+            for n in ("log_normaliser", "target_best", "labels", "ce_weight", "kl_weight", "l1_weight")
+        )
+    )
     out, _, _ = run(base[:0], None, target[:0], none, 0.0)
     assert out.l1.shape == (0,)
 
