@@ -3,7 +3,7 @@ loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
-from .markov_block import Block, markov_block
+from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
 from .verify import VerifyResult, verify
@@ -13,6 +13,7 @@ __all__ = [
     "BLOCK",
     "STREAMS",
     "Block",
+    "Code",
     "RowStats",
     "Sampling",
     "VerifyResult",

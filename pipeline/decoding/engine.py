@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 
@@ -61,8 +60,8 @@ class Engine:
         target: taken over by the engine (see TargetRunner).
         config: sizes, scheduler, verification rule, threads.
         proposer: the draft; None decodes plainly.
-        step_cost: a table measured earlier. Without one the first step that drafts measures it (seconds; `profile()`
-            does so beforehand), where the scheduler needs it.
+        step_cost: a table measured earlier; the engine refines it as it decodes. Without one the first step that drafts
+            measures it (seconds; `profile()` does so beforehand), where the scheduler needs it.
     Raises:
         ConfigError: a rule and scheduler that are not exact together, unknown names.
     """
@@ -114,8 +113,8 @@ class Engine:
         self.runner.layer_ids = list(proposer.layer_ids)
         self.proposer = proposer
 
-    def profile(self, path: Path | None = None) -> StepCost:
-        """Measures the step cost table while no request runs (and saves it to `path`)."""
+    def profile(self) -> StepCost:
+        """Measures the step cost table while no request runs."""
         if self._running:
             raise DraftlineError("The step cost is measured while no request runs.")
         block = max(self.proposer.block_size, 7) + 1
@@ -124,8 +123,6 @@ class Engine:
         room = self.config.max_context - block
         contexts = sorted({min(64, room), min(512, room)})
         self.step_cost = measure(lambda t, c: self.runner.time_step(t, c, block), grid, contexts)
-        if path is not None:
-            self.step_cost.save(path)
         return self.step_cost
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -216,13 +213,15 @@ class Engine:
         decoding = [s for s in self._running if s.prefilled]
         began = time.perf_counter()
         proposal = self.proposer.propose(decoding) if decoding and self.proposer.block_size else None
-        drafted = time.perf_counter()
         lengths = self._schedule(decoding, proposal)
+        # Choosing lengths reads the confidences, so that on a GPU the draft has finished here.
+        drafted = time.perf_counter()
         segments, tokens, logit_rows, verifying, chunks = self._flatten(decoding, proposal, lengths)
         taps, logits = self.runner.step(segments, tokens, logit_rows)
+        self.runner.wait()
         ended = time.perf_counter()
-        if proposal is not None:
-            self._learn_draft_cost(drafted - began)
+        if proposal is not None and self.step_cost is not None:
+            self._learn_costs(decoding, chunks, len(tokens), drafted - began, ended - drafted)
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += ended - drafted
@@ -252,18 +251,25 @@ class Engine:
             return [0] * len(decoding)
         limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
         cost = None if self.scheduler.name == "fixed" else self.step_cost
-        context = sum(len(s.tokens) for s in decoding) // len(decoding)
-        return self.scheduler.lengths(proposal.confidence, cost, context, limits).tolist()  # type: ignore[arg-type]
+        return self.scheduler.lengths(proposal.confidence, cost, self._mean_context(decoding), limits).tolist()  # type: ignore[arg-type]
 
     @property
     def _cost_is_missing(self) -> bool:
         return self.step_cost is None and self.scheduler.name != "fixed" and self.proposer.block_size > 0
 
-    def _learn_draft_cost(self, seconds: float) -> None:
-        """Keeps a running mean of what drafting adds to a round; lengths are chosen with it in the denominator."""
-        if self.step_cost is not None:
-            old = self.step_cost.draft
-            self.step_cost.draft = seconds if old == 0 else old + 0.05 * (seconds - old)
+    def _learn_costs(
+        self, decoding: list[Sequence], chunks: list[Commit], tokens: int, draft: float, target: float
+    ) -> None:
+        """Keeps a running mean of what drafting adds to a round, and the step cost table true to the steps taken."""
+        assert self.step_cost is not None
+        old = self.step_cost.draft
+        self.step_cost.draft = draft if old == 0 else old + 0.05 * (draft - old)
+        if not chunks:  # reading prompts costs otherwise
+            self.step_cost.observe(tokens, self._mean_context(decoding), target)
+
+    @staticmethod
+    def _mean_context(decoding: list[Sequence]) -> int:
+        return sum(len(s.tokens) for s in decoding) // len(decoding)
 
     def _flatten(
         self, decoding: list[Sequence], proposal: Proposal | None, lengths: list[int]

@@ -98,4 +98,10 @@ class TargetRunner:
         ids = [7 % self.target.vocab_size] * tokens
         began = time.perf_counter()
         self.step(segments, ids, list(range(tokens)))
+        self.wait()
         return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked (CUDA runs behind the program)."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)

@@ -1,18 +1,16 @@
-"""What a target step costs: seconds by (tokens in the step, context length), measured on this machine."""
+"""What a target step costs: seconds by (tokens in the step, context length), measured on this machine and kept true.
+
+A table belongs to a machine and its load, not to a draft: every engine measures its own when it starts and refines it
+from the steps that it takes; reports keep the table that they were decided with.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
+import math
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from pipeline.artifact import write_json
-from pipeline.errors import ArtifactError
-
-SCHEMA = 1
 
 
 @dataclasses.dataclass
@@ -21,7 +19,7 @@ class StepCost:
 
     Attributes:
         tokens: rising token counts. contexts: rising context lengths.
-        table: seconds[i][j] for tokens[i] at contexts[j].
+        table: seconds[i][j] for tokens[i] at contexts[j], never falling in i.
         draft: seconds that drafting adds to a round (0: not measured), the same for every length.
         hardware: where it was measured.
     """
@@ -32,15 +30,33 @@ class StepCost:
     draft: float = 0.0
     hardware: str = dataclasses.field(default_factory=lambda: platform.processor() or platform.machine())
 
-    def __post_init__(self) -> None:
-        self._memo: dict[tuple[int, int], float] = {}
-
     def seconds(self, tokens: int, context: int) -> float:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
-        key = (tokens, context // 64)
-        if key not in self._memo:
-            self._memo[key] = self._step(tokens, (context // 64) * 64)
-        return self._memo[key] + self.draft
+        return self._step(tokens, context) + self.draft
+
+    def observe(self, tokens: int, context: int, seconds: float, rate: float = 0.05) -> None:
+        """Moves the table towards a step that took `seconds` (drafting apart).
+
+        A step says most about its own count of tokens and less about others, by half per doubling: a count that the
+        scheduler never picks would else keep its first measurement for ever, however the machine has changed since. A
+        single step moves nothing by more than `rate`, so that a hiccup of the machine passes without a trace.
+        """
+        error = min(max(seconds / self._step(tokens, context) - 1, -1.0), 1.0)
+        j, wj = _place(self.contexts, context, extrapolate=False)
+        columns = {j: 1 - wj, min(j + 1, len(self.contexts) - 1): wj} if len(self.contexts) > 1 else {0: 1.0}
+        for column, share in columns.items():
+            moved = [
+                row[column] * (1 + rate * share * error * 2.0 ** -abs(math.log2(tokens / t)))
+                for t, row in zip(self.tokens, self.table, strict=True)
+            ]
+            for row, value in zip(self.table, non_falling(moved), strict=True):
+                row[column] = value
+
+    def copy(self, draft: float | None = None) -> StepCost:
+        """A table that learns apart from this one."""
+        return dataclasses.replace(
+            self, table=[list(row) for row in self.table], draft=self.draft if draft is None else draft
+        )
 
     def _step(self, tokens: int, context: int) -> float:
         i, wi = _place(self.tokens, tokens)
@@ -51,28 +67,15 @@ class StepCost:
         high = self.table[i + 1][j] * (1 - wj) + self.table[i + 1][min(j + 1, len(self.contexts) - 1)] * wj
         return max(low * (1 - wi) + high * wi, 1e-9)
 
-    def save(self, path: Path) -> None:
-        write_json(path, {"schema": SCHEMA, **dataclasses.asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> StepCost:
-        """Raises ArtifactError when the file isn't a step cost table."""
-        try:
-            raw = json.loads(path.read_text())
-            if raw.pop("schema") != SCHEMA:
-                raise ValueError("another schema")
-            return cls(**raw)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ArtifactError(f"{path} is not a step cost table ({e}). Delete it; it is measured anew.") from None
-
 
 def measure(
     run: Callable[[int, int], float], tokens: Sequence[int], contexts: Sequence[int], repeats: int = 5
 ) -> StepCost:
-    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, medians, made non-falling in tokens.
+    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles, made non-falling in tokens.
 
-    A larger step measured as cheaper than a smaller one is noise that would lead the scheduler astray; each point is
-    therefore at least the point before it.
+    Whatever disturbs a measurement makes it longer, so the lower quartile is nearer to the truth than the mean or the
+    median. A larger step measured as cheaper than a smaller one is noise that would lead the scheduler astray, and
+    either of the two may be the one that is wrong: they meet at their mean.
     """
     samples: dict[tuple[int, int], list[float]] = {}
     for c in contexts:
@@ -82,13 +85,19 @@ def measure(
         for c in contexts:
             for t in tokens:
                 samples.setdefault((t, c), []).append(run(t, c))
-    table: list[list[float]] = []
-    for t in tokens:
-        row = [sorted(samples[t, c])[repeats // 2] for c in contexts]
-        if table:
-            row = [max(new, old) for new, old in zip(row, table[-1], strict=True)]
-        table.append(row)
-    return StepCost(list(tokens), list(contexts), table)
+    columns = [non_falling([sorted(samples[t, c])[repeats // 4] for t in tokens]) for c in contexts]
+    return StepCost(list(tokens), list(contexts), [list(row) for row in zip(*columns, strict=True)])
+
+
+def non_falling(values: Sequence[float]) -> list[float]:
+    """The non-falling sequence nearest to `values` in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (b, m), (a, n) = pools.pop(), pools.pop()
+            pools.append(((a * n + b * m) / (n + m), n + m))
+    return [value for value, count in pools for _ in range(count)]
 
 
 def _place(grid: list[int], x: int, *, extrapolate: bool = True) -> tuple[int, float]:

@@ -21,7 +21,7 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
     Eagle3's layer takes them for the half of its input that g is; what it makes of the embedding is left to training.
 
     Raises:
-        ConfigError: a family whose layers compute something else than a draft's.
+        ConfigError: a family whose layers compute something else than a draft's, or a draft of more layers.
     """
     if family.layer_obstacle is not None:
         raise ConfigError(
@@ -29,6 +29,11 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
             "Use trainer.warm_start.layers=none or features."
         )
     last, size = len(family.layers), draft.config.hidden_size
+    if draft.config.num_layers > last:
+        raise ConfigError(
+            f"draft.num_layers={draft.config.num_layers}, but the target has {last} layers to start them from. Use "
+            f"{last} or fewer, or trainer.warm_start.layers=none."
+        )
     for i, layer in enumerate(draft.layers):
         source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
         for name, weight in layer.named_parameters():

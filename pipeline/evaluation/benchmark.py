@@ -160,12 +160,12 @@ def run_arms(
     warm = dataclasses.replace(config, max_new_tokens=min(8, config.max_new_tokens))
     shared = engine.step_cost or engine.profile()
     for _ in range(2):  # The first pass pays for what is made on first use; the second learns from the rest.
-        costs = {key: dataclasses.replace(shared, draft=0.0) for key in made}
+        costs = {key: shared.copy(draft=0.0) for key in made}
         for arm in arms:
             engine.step_cost = costs[arm.key]
             _decode(engine, arm, made, rows[0], 0, warm)
-    # Copied: a table keeps what it answered before it had learned.
-    costs = {key: dataclasses.replace(cost) for key, cost in costs.items()}
+    # What first use cost is no part of a step's cost.
+    costs = {key: shared.copy(draft=cost.draft) for key, cost in costs.items()}
     began = time.monotonic()
     for i, row in enumerate(rows):
         turn = i % len(arms)

@@ -97,11 +97,10 @@ def evaluate_draft(
         return done
     begin()
     running, (draft,), (_, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
-    profiled = running.profile()
     made = proposers(ARMS, {"draft": draft}, engine)
     done_by_arm, costs = run_arms(running, ARMS, made, evaluation, benchmark, ("none", "draft"))
     arms = summarise(done_by_arm, evaluation, benchmark)
-    cost = dataclasses.replace(profiled, draft=costs["draft", "coupled"].draft)
+    cost = costs["draft", "coupled"]
     measured = _measure_calibration(running, draft, evaluation, engine, benchmark)
     manifest = artifact.load(draft_dir, "draft", verify=False)
     greedy = [a for a in arms.values() if a["temperature"] == 0]

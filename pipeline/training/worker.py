@@ -280,6 +280,9 @@ def _publish(
     with checkpoint.as_directory() as folder:
         weights = checkpoints.weights(Path(folder))
     state = draft.trainable_state()
+    missing = [name for name, _ in draft.named_parameters() if f"draft.{name}" not in weights]
+    if missing:
+        raise RuntimeError(f"the last checkpoint lacks {len(missing)} of the draft's weights, {missing[0]} first")
     for name in state:
         if f"draft.{name}" in weights and state[name].is_floating_point():
             state[name] = weights[f"draft.{name}"]

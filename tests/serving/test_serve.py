@@ -20,6 +20,8 @@ from pipeline.errors import ArtifactError, DraftlineError
 from pipeline.serving.app import deploy, undeploy
 from pipeline.serving.replica import build_engine
 
+pytestmark = pytest.mark.ray
+
 TARGET = TargetConfig(path="tiny")
 ENGINE = EngineConfig(max_requests=4, max_context=256, threads=1)
 PROMPTS = ["What is a draft?", "Count to five.", "Say hello in French.", "Why is the sky blue?"]

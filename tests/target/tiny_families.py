@@ -138,9 +138,13 @@ class _Tokenizer:
 
     bos_token_id, eos_token_id = 2, 1
     all_special_ids = (0, 1, 2, 3)
+    chat_template = None
 
     def __len__(self) -> int:
         return VOCABULARY
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<{token}>"
 
 
 def tiny_target(name: str, seed: int = 4) -> Target:
@@ -161,4 +165,4 @@ def tiny_target(name: str, seed: int = 4) -> Target:
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.5 + 0.5)
             if key.endswith("tid2eid"):
                 buffer.copy_(torch.randint(0, 4, buffer.shape, generator=generator))
-    return Target(model, _Tokenizer(), TargetIdentity(name, "r", "w", "t"))
+    return Target(model, _Tokenizer(), TargetIdentity(name, "r", "w", "c", "t"))

@@ -5,12 +5,16 @@ Letters: B requests, G tokens per block, Vd draft vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from draftline_kernels import Sampling, draw, proposal_stream, transform
+from draftline_kernels import Code, Sampling, draw, markov_block, proposal_stream, transform
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.base import Draft
+
+Confidence = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def into_dtype(draft: Draft, dtype: torch.dtype) -> None:
@@ -68,6 +72,31 @@ class Drawing:
                 anchor=self.anchors if self.rule == "ratio" else None,
             )
         self._columns.append(self.previous)
+
+    def in_one(
+        self, base: torch.Tensor, code: Code | None, w2: torch.Tensor | None, confidence: Confidence
+    ) -> Proposal:
+        """The whole block from base logits [B, G, Vd] and a Markov head (see `markov_block`).
+
+        Args:
+            confidence: the head's logits float[B, G] from the tokens before each slot, int64[B, G].
+        """
+        sampled = self.rule == "ratio" and not self._sampling.greedy
+        block = markov_block(
+            base,
+            code,
+            w2,
+            self.previous,
+            self.anchors,
+            self._sampling,
+            vocabulary=self.draft.embed.shape[0],
+            d2t=self.draft.d2t,
+            rule=self.rule,
+            logits=sampled,
+        )
+        self._columns = list(block.tokens.unbind(1))
+        self._kept = list(block.logits.unbind(1)) if block.logits is not None else []
+        return self.proposal(confidence(block.seen))
 
     def proposal(self, raw: torch.Tensor | None) -> Proposal:
         """The finished block.

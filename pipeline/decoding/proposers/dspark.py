@@ -56,6 +56,8 @@ class DSparkProposer:
         if pack and self.device.type == "cpu" and draft.lm_rows.dtype == torch.float32 and available():
             prepack(self.draft)
             self._lm_head = PackedLinear(draft.lm_rows)
+        # On CPU the head's prepacked matrix is faster than the reference's plain one.
+        self._fused = self.device.type == "cuda" and self.draft.confidence_head is not None
         self._length: dict[int, int] = {}
 
     def admit(self, sequence: Sequence) -> None:
@@ -95,6 +97,8 @@ class DSparkProposer:
     def propose(self, sequences: list[Sequence]) -> Proposal:
         batch, block = len(sequences), self.block_size
         drawing = Drawing(self.draft, sequences, self.rule)
+        if self._fused:
+            return self._in_one(drawing, sequences)
         hidden = self.draft.blocks(drawing.previous, drawing.anchors, self._attend(sequences))
         base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
         base = base.view(batch, block, -1)
@@ -104,6 +108,26 @@ class DSparkProposer:
             bias, state = self.draft.markov_step(hidden[:, k], drawing.previous, state)
             drawing.draw(base[:, k] + bias)
         return drawing.proposal(self.draft.confidence(hidden, torch.stack(drawing.seen, 1)))
+
+    def _in_one(self, drawing: Drawing, sequences: list[Sequence]) -> Proposal:
+        """The same block by the kernel that draws all its slots."""
+        draft = self.draft
+        hidden = draft.blocks(drawing.previous, drawing.anchors, self._attend(sequences))
+        hidden = hidden.view(len(sequences), self.block_size, -1)
+        head, state = draft.markov_head, None
+
+        def code(k: int, previous: torch.Tensor) -> torch.Tensor:
+            nonlocal state
+            assert head is not None
+            made, state = head.step(hidden[:, k], previous, state)
+            return made
+
+        return drawing.in_one(
+            draft.logits(hidden),
+            code if head is not None else None,
+            head.markov_w2.weight if head is not None else None,
+            lambda seen: draft.confidence(hidden, seen),
+        )
 
     def _attend(self, sequences: list[Sequence]):  # type: ignore[no-untyped-def]
         c = self.config
