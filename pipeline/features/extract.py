@@ -201,7 +201,7 @@ def _make(
         Extractor,
         batch_size=1,
         num_cpus=1,
-        num_gpus=num_gpus(target),
+        num_gpus=num_gpus(target, config.gpus_per_actor),
         compute=ray.data.ActorPoolStrategy(size=actors),
         max_task_retries=_TRIES - 1,
         fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
@@ -228,15 +228,19 @@ def _follow(made: Iterable[dict[str, Any]], count: int, actors: int) -> None:
         print(f"extract: shard {n}/{count}, {tokens * actors / busy:.0f} tokens/s, {left:.0f} s left", flush=True)
 
 
-def num_gpus(target: TargetConfig) -> float | None:
-    """GPUs that an extracting actor takes, None on CPU. Raises DraftlineError if the cluster has none to give."""
+def num_gpus(target: TargetConfig, each: int = 1) -> float | None:
+    """GPUs that an actor with the target takes: `each`, None on CPU. Raises DraftlineError where too few are there."""
     import ray
 
     if target.device == "cpu":
         return None
-    if not ray.cluster_resources().get("GPU"):
-        raise DraftlineError(f"target.device={target.device!r}, but the Ray cluster has no GPU. Use target.device=cpu.")
-    return 1.0
+    there = ray.cluster_resources().get("GPU", 0)
+    if there < each:
+        raise DraftlineError(
+            f"target.device={target.device!r} for actors of {each} GPU, but the Ray "
+            f"cluster has {there:g} GPUs. Use target.device=cpu, or a cluster that has them."
+        )
+    return float(each)
 
 
 def _note(staging: Path, index: int) -> dict[str, Any] | None:

@@ -92,7 +92,8 @@ def feature_stream(
 
     config = with_layers(config, target, cache_dir)
     count, _ = check(config, target, corpus_dir, cache_dir, split)
-    actor = ray.remote(num_cpus=1, num_gpus=num_gpus(target) or 0, max_restarts=-1, max_task_retries=3)(StreamExtractor)
+    gpus = num_gpus(target, config.gpus_per_actor) or 0
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=3)(StreamExtractor)
     places = (str(Path(corpus_dir).absolute()), split, str(Path(cache_dir).absolute()))
     return FeatureStream([actor.remote(config, target, *places) for _ in range(config.actors)], count)
 

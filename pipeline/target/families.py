@@ -109,16 +109,22 @@ def _gemma(model: Any) -> Family:
     )
 
 
+ENGINE_OBSTACLES = {
+    "deepseek_v4": (
+        "beside keys and values its layers keep compressed entries over a running window, which can't be taken back "
+        "when drafted tokens are rejected, and its attention has sinks; that would need a cache of its own with a "
+        "snapshot per step"
+    )
+}
+"""Why the decoding engine can't run a family, by model_type."""
+
+
 def _deepseek_v4(model: Any) -> Family:
     return dataclasses.replace(
         _parts(model, model.model),
         streams=int(model.config.hc_mult),
         layer_obstacle="its layers mix several residual streams around low-rank attention; a draft's are plain",
-        engine_obstacle=(
-            "beside keys and values its layers keep compressed entries over a running window, which can't be taken "
-            "back when drafted tokens are rejected, and its attention has sinks; that would need a cache of its own "
-            "with a snapshot per step"
-        ),
+        engine_obstacle=ENGINE_OBSTACLES["deepseek_v4"],
     )
 
 

@@ -171,10 +171,13 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
     try:
         transformers.utils.logging.disable_progress_bar()  # one line per tensor in a job's log
         check_family(transformers.AutoConfig.from_pretrained(path).model_type)  # before reading the weights
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+        placed = {"device_map": "auto"} if config.device == "auto" else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **placed)
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
-    target = Target(model.to(config.device), tokenizer, load_identity(config, cache_dir, tokenizer))  # type: ignore[arg-type]
+    if config.device != "auto":
+        model = model.to(config.device)  # type: ignore[arg-type]
+    target = Target(model, tokenizer, load_identity(config, cache_dir, tokenizer))
     _ = target.family
     return target
 

@@ -58,6 +58,25 @@ def obtain(config: TargetConfig, cache_dir: Path) -> Path:
         ) from None
 
 
+def config_file(config: TargetConfig, cache_dir: Path) -> Path:
+    """The target's config.json alone: of a hub model nothing else is fetched.
+
+    Raises:
+        DraftlineError: it can't be had, with what to do.
+    """
+    if config.path in (SMOLLM2, TINY) or Path(config.path).is_dir():
+        return obtain(config, cache_dir) / "config.json"
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(config.path, "config.json", revision=config.revision or None))
+    except (OSError, ValueError) as e:
+        raise DraftlineError(
+            f"The hub gave no config.json of target.path={config.path!r} ({type(e).__name__}). Give the file: "
+            "plan.target_config=<path>."
+        ) from None
+
+
 def _once(final: Path, config: dict[str, Any], make: Callable[[Path], None]) -> Path:
     """The target artifact at `final`, made if it isn't there; processes that want it together make it once."""
 

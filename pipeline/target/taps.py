@@ -76,10 +76,11 @@ class TapCapture:
         return hook
 
     def taps(self) -> torch.Tensor:
-        """Concatenated outputs of the last forward: [..., L*D], in the model's dtype."""
+        """Concatenated outputs of the last forward: [..., L*D], in the model's dtype, where the last of them is."""
         if any(o is None for o in self._outputs):
             raise RuntimeError("no forward ran while the taps were set")
-        return torch.cat([o for o in self._outputs if o is not None], dim=-1)
+        outputs = [o for o in self._outputs if o is not None]
+        return torch.cat([o.to(outputs[-1].device) for o in outputs], dim=-1)
 
 
 @torch.inference_mode()

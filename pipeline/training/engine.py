@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ def make_engine(
     """The DeepSpeed engine of an objective and the optimizer whose learning rate the loop sets."""
     import deepspeed
 
+    wait_for_operator()
     trainable = [q for q in objective.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
@@ -69,6 +73,33 @@ def make_engine(
         for parameter, weight in zip(trainable, started, strict=True):
             _set_master(parameter, weight)
     return engine, optimizer
+
+
+def wait_for_operator(root: Path | None = None, abandoned_after: float = 300.0) -> None:
+    """Waits while another process builds DeepSpeed's CPU operator, and takes away the lock of one that was killed.
+
+    torch itself would wait for ever, and without a word: its lock is a file that nobody owns.
+
+    Args:
+        root: torch's folder of extensions. abandoned_after: seconds; a build takes about one minute.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    told = False
+    folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    while locks := [f for f in (*folder.glob("deepspeed_*/lock"), *folder.glob("*/deepspeed_*/lock")) if f.exists()]:
+        try:
+            age = time.time() - locks[0].stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if age > abandoned_after:
+            print(f"train: {locks[0]} is {age:.0f} s old, of a build that was killed: removed", flush=True)
+            locks[0].unlink(missing_ok=True)
+            continue
+        if not told:
+            print(f"train: waits for another process that builds DeepSpeed's operator ({locks[0]})", flush=True)
+        told = True
+        time.sleep(0.2)
 
 
 def _set_master(parameter: nn.Parameter, weight: Tensor) -> None:

@@ -143,8 +143,9 @@ class TrainStep:
         compute = autocast or draft.lm_rows.dtype
         self.compute = compute
         device = self.device = draft.embed.device
-        self.lm_head = lm_head.detach().to(device, compute)
         self.lm_rows = draft.lm_rows.detach().to(compute)
+        full = draft.d2t.shape[0] == lm_head.shape[0]
+        self.lm_head = self.lm_rows if full else lm_head.detach().to(device, compute)
         self.softcap = draft.logit_softcap or 0.0
         self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64, device=device)
         self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0], device=device)

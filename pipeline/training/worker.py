@@ -76,7 +76,9 @@ def train_worker(plan: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     listener = Listener(bell, rank)
-    target = load_target(from_plain(TargetConfig, p.target, "target"), Path(p.cache_dir))
+    # On the CPU wherever the target decodes: of it only the borrowed matrices go to the training device.
+    where = dataclasses.replace(from_plain(TargetConfig, p.target, "target"), device="cpu")
+    target = load_target(where, Path(p.cache_dir))
     identity = target.identity.as_dict()
     store = None
     if stream is None:

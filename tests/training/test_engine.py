@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch.distributed as dist
 
 from pipeline.config import TrainerConfig
 from pipeline.target import Target
-from pipeline.training.engine import Objective, make_engine, take_step
+from pipeline.training.engine import Objective, make_engine, take_step, wait_for_operator
 from pipeline.training.step import TrainStep, Weights
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
@@ -26,6 +29,24 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_the_lock_of_a_killed_build_is_taken_away_and_a_living_one_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("py311_cpu/deepspeed_shm_comm", "deepspeed_other", "py311_cpu/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "lock").touch()
+    old = time.time() - 400
+    os.utime(tmp_path / "py311_cpu/deepspeed_shm_comm/lock", (old, old))
+    builder = threading.Timer(0.5, (tmp_path / "deepspeed_other/lock").unlink)
+    builder.start()
+    began = time.monotonic()
+    wait_for_operator(tmp_path)
+    assert time.monotonic() - began >= 0.4, "the living one was waited for"
+    assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob("lock")] == ["py311_cpu/mine/lock"]
+    said = capsys.readouterr().out
+    assert "of a build that was killed: removed" in said and "waits for another process" in said
 
 
 @pytest.mark.usefixtures("one_rank")

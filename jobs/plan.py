@@ -1,0 +1,33 @@
+"""What an experiment takes before anybody pays for it: features, memory, GPU-hours. Needs no cluster and no weights.
+
+python jobs/plan.py experiment=qwen3_4b_dspark corpus.source=own.jsonl corpus.regenerate.prompts=own.jsonl \\
+    tracking.uri=http://mlflow:5000
+
+Exit status 5 where the experiment would not fit the cluster of its config.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.path and sys.path[0].endswith("jobs"):
+    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+
+from pipeline.config import PipelineConfig
+from pipeline.entry import run
+
+DOES_NOT_FIT = 5
+
+
+def main(config: PipelineConfig) -> None:
+    from pipeline.sizing import plan, save, show
+
+    found = plan(config)
+    print(show(found))
+    save(found, config.run_dir / "plan.json")
+    if found.obstacles:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, name="plan", ray=False))
