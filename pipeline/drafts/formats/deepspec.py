@@ -1,7 +1,8 @@
-"""DeepSpec's checkpoints (MIT; `Qwen3DSparkModel`, `Qwen3DFlashModel`), with a flat config.json.
+"""DeepSpec's checkpoints (MIT; `Qwen3DSparkModel`, `Qwen3DFlashModel`, `Qwen3Eagle3Model`), with a flat config.json.
 
 The target's embedding and lm_head are in the file, full vocabulary. Layer ids count as ours do: id L is the output of
-decoder layer L. Slots are DSpark's in both algorithms: the anchor's slot predicts.
+decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has five tapped layers
+and QK norm.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats import eagle3, qwen3
 from pipeline.drafts.formats.qwen3 import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
-_ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "Qwen3DFlashModel"}
+_ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "Qwen3DFlashModel", "eagle3": "Qwen3Eagle3Model"}
+_STEP_DECAY = 0.8  # what a step of the unrolled loss weighs of the one before; nothing that a reader computes
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:
@@ -31,6 +33,9 @@ def obstacles(draft: Draft) -> list[Obstacle]:
                 {"draft.draft_vocab_size": "0"},
             )
         )
+    if c.algorithm == "eagle3":
+        found += eagle3.taps_obstacle(draft, "DeepSpec's Eagle3", 5)
+        found += eagle3.residual_obstacle(draft, "DeepSpec's Eagle3")
     if not c.sample_from_anchor:
         found.append(
             Obstacle(
@@ -70,10 +75,16 @@ def write(
         "architectures": [_ARCHITECTURES[c.algorithm]],
         "num_target_layers": target.num_layers,
         "target_layer_ids": c.target_layer_ids,
-        "block_size": c.block_size,
-        "mask_token_id": c.mask_token_id,
-        **qwen3.heads_of(c),
     }
+    if c.algorithm == "eagle3":
+        config |= {
+            "draft_num_hidden_layers": c.num_layers,
+            "ttt_length": c.block_size,
+            "step_loss_decay": _STEP_DECAY,
+            "target_model_name_or_path": target.identity.id,
+        }
+    else:
+        config |= {"block_size": c.block_size, "mask_token_id": c.mask_token_id, **qwen3.heads_of(c)}
     tensors = qwen3.tensors_of(draft) | {qwen3.EMBED: draft.embed, qwen3.LM_HEAD: draft.lm_rows}
     return qwen3.save(
         out, draft, target, tensors, config, project="deepspec", inputs=inputs, settings=settings, files=files
@@ -81,7 +92,7 @@ def write(
 
 
 def read(path: Path | str, target: Target) -> Draft:
-    """Reads a DSpark or DFlash checkpoint for a target.
+    """Reads a checkpoint for a target.
 
     Temperatures are ones unless `temperatures.json` lies beside it.
 
@@ -94,6 +105,17 @@ def read(path: Path | str, target: Target) -> Draft:
     algorithm = qwen3.architecture(path, raw, {v: k for k, v in _ARCHITECTURES.items()})
     if any(kind != "full_attention" for kind in raw.get("layer_types", [])):
         raise ArtifactError(f"{path} has layer_types {raw['layer_types']}; DeepSpec's drafts have full attention only.")
+    if algorithm == "eagle3":
+        return eagle3.read(
+            path,
+            raw,
+            tensors,
+            target,
+            layer_ids=raw.get("target_layer_ids"),
+            steps=int(raw.get("ttt_length") or eagle3.STEPS),
+            d2t=None,
+            required=(),
+        )
     fields = {name: raw.get(name) for name in ("block_size", "target_layer_ids", "mask_token_id")}
     config = qwen3.config_from(path, raw, fields | qwen3.heads_from(raw), target, algorithm=algorithm)
     return qwen3.build(path, config, target, tensors, optional=(qwen3.EMBED, qwen3.LM_HEAD))

@@ -1,9 +1,9 @@
 """Which drafts vLLM and SGLang load, in which format; and when they don't, why, and the nearest that loads.
 
 Read from the engines' public sources of 2026, in single stored versions; no engine was run: vLLM's
-models/qwen3_dspark.py and qwen3_dflash.py and its speculators configs; SGLang's models/dspark.py, dflash.py and
-speculative/dspark_components. A draft that an engine would load and then run wrongly (accepting hardly a token, without
-an error) counts as one that it does not load.
+models/qwen3_dspark.py, qwen3_dflash.py, llama_eagle3.py and its speculators configs; SGLang's models/dspark.py,
+dflash.py, llama_eagle3.py and speculative/dspark_components. A draft that an engine would load and then run wrongly
+(accepting hardly a token, without an error) counts as one that it does not load.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import deepspec, qwen3, specforge, speculators
+from pipeline.drafts.formats import deepspec, eagle3, qwen3, specforge, speculators
 from pipeline.drafts.formats.qwen3 import Obstacle
 
 FORMATS: dict[str, ModuleType] = {"speculators": speculators, "specforge": specforge, "deepspec": deepspec}
@@ -80,8 +80,6 @@ def fit(draft: Draft, engine: str, format: str = "") -> Fit:
 
 def _obstacles(draft: Draft, engine: str, format: str) -> list[Obstacle]:
     found = FORMATS[format].obstacles(draft)
-    if draft.config.algorithm not in ("dspark", "dflash"):
-        return found
     told = {tuple(o.settings) for o in found if o.settings}
     found += [o for o in _engine_obstacles(draft, engine) if tuple(o.settings) not in told]
     why = _unreadable(engine, format, draft.config.algorithm)
@@ -91,6 +89,8 @@ def _obstacles(draft: Draft, engine: str, format: str) -> list[Obstacle]:
 def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
     """What the engine's implementation can't run, whatever the format."""
     c, name, found = draft.config, TITLES[engine], []
+    if c.algorithm == "eagle3":
+        return _eagle3_obstacles(draft, engine)
     if any(c.sliding_windows):
         found.append(
             Obstacle(
@@ -140,14 +140,30 @@ def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
     return found
 
 
+def _eagle3_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
+    name = f"{TITLES[engine]}'s Eagle3"
+    found = eagle3.taps_obstacle(draft, name, 3)
+    if draft.config.qk_norm:
+        found.append(
+            Obstacle(f"{name} has Llama's layer, without QK norm; this draft has it.", {"draft.qk_norm": "false"})
+        )
+    return found + (eagle3.residual_obstacle(draft, name) if engine == "sglang" else [])
+
+
 def _unreadable(engine: str, format: str, algorithm: str) -> str | None:
     """Why an engine has no reader of an algorithm's files in a format; None if it has one."""
     if format == "deepspec" and algorithm == "dflash":
         return f"{TITLES[engine]} has no model class for DeepSpec's DFlash files."
+    if format == "deepspec" and algorithm == "eagle3":
+        return f"{TITLES[engine]} has no model class for DeepSpec's Eagle3 files."
+    if engine == "vllm" and format == "specforge" and algorithm == "eagle3":
+        return "vLLM does not read the tapped layers from eagle_config, where SpecForge's files have them."
     if engine == "vllm" and format == "specforge" and algorithm == "dspark":
         return "vLLM takes the architecture DSparkDraftModel, which these files name, for DeepSeek-V4's."
     if engine == "sglang" and format == "speculators":
         if algorithm == "dspark":
             return "SGLang refuses files with speculators_model_type=dspark."
+        if algorithm == "eagle3":
+            return "SGLang has no model class for speculators' Eagle3 files."
         return "SGLang reads DFlash's layers and mask token from dflash_config, which speculators' files do not have."
     return None

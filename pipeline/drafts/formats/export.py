@@ -76,6 +76,15 @@ def launch(draft: Draft, engine: str, served_target: str) -> str:
         config = json.dumps({"method": c.algorithm, "model": "$PWD", "num_speculative_tokens": tokens})
         quoted = config.replace('"', '\\"')  # within double quotes, so that the shell fills in $PWD
         return f'vllm serve {served} --speculative-config "{quoted}"'
+    if c.algorithm == "eagle3":
+        return " \\\n    ".join(
+            [
+                f"python -m sglang.launch_server --model-path {served}",
+                '--speculative-algorithm EAGLE3 --speculative-draft-model-path "$PWD"',
+                f"--speculative-num-steps {tokens} --speculative-eagle-topk 1",
+                f"--speculative-num-draft-tokens {tokens + 1}",
+            ]
+        )
     lines = [
         f"python -m sglang.launch_server --model-path {served}",
         f'--speculative-algorithm {c.algorithm.upper()} --speculative-draft-model-path "$PWD"',
@@ -95,15 +104,17 @@ def readme(draft: Draft, target: Target, fit: Fit, served_target: str, *, source
     heads = [f"{c.markov_head_type} Markov head of rank {c.markov_rank}"] if c.has_markov else []
     heads += ["confidence head"] if c.enable_confidence_head else []
     slots = "predicts too" if c.sample_from_anchor else "predicts nothing"
+    eagle3 = c.algorithm == "eagle3"
+    unit = "one after the other" if eagle3 else f"{c.block_size} slots; the anchor's {slots}"
     rows = {
         "algorithm": c.algorithm,
         "format": f"{fit.format}, for {TITLES[fit.engine]}",
-        "tokens per block": f"{c.tokens_per_block} ({c.block_size} slots; the anchor's {slots})",
+        "tokens per block": f"{c.tokens_per_block} ({unit})",
         "layers": str(c.num_layers),
         "tapped target layers": f"{c.target_layer_ids}, outputs of layers counted from 0",
         "heads": ", ".join(heads) or "none",
         "vocabulary": f"{len(draft.d2t)} of {target.vocab_size} tokens",
-        "mask token": str(c.mask_token_id),
+        "mask token": "" if eagle3 else str(c.mask_token_id),
         "weights": "bfloat16",
         "draft": source or "unregistered",
         "draft digest": digest,
@@ -131,6 +142,11 @@ def _notes(draft: Draft, fit: Fit) -> list[str]:
         notes.append(
             "SGLang must have the architecture DSparkDraftModel (models/dspark.py). Its first versions with DSpark "
             "know Qwen3DSparkModel alone: for them, export with export.format=deepspec."
+        )
+    if c.algorithm == "eagle3" and fit.engine == "sglang":
+        notes.append(
+            "SGLang lends the target's embedding; the rows of lm_head are in the file. Chains only: with "
+            "--speculative-eagle-topk above 1 it drafts trees, which nothing here was measured with."
         )
     if c.algorithm == "dspark" and c.enable_confidence_head and fit.engine == "vllm":
         notes.append(

@@ -56,13 +56,6 @@ class Obstacle:
 def obstacles(draft: Draft, project: str) -> list[Obstacle]:
     """What of a draft the Qwen3 shape can't hold, in the files of any of the projects."""
     c, found = draft.config, []
-    if c.algorithm not in ("dspark", "dflash"):
-        found.append(
-            Obstacle(
-                f"This version writes {project}'s dspark and dflash checkpoints; the draft is {c.algorithm}.",
-                {"draft": "dspark"},
-            )
-        )
     if not c.qk_norm:
         found.append(
             Obstacle(
@@ -245,9 +238,8 @@ def config_from(
         algorithm=algorithm,
         **{ours: layers[theirs] for ours, theirs in _FIELDS.items()},
         rope_theta=float(theta),  # type: ignore[arg-type]
-        qk_norm=True,
         sliding_windows=windows if any(windows) else [],
-        **fields,
+        **{"qk_norm": True, **fields},
     )
     try:
         check(config, target.hidden_size, target.vocab_size, target.num_layers)

@@ -1,8 +1,11 @@
-"""SpecForge's checkpoints (`DSparkDraftModel`, `DFlashDraftModel`), which SGLang loads; those of z-lab's DFlash too.
+"""SpecForge's checkpoints (`DSparkDraftModel`, `DFlashDraftModel`, `LlamaForCausalLMEagle3`), which SGLang loads; those
+of z-lab's DFlash too.
 
-Nothing borrowed is in the file: SGLang lends the target's embedding and lm_head, so the vocabulary is the whole one.
-`dflash_config` holds tapped layers (ids as ours: L is the output of decoder layer L), mask token and heads. DSpark's
-slots all predict, in DFlash the anchor's slot predicts nothing: G = block_size, and block_size - 1.
+Of the block drafters nothing borrowed is in the file: SGLang lends the target's embedding and lm_head, so the
+vocabulary is the whole one. `dflash_config` holds tapped layers (ids as ours: L is the output of decoder layer L), mask
+token and heads. DSpark's slots all predict, in DFlash the anchor's slot predicts nothing: G = block_size, and
+block_size - 1. Eagle3 has its layer under `midlayer.`, three tapped layers in `eagle_config` (ids as ours), its rows of
+lm_head, and of a reduced vocabulary `d2t` and `t2d` as speculators' files do.
 """
 
 from __future__ import annotations
@@ -11,19 +14,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats import eagle3, qwen3, vocabulary
 from pipeline.drafts.formats.qwen3 import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
 _ARCHITECTURES = {"dspark": "DSparkDraftModel", "dflash": "DFlashDraftModel"}
+_EAGLE3 = "LlamaForCausalLMEagle3"
+_LAYER = "midlayer."
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
-    c, found = draft.config, qwen3.obstacles(draft, "SpecForge")
+    c = draft.config
+    if c.algorithm == "eagle3":
+        found = eagle3.obstacles(draft) + eagle3.taps_obstacle(draft, "SpecForge's Eagle3", 3)
+        if c.qk_norm:
+            found.append(
+                Obstacle(
+                    "SpecForge's Eagle3 has Llama's layer, without QK norm; this draft has QK norm.",
+                    {"draft.qk_norm": "false"},
+                )
+            )
+        return found + eagle3.residual_obstacle(draft, "SpecForge's Eagle3")
+    found = qwen3.obstacles(draft, "SpecForge")
     if not qwen3.full_vocabulary(draft):
         found.append(
             Obstacle(
@@ -61,6 +79,8 @@ def write(
     if why := obstacles(draft):
         raise ConfigError(" ".join(map(str, why)))
     c = draft.config
+    if c.algorithm == "eagle3":
+        return _write_eagle3(draft, target, out, inputs=inputs, settings=settings, files=files)
     dflash: dict[str, Any] = {"mask_token_id": c.mask_token_id, "target_layer_ids": c.target_layer_ids}
     config = {
         **qwen3.settings_of(draft, target),
@@ -87,7 +107,7 @@ def write(
 
 
 def read(path: Path | str, target: Target) -> Draft:
-    """Reads a DSpark or DFlash checkpoint for a target.
+    """Reads a checkpoint for a target.
 
     Temperatures are ones unless `temperatures.json` lies beside it.
 
@@ -97,7 +117,9 @@ def read(path: Path | str, target: Target) -> Draft:
     """
     path = Path(path)
     raw, tensors = qwen3.load(path, "SpecForge")
-    algorithm = qwen3.architecture(path, raw, {v: k for k, v in _ARCHITECTURES.items()})
+    algorithm = qwen3.architecture(path, raw, {v: k for k, v in {**_ARCHITECTURES, "eagle3": _EAGLE3}.items()})
+    if algorithm == "eagle3":
+        return _read_eagle3(path, raw, tensors, target)
     dflash = raw.get("dflash_config") or {}
     twice = [n for n in dflash.keys() & raw.keys() if dflash[n] != raw[n]]
     if twice:
@@ -117,3 +139,44 @@ def read(path: Path | str, target: Target) -> Draft:
         algorithm=algorithm,
     )
     return qwen3.build(path, config, target, tensors)
+
+
+def _write_eagle3(
+    draft: Draft,
+    target: Target,
+    out: Path | str,
+    *,
+    inputs: dict[str, str],
+    settings: Mapping[str, Any] | None,
+    files: Mapping[str, str] | None,
+) -> artifact.Manifest:
+    c = draft.config
+    config = {
+        **eagle3.settings_of(draft, target),
+        "architectures": [_EAGLE3],
+        "draft_vocab_size": len(draft.d2t),
+        "target_hidden_size": c.hidden_size,
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": c.target_layer_ids},
+        "ttt_length": c.block_size,
+    }
+    tensors = eagle3.tensors_of(draft, _LAYER)
+    if not qwen3.full_vocabulary(draft):
+        tensors |= vocabulary.tensors_of(draft.d2t, target.vocab_size)
+    return qwen3.save(
+        out, draft, target, tensors, config, project="specforge", inputs=inputs, settings=settings, files=files
+    )
+
+
+def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: Target) -> Draft:
+    size = raw.get("draft_vocab_size") or target.vocab_size
+    reduced = size != target.vocab_size
+    return eagle3.read(
+        path,
+        raw,
+        {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")},
+        target,
+        layer_ids=(raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"),
+        steps=int(raw.get("ttt_length") or eagle3.STEPS),
+        d2t=vocabulary.read(path, tensors, size, target.vocab_size) if reduced else None,
+        layer=_LAYER,
+    )

@@ -1,8 +1,9 @@
-"""Checkpoints of vllm-project/speculators (`DSparkSpeculator`, `DFlashSpeculator`), which vLLM loads.
+"""Checkpoints of vllm-project/speculators (`DSparkSpeculator`, `DFlashSpeculator`, `Eagle3Speculator`), for vLLM.
 
-The draft's layers are in `transformer_layer_config`. Layer ids count hidden states: `aux_hidden_state_layer_ids` L + 1
-is the output of decoder layer L. `sample_from_anchor` states the slot layout. A reduced vocabulary brings lm_head
-[Vd, D], `d2t` int64[Vd] (offsets: target id = d + d2t[d]) and `t2d` bool[V]; otherwise nothing borrowed is in the file.
+The draft's layers are in `transformer_layer_config`. Layer ids count hidden states: `aux_hidden_state_layer_ids` (of
+Eagle3 `eagle_aux_hidden_state_layer_ids`) L + 1 is the output of decoder layer L. `sample_from_anchor` states the slot
+layout. A reduced vocabulary brings lm_head [Vd, D], `d2t` int64[Vd] (offsets: target id = d + d2t[d]) and `t2d`
+bool[V]; otherwise nothing borrowed is in the file.
 
 A sliding layer's window is written as vLLM and we count it, position by position. The package's own training mask
 counts it from the anchor for every slot of the block, so its forward sees up to block_size - 1 positions more.
@@ -18,14 +19,14 @@ import torch
 
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats import eagle3, qwen3, vocabulary
 from pipeline.drafts.formats.qwen3 import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
 VERSION = "0.9.0"
 """The release of speculators whose classes the tests load our files with."""
-_ARCHITECTURES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator"}
+_ARCHITECTURES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "dflash": {"sample_from_anchor": False},
     "dspark": {"sample_from_anchor": True, "markov_rank": 256, "enable_confidence_head": True},
@@ -34,7 +35,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
-    return qwen3.obstacles(draft, "speculators")
+    return eagle3.obstacles(draft) if draft.config.algorithm == "eagle3" else qwen3.obstacles(draft, "speculators")
 
 
 def write(
@@ -57,7 +58,7 @@ def write(
     if why := obstacles(draft):
         raise ConfigError(" ".join(map(str, why)))
     c = draft.config
-    config = {
+    config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[c.algorithm]],
         "speculators_model_type": c.algorithm,
         "speculators_version": VERSION,
@@ -70,31 +71,45 @@ def write(
                 "architectures": list(target.model.config.architectures or []),
             },
         },
-        "transformer_layer_config": qwen3.settings_of(draft, target),
-        "aux_hidden_state_layer_ids": [i + 1 for i in c.target_layer_ids],
-        "block_size": c.block_size,
         "draft_vocab_size": len(draft.d2t),
-        "mask_token_id": c.mask_token_id,
-        "sample_from_anchor": c.sample_from_anchor,
-        # Always: our blocks attend both ways in every layer, and vLLM derives the causality of all layers from it.
-        "sliding_window_non_causal": True,
         "tie_word_embeddings": False,
     }
+    ids = [i + 1 for i in c.target_layer_ids]
+    if c.algorithm == "eagle3":
+        config |= {
+            "transformer_layer_config": eagle3.settings_of(draft, target),
+            "eagle_aux_hidden_state_layer_ids": ids,
+            "target_hidden_size": c.hidden_size,
+            "norm_before_residual": c.norm_before_residual,
+            "norm_before_fc": False,
+            "fc_norm": False,
+            "norm_output": False,
+            "embed_requires_grad": False,
+        }
+        # The package leaves an embedding that the file lacks uninitialised.
+        tensors = eagle3.tensors_of(draft) | {qwen3.EMBED: draft.embed}
+    else:
+        config |= {
+            "transformer_layer_config": qwen3.settings_of(draft, target),
+            "aux_hidden_state_layer_ids": ids,
+            "block_size": c.block_size,
+            "mask_token_id": c.mask_token_id,
+            "sample_from_anchor": c.sample_from_anchor,
+            # Always: our blocks attend both ways in every layer, and vLLM derives the causality of all layers from it.
+            "sliding_window_non_causal": True,
+        }
+        tensors = qwen3.tensors_of(draft)
     if c.algorithm == "dspark":
         config |= {"confidence_head_with_markov": False, **qwen3.heads_of(c)}
-    tensors = qwen3.tensors_of(draft)
     if not qwen3.full_vocabulary(draft):
-        t2d = torch.zeros(target.vocab_size, dtype=torch.bool)
-        t2d[draft.d2t.cpu()] = True
-        offsets = draft.d2t.cpu() - torch.arange(len(draft.d2t))
-        tensors |= {qwen3.LM_HEAD: draft.lm_rows, "d2t": offsets, "t2d": t2d}
+        tensors |= {qwen3.LM_HEAD: draft.lm_rows, **vocabulary.tensors_of(draft.d2t, target.vocab_size)}
     return qwen3.save(
         out, draft, target, tensors, config, project="speculators", inputs=inputs, settings=settings, files=files
     )
 
 
 def read(path: Path | str, target: Target) -> Draft:
-    """Reads a DSpark or DFlash checkpoint for a target.
+    """Reads a checkpoint for a target.
 
     Temperatures are ones unless `temperatures.json` lies beside it.
 
@@ -109,6 +124,8 @@ def read(path: Path | str, target: Target) -> Draft:
         raise ArtifactError(
             f"{path} has speculators_model_type {algorithm!r}; this reads {' and '.join(_ARCHITECTURES)}."
         )
+    if algorithm == "eagle3":
+        return _read_eagle3(path, raw, tensors, target)
     known = {**_DEFAULTS[algorithm], **{k: v for k, v in raw.items() if v is not None}}
     ids = known.get("aux_hidden_state_layer_ids")
     size = known.get("draft_vocab_size")
@@ -132,29 +149,26 @@ def read(path: Path | str, target: Target) -> Draft:
     if not config.draft_vocab_size:
         kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
         return qwen3.build(path, config, target, kept, optional=(qwen3.EMBED, qwen3.LM_HEAD))
-    d2t = _vocabulary(path, tensors, config.draft_vocab_size, target.vocab_size)
+    d2t = vocabulary.read(path, tensors, config.draft_vocab_size, target.vocab_size)
     kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
     return qwen3.build(path, config, target, kept, d2t=d2t, required=(qwen3.LM_HEAD,), optional=(qwen3.EMBED,))
 
 
-def _vocabulary(path: Path, tensors: Mapping[str, torch.Tensor], size: int, rows: int) -> torch.Tensor:
-    """int64[Vd]: target ids of the draft vocabulary, ascending."""
-    problems = [f"{n} is missing" for n in ("d2t", "t2d") if n not in tensors]
-    if not problems:
-        offsets, t2d = tensors["d2t"], tensors["t2d"]
-        problems += [
-            f"{n} has shape {list(t.shape)}, the config gives [{want}]"
-            for n, t, want in (("d2t", offsets, size), ("t2d", t2d, rows))
-            if t.shape != (want,)
-        ]
-    if not problems:
-        ids = torch.arange(size) + offsets.long()
-        if int(ids.min()) < 0 or int(ids.max()) >= rows:
-            problems.append(f"d2t leads to token {int(ids.max())}, the target has {rows}")
-        elif bool((ids.diff() <= 0).any()):
-            problems.append("d2t does not lead to ascending tokens")
-        elif not torch.equal(t2d.bool().nonzero().flatten(), ids):
-            problems.append("t2d marks other tokens than d2t leads to")
-    if problems:
-        raise ArtifactError(f"The draft at {path} has no vocabulary that fits: " + "; ".join(problems) + ".")
-    return ids
+def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: Target) -> Draft:
+    others = [n for n in ("norm_before_fc", "fc_norm", "norm_output") if raw.get(n)]
+    if others:
+        raise ArtifactError(f"{path} has {', '.join(others)}, which this version's Eagle3 does not compute.")
+    ids = raw.get("eagle_aux_hidden_state_layer_ids")
+    methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    size = raw.get("draft_vocab_size") or target.vocab_size
+    reduced = size != target.vocab_size
+    return eagle3.read(
+        path,
+        {"model_type": "qwen3", **(raw.get("transformer_layer_config") or {})},
+        {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")},
+        target,
+        layer_ids=None if ids is None else [i - 1 for i in ids],
+        steps=int(methods[0].get("speculative_tokens") or eagle3.STEPS),
+        d2t=vocabulary.read(path, tensors, size, target.vocab_size) if reduced else None,
+        norm_before_residual=bool(raw.get("norm_before_residual")),
+    )

@@ -34,7 +34,7 @@ def same_logits(one: DSparkDraft, other: DSparkDraft, target: Target) -> None:
     """Asserts equal logits and confidences, bit for bit, of one block."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, target.vocab_size, (12,), generator=g)
-    taps = torch.randn(12, 2 * target.hidden_size, generator=g)
+    taps = torch.randn(12, len(one.config.target_layer_ids) * target.hidden_size, generator=g)
     proposed = torch.randint(3, target.vocab_size, (one.config.tokens_per_block,), generator=g)
     hidden = torch.randn(3, target.hidden_size, generator=g)
     logits = training_logits(one, tokens, taps, 9, proposed)

@@ -106,7 +106,7 @@ def test_what_the_format_cannot_hold_is_refused_with_what_can(
         (tensors(lambda t: t.update({"fc.weight": torch.ones(3, 3)})), r"fc.weight has shape \[3, 3\]"),
         (tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
         (tensors(lambda t: t["fc.weight"].fill_(float("nan"))), "not finite"),
-        (settings(architectures=["Qwen3Eagle3Model"]), "Qwen3Eagle3Model"),
+        (settings(architectures=["Gemma4DSparkModel"]), "Gemma4DSparkModel"),
         (settings(target_layer_ids=[0, 4]), "0 to 3"),
         (settings(mask_token_id=9999), "mask_token_id=9999"),
         (settings(block_size=None), "no block_size"),

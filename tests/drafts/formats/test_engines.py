@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.formats import engines
 from pipeline.target import Target
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
@@ -111,9 +109,45 @@ def test_softcapped_logits_have_no_combination_yet(tiny: Target) -> None:  # noq
         assert "caps its logits at 30.0" in str(result) and "No combination of this version loads it" in str(result)
 
 
-def test_an_algorithm_without_a_writer_is_refused_as_that(tiny: Target) -> None:  # noqa: F811
-    draft = small_draft(tiny, vocabulary=0)
-    object.__setattr__(draft.config, "algorithm", "eagle3")
-    result = engines.fit(draft, "vllm")
-    assert "the draft is eagle3" in str(result) and "draft=dspark" in str(result)
-    assert isinstance(draft.config, DraftConfig) and torch.is_tensor(draft.d2t)
+THREE = {"algorithm": "eagle3", "markov_head_type": "none", "enable_confidence_head": False, "num_layers": 1}
+THREE |= {"target_layer_ids": [0, 1, 3], "qk_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "format"),
+    [
+        ({**FULL, **THREE}, "vllm", "speculators"),
+        ({**REDUCED, **THREE}, "vllm", "speculators"),
+        ({**REDUCED, **THREE, "norm_before_residual": True}, "vllm", "speculators"),
+        ({**FULL, **THREE}, "sglang", "specforge"),
+        ({**REDUCED, **THREE}, "sglang", "specforge"),
+    ],
+)
+def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:  # noqa: F811
+    assert engines.fit(small_draft(tiny, **changes), engine, format).loads
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "format", "why", "nearest"),
+    [
+        ({"qk_norm": True}, "vllm", "", "without QK norm", "draft.qk_norm=false"),
+        ({"target_layer_ids": [0, 1, 2, 3]}, "vllm", "", "this draft has 4", "draft.target_layer_ids=[0,2,3]"),
+        ({"target_layer_ids": [0, 2]}, "sglang", "", "this draft has 2", "draft.target_layer_ids=[0,1,2]"),
+        ({"norm_before_residual": True}, "sglang", "", "normalised g", "export.engine=vllm export.format=speculators"),
+        ({}, "vllm", "specforge", "eagle_config", "export.engine=vllm export.format=speculators"),
+        ({}, "sglang", "speculators", "no model class", "export.engine=sglang export.format=specforge"),
+        ({"qk_norm": True}, "vllm", "deepspec", "no model class", "draft.qk_norm=false"),
+    ],
+)
+def test_the_eagle3_drafts_that_do_not(
+    tiny: Target,  # noqa: F811
+    changes: dict[str, Any],
+    engine: str,
+    format: str,
+    why: str,
+    nearest: str,
+) -> None:
+    result = engines.fit(small_draft(tiny, **{**FULL, **THREE, **changes}), engine, format)
+    assert not result.loads and why in str(result) and nearest in str(result)
+    for pair in result.elsewhere:
+        assert engines.fit(small_draft(tiny, **{**FULL, **THREE, **changes}), *pair).loads, pair

@@ -95,7 +95,7 @@ def test_what_the_format_cannot_hold_is_refused_with_what_can(
     [
         (tensors(lambda t: t.pop("fc.weight")), "fc.weight is missing"),
         (tensors(lambda t: t.update({"lm_head.weight": torch.ones(2, 2)})), "lm_head.weight is unknown"),
-        (settings(architectures=["LlamaForCausalLMEagle3"]), "LlamaForCausalLMEagle3"),
+        (settings(architectures=["DeepSeekMTPModel"]), "DeepSeekMTPModel"),
         (settings(num_target_layers=5), "num_target_layers is 5, the target's is 4"),
         (settings(markov_rank=9), "markov_rank is 9 and in dflash_config 6"),
         (settings("dflash_config", target_layer_ids=[0, 4]), "0 to 3"),

@@ -112,7 +112,7 @@ def swap(held: dict[str, torch.Tensor]) -> None:
         (tensors(lambda t: t.update({"fc.weight": torch.ones(3, 3)})), r"fc.weight has shape \[3, 3\]"),
         (tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
         (tensors(lambda t: t["fc.weight"].fill_(float("nan"))), "not finite"),
-        (settings(speculators_model_type="eagle3"), "'eagle3'; this reads dspark and dflash"),
+        (settings(speculators_model_type="medusa"), "'medusa'; this reads dspark and dflash and eagle3"),
         (settings(aux_hidden_state_layer_ids=[1, 5]), "0 to 3"),
         (settings(aux_hidden_state_layer_ids=[0, 1]), "-1"),
         (settings(aux_hidden_state_layer_ids=None), "no target_layer_ids"),

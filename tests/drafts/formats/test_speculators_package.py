@@ -118,6 +118,64 @@ def test_the_package_computes_our_logits_from_our_files(
         torch.testing.assert_close(confidence, mine, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("vocabulary", [0, 60])
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_the_package_computes_our_eagle3(
+    tmp_path: Path,
+    tiny: Target,  # noqa: F811
+    cache_dir: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    qk_norm: bool,
+    vocabulary: int,
+    norm_before_residual: bool,
+) -> None:
+    """Its unrolled forward, teacher-forced as ours, from our files; and back."""
+    draft = rounded(
+        tiny,
+        **{**PLAIN, "algorithm": "eagle3", "num_layers": 1, "target_layer_ids": [0, 1, 3]},
+        qk_norm=qk_norm,
+        vocabulary=vocabulary,
+        norm_before_residual=norm_before_residual,
+    )
+    files = tiny_weights(cache_dir)
+    draft.embed.copy_(files.bfloat16())
+    draft.lm_rows.copy_(files[draft.d2t].bfloat16())
+    model = their_model(draft, tiny, tmp_path, cache_dir)
+    assert type(model).__name__ == "Eagle3DraftModel"
+    assert model.config.eagle_aux_hidden_state_layer_ids == [1, 2, 4]
+    steps: list[torch.Tensor] = []
+
+    def compute_metrics(logits: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        steps.append(logits[0])
+        return torch.zeros(()), {}
+
+    of = importlib.import_module(type(model).__module__)
+    monkeypatch.setattr(of, "compute_metrics", compute_metrics)
+    float_mask = functools.partial(attention.create_float_mask, dtype=torch.float32)
+    monkeypatch.setattr(model, "_create_mask_fn", float_mask)
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, tiny.vocab_size, (20,), generator=g)
+    taps = torch.randn(20, 3 * tiny.hidden_size, generator=g)
+    with torch.no_grad():
+        model(
+            hidden_states=taps[None, :-1],
+            input_ids=tokens[None, 1:],  # theirs come shifted: the token after each hidden state
+            loss_mask=torch.ones(1, 19, dtype=torch.long),
+            verifier_last_hidden_states=torch.zeros(1, 19, model.hidden_size),
+            document_ids=torch.zeros(1, 19, dtype=torch.long),
+            ttt_steps=4,
+        )
+    anchor = 9
+    wanted = training_logits(draft, tokens, taps, anchor, tokens[anchor + 1 : anchor + 5])
+    # The pair (hidden state before the anchor, anchor) predicts the first token; step k has gone k further.
+    got = torch.stack([step[anchor - 1] for step in steps])
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "theirs")
+    same_logits(draft, ours.read(tmp_path / "theirs", tiny), tiny)
+
+
 def test_the_package_finds_its_fields_in_our_config(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
     ours.write(rounded(tiny, vocabulary=60), tiny, tmp_path / "export", inputs={}, served_target="org/tiny")
     config = theirs.SpeculatorModelConfig.from_pretrained(str(tmp_path / "export"))
