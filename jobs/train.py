@@ -11,14 +11,33 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
+from pathlib import Path
+
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
-from pipeline.entry import record, run
+from pipeline.entry import record, recorder, run
 from pipeline.training.trainer import train
+
+
+def former(config: PipelineConfig) -> Path | None:
+    """The draft of `trainer.warm_start.draft`: its directory, if one is named."""
+    which = config.trainer.warm_start.draft
+    if not which:
+        return None
+    if Path(which).is_dir():
+        return Path(which)
+    from pipeline.registry.promotion import lookup, model_name
+    from pipeline.target import load_identity
+
+    name = config.tracking.model_name or model_name(
+        load_identity(config.target, config.cache).id, config.draft.algorithm
+    )
+    return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     root, out = config.run_dir, config.run_dir / "draft"
+    start = former(config)
     features = None if config.features.mode == "stream" else root / "features"
     return record(
         "train",
@@ -30,10 +49,11 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
             out=out,
             run_dir=root,
             cache_dir=config.cache,
+            former_dir=start,
             begin=begin,
         ),
         out,
-        sources={"corpus": root / "corpus", "features": root / "features"},
+        sources={"corpus": root / "corpus", "features": root / "features", "former": start or ""},
         parent=parent,
         metrics=lambda m: {f"final.{k}": v for k, v in m.info["training"].items() if isinstance(v, float)},
     )

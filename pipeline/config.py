@@ -94,10 +94,13 @@ class FeaturesConfig:
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
     """layers: target (copies of its last), features (solved in closed form from stored features), none, or auto
-    (features where that has a closed form and they are stored, else target). markov: factors from corpus bigrams."""
+    (features where that has a closed form and they are stored, else target). markov: factors from corpus bigrams.
+    draft: a former draft whose weights come last and replace these where they fit: a draft artifact's directory, or a
+    version or alias (champion) of the run's registered model ("": none)."""
 
     layers: str = "target"
     markov: bool = True
+    draft: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

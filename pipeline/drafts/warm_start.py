@@ -60,6 +60,44 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
 
 
 @torch.no_grad()
+def from_former(draft: Draft, former: Draft) -> list[str]:
+    """Copies a former draft's weights into a draft of the same target; returns the names of those that it lacks.
+
+    A DSpark draft may start from a DFlash one (its heads then start as they are), and either from one of another block
+    size: slots share their weights. Rows of the Markov head's W2 go by token, so the vocabularies may differ.
+    Calibration is not taken over: it belongs to the weights that it was fitted on.
+
+    Raises:
+        ConfigError: the layers mean something else in the two (tapped layers, sizes, algorithm), field by field.
+    """
+    c, f = draft.config, former.config
+    same = ["target_layer_ids", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm"]
+    same += ["norm_before_residual"] if "eagle3" in (c.algorithm, f.algorithm) else []
+    differing = [f"{n} is {getattr(f, n)} there, {getattr(c, n)} here" for n in same if getattr(f, n) != getattr(c, n)]
+    if (c.algorithm == "eagle3") != (f.algorithm == "eagle3"):
+        differing.insert(0, f"algorithm is {f.algorithm} there, {c.algorithm} here")
+    if differing:
+        raise ConfigError(
+            f"The draft can't start from trainer.warm_start.draft: {'; '.join(differing)}. Give the new draft these "
+            "settings of the former one, or start it without."
+        )
+    theirs = dict(former.named_parameters())
+    lacking = []
+    for name, weight in draft.named_parameters():
+        given = theirs.get(name)
+        if name == "markov_head.markov_w2.weight" and given is not None and given.shape[1] == weight.shape[1]:
+            place = torch.full((int(draft.embed.shape[0]),), -1, dtype=torch.int64)
+            place[former.d2t.cpu()] = torch.arange(len(former.d2t))
+            rows = place[draft.d2t.cpu()]
+            weight[rows >= 0] = given[rows[rows >= 0]].to(weight.dtype)
+        elif given is not None and given.shape == weight.shape:
+            weight.copy_(given)
+        else:
+            lacking.append(name)
+    return lacking
+
+
+@torch.no_grad()
 def markov_from_bigrams(
     draft: Draft, pairs: tuple[torch.Tensor, torch.Tensor], *, smoothing: float = 4.0, seed: int = 0
 ) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from pipeline.config import TrainerConfig
 from pipeline.corpus.build import read_rows, read_token_counts
 from pipeline.drafts.base import Draft
-from pipeline.drafts.checkpoint import make_draft
+from pipeline.drafts.checkpoint import load_draft, make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.drafts.regression import Samples, closed_form, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
-from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
+from pipeline.drafts.warm_start import from_former, layers_from_target, markov_from_bigrams
 from pipeline.errors import ConfigError
 from pipeline.target import Target
 from pipeline.training.anchors import candidates
@@ -32,15 +32,24 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[Row]: ...
 
 
-def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path, features: Rows) -> Draft:
+def build_draft(
+    config: DraftConfig,
+    trainer: TrainerConfig,
+    target: Target,
+    corpus_dir: Path,
+    features: Rows,
+    former: Path | None = None,
+) -> Draft:
     """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed.
 
     Args:
+        former: a draft artifact whose weights replace those where they fit (see `from_former`).
         features: rows for `warm_start.layers=features` (and `auto`, which takes that start where it can be had, and
             the target's layers elsewhere, if a draft's are of their kind); empty where none are stored.
     Raises:
         ConfigError: a draft or features that `warm_start.layers=features` has no closed form for; a target whose
-            layers `warm_start.layers=target` can't copy.
+            layers `warm_start.layers=target` can't copy; a former draft that has nothing to give.
+        ArtifactError: a former draft that is damaged or of another target.
     """
     masks = config.algorithm != "eagle3" and config.mask_token_id < 0
     full = resolve(config, target.config, target.unused_token if masks else 0)
@@ -60,6 +69,8 @@ def build_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, cor
         layers_from_features(draft, target.family, samples(features, trainer.seed))
     if trainer.warm_start.markov and full.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
+    if former is not None:
+        from_former(draft, load_draft(former, target))
     return draft
 
 

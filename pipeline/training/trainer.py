@@ -52,11 +52,13 @@ def train(
     out: Path,
     run_dir: Path,
     cache_dir: Path,
+    former_dir: Path | None = None,
     begin: Callable[[], Sink | None] = lambda: None,
 ) -> artifact.Manifest:
     """Trains a draft; Ray must be initialised.
 
     Args:
+        former_dir: a draft artifact to start from, which every worker can read.
         features_dir: a features artifact; None streams features from extraction (features.mode=stream).
         out: the draft artifact. run_dir: checkpoints and `train/history-<key>.jsonl`.
         begin: called when there is training to do; what it returns gets the metrics of every report, with their step,
@@ -73,6 +75,8 @@ def train(
     inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
     if features_dir is not None:
         inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
+    if former_dir is not None:
+        inputs["former"] = artifact.load(former_dir, "draft", verify=False).digest
     config = _with_layers(config, features_dir, cache_dir)
     plain = stage_config(config)
     identity = load_identity(config.target, cache_dir).as_dict()
@@ -90,6 +94,7 @@ def train(
         cache_dir=str(cache_dir),
         corpus_dir=str(corpus_dir),
         features_dir=str(features_dir) if features_dir is not None else "",
+        former_dir=str(former_dir.absolute()) if former_dir is not None else "",
         out=str(out),
         history=str(storage / f"history-{key}.jsonl"),
         manifest_config=plain,

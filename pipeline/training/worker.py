@@ -49,6 +49,7 @@ class WorkerPlan:
     cache_dir: str
     corpus_dir: str
     features_dir: str
+    former_dir: str
     out: str
     history: str
     manifest_config: dict[str, Any]
@@ -84,7 +85,9 @@ def train_worker(plan: dict[str, Any]) -> None:
     if stream is None:
         store = FeatureStore(p.features_dir)
         check_identity(store.manifest, identity, p.features_dir)
-    draft = build_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, Path(p.corpus_dir), store or ())
+    former = Path(p.former_dir) if p.former_dir else None
+    made = from_plain(DraftConfig, p.draft, "draft")
+    draft = build_draft(made, config, target, Path(p.corpus_dir), store or (), former)
     device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
     draft.to(device)
     half = bool((p.deepspeed.get("bf16") or {}).get("enabled"))

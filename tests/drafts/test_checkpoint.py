@@ -13,7 +13,7 @@ from pipeline.drafts.checkpoint import CONFIG, load_draft, save_draft
 from pipeline.drafts.config import DraftConfig, default_layer_ids, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.vocabulary import choose_vocabulary
-from pipeline.drafts.warm_start import layers_from_target, markov_from_bigrams
+from pipeline.drafts.warm_start import from_former, layers_from_target, markov_from_bigrams
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.target import Target
 from tests.drafts.samples import small_draft
@@ -119,3 +119,45 @@ def test_layers_start_from_the_targets_last(draft: DSparkDraft, tiny: Target) ->
     mine = draft.layers[-1].mlp.gate_proj.weight
     assert torch.equal(mine, tiny.family.layers[-1].mlp.gate_proj.weight)
     assert torch.equal(draft.norm.weight, tiny.family.final_norm.weight)
+
+
+def test_a_dspark_draft_starts_from_a_dflash_draft(tiny: Target) -> None:
+    """And keeps its own heads, which the former has not."""
+    plain = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
+    former = small_draft(tiny, vocabulary=0, seed=1, **plain)
+    draft = small_draft(tiny, vocabulary=60, seed=2, block_size=6)
+    heads = {n: t.clone() for n, t in draft.named_parameters() if "head" in n}
+    assert set(from_former(draft, former)) == set(heads)
+    given = dict(former.named_parameters())
+    for name, weight in draft.named_parameters():
+        assert torch.equal(weight, heads[name] if name in heads else given[name]), name
+
+
+def test_a_markov_head_goes_over_token_by_token(tiny: Target) -> None:
+    former, draft = small_draft(tiny, vocabulary=60, seed=1), small_draft(tiny, vocabulary=0, seed=2)
+    before = draft.markov_head.markov_w2.weight.clone()  # type: ignore[union-attr]
+    former.temperatures.fill_(2.0)
+    assert from_former(draft, former) == []
+    head, theirs = draft.markov_head, former.markov_head
+    assert head is not None and theirs is not None
+    assert torch.equal(head.markov_w1.weight, theirs.markov_w1.weight)
+    assert torch.equal(head.markov_w2.weight[former.d2t], theirs.markov_w2.weight)
+    others = torch.ones(tiny.vocab_size, dtype=torch.bool)
+    others[former.d2t] = False
+    assert torch.equal(head.markov_w2.weight[others], before[others])
+    assert torch.equal(draft.temperatures, torch.ones(4)), "calibration belongs to the former's weights"
+
+
+def test_a_former_draft_that_has_nothing_to_give_is_refused_field_by_field(tiny: Target) -> None:
+    draft = small_draft(tiny)
+    former = small_draft(tiny, num_layers=1, target_layer_ids=[1, 2])
+    with pytest.raises(ConfigError, match=r"target_layer_ids is \[1, 2\] there, \[0, 2\] here; num_layers is 1 there"):
+        from_former(draft, former)
+    eagle3 = {"algorithm": "eagle3", "markov_head_type": "none", "enable_confidence_head": False, "num_layers": 1}
+    with pytest.raises(ConfigError, match="algorithm is eagle3 there, dspark here"):
+        from_former(draft, small_draft(tiny, **eagle3))
+
+
+def test_more_layers_than_the_target_has_are_refused_by_number(tiny: Target) -> None:
+    with pytest.raises(ConfigError, match="draft.num_layers=5, but the target has 4 layers"):
+        layers_from_target(small_draft(tiny, num_layers=5), tiny.family)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipeline import artifact
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = {
     "target", "draft", "tau", "accept_rate", "speedup", "speedup_low", "speedup_t1", "ngram_speedup", "exact_greedy",
@@ -46,11 +48,14 @@ def test_corpus_to_served_champion_and_nothing_to_do_the_second_time(tmp_path: P
     assert stages_of(summary["mlflow_uri"]) == sorted([*once, *["promote", "register"] * 2])
 
     # Another draft must hold its own beside the champion; a floor that it can't reach refuses it.
-    third = demo(tmp_path, "trainer.seed=1", "gate.min_tau=1000")
+    champion = artifact.load(tmp_path / "smoke" / "calibrated", "draft").digest
+    third = demo(tmp_path, "trainer.seed=1", "trainer.warm_start.draft=champion", "gate.min_tau=1000")
     assert third.returncode == 3, third.stdout[-3000:] + third.stderr[-3000:]
     for part in ("verdict: refuse", "FAILED", "over_champion_low", "side by side on 3 prompts", "Train a better draft"):
         assert part in third.stdout, part
     assert not (tmp_path / "smoke" / "summary.json").exists()
+    trained = json.loads((tmp_path / "smoke" / "draft" / "manifest.json").read_text())
+    assert trained["inputs"]["former"] == champion, "the champion, from the registry"
 
 
 def stages_of(uri: str) -> list[str]:
