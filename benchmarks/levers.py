@@ -12,24 +12,21 @@ counted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from trained import corpus_of, features, fit, step_of
 
-from pipeline.config import CorpusConfig, TargetConfig, TrainerConfig, WarmStartConfig
-from pipeline.corpus.build import build_corpus, read_rows
-from pipeline.corpus.rows import TokenRow
+from pipeline.config import TargetConfig, TrainerConfig, WarmStartConfig
+from pipeline.corpus.build import read_rows
 from pipeline.drafts.config import DraftConfig
-from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
-from pipeline.target import Target, load_target
-from pipeline.training.schedule import learning_rate, rows_of_step
+from pipeline.target import load_target
 from pipeline.training.start import build_draft
-from pipeline.training.step import StepMetrics, TrainStep, Weights
+from pipeline.training.step import StepMetrics, TrainStep
 
 # As conf/experiment/demo; the demo takes fewer and larger steps, as each costs collectives.
 BASE: dict[str, Any] = {
@@ -72,11 +69,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def features(target: Target, rows: list[TokenRow], layer_ids: list[int]) -> list[FeatureRow]:
-    """Feature rows in memory, bf16."""
-    return [r for r in feature_rows(target, rows, layer_ids, 1024) if r is not None]
-
-
 def score(step: TrainStep, rows: list[Any]) -> dict[str, float]:
     """Teacher-forced metrics on held-out rows."""
     with torch.no_grad():
@@ -90,38 +82,16 @@ def run(target: Any, corpus: Path, train: list[Any], held: list[Any], variant: d
     began = time.perf_counter()
     draft = build_draft(draft_config, config, target, corpus, train)
     start = time.perf_counter() - began
-    step = TrainStep(
-        draft,
-        target.family.lm_head.weight.float(),
-        Weights(ce=config.ce, kl=config.kl, tv=config.tv, confidence=config.confidence, decay=config.decay),
-        num_anchors=config.num_anchors,
-        seed=0,
-        autocast=torch.bfloat16 if config.autocast else None,
-    )
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    step = step_of(draft, config, target)
     for row in (*train, *held):
         step.scores(row)
-    n, began, anchors, planned, seconds = 0, time.perf_counter(), 0.0, 10**6, seconds - start
-    while (spent := time.perf_counter() - began) < seconds and n < planned:
-        if n == 8:
-            planned = int(8 * seconds / spent)
-        batch = [train[i] for i in rows_of_step(n, len(train), config.sequences_per_step, 0)]
-        rate = learning_rate(n, dataclasses.replace(config, steps=planned))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, metrics = step(batch, n)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        anchors += float(metrics.count[0])
-        n += 1
+    n, rate = fit(step, config, train, seconds=seconds - start)
     result = score(step, held)
     seen = score(step, train[:40])
     return {
         "start_seconds": round(start, 1),
         "steps": n,
-        "anchors_per_second": anchors / (time.perf_counter() - began),
+        "anchors_per_second": rate,
         "tau_heldout": result["tau_greedy"],
         "tau_expected": result["tau"],
         "tau_train": seen["tau_greedy"],
@@ -141,13 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     target = load_target(TargetConfig(dtype="bfloat16"), Path(args.cache))
-    corpus = Path(args.cache) / "levers-corpus"
-    build_corpus(
-        CorpusConfig(source=args.source, max_rows=args.rows, max_length=384, heldout_fraction=0.06),
-        target.tokenizer,
-        target.identity.as_dict(),
-        corpus,
-    )
+    corpus = corpus_of(args.source, args.rows, target, Path(args.cache), "levers-corpus")
     names = [v.strip() for v in args.variants.split(",") if v.strip()] or list(VARIANTS)
     results: dict[str, Any] = {}
     cached: dict[str, tuple[list[FeatureRow], list[FeatureRow]]] = {}
