@@ -3,6 +3,7 @@ loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
+from .adjust import Adjustment, adjust_
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
@@ -12,11 +13,13 @@ from .vocab_loss import RowStats, vocab_loss
 __all__ = [
     "BLOCK",
     "STREAMS",
+    "Adjustment",
     "Block",
     "Code",
     "RowStats",
     "Sampling",
     "VerifyResult",
+    "adjust_",
     "draw",
     "gumbel",
     "markov_block",

@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from draftline_kernels import Sampling, verify
 from pipeline.config import EngineConfig
 from pipeline.decoding.attention import Segment
 from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
-from pipeline.decoding.request import Completion, Request, Sequence, StepEvent
+from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, TokenLogprob
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.decoding.verification import Verification
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target
 
@@ -317,14 +317,15 @@ class Engine:
         commits = list(chunks)
         events: list[StepEvent] = []
         if verifying:
-            result = self._verify([s for s, _ in verifying], proposal, lengths, logits)
+            step = Verification([s for s, _ in verifying], proposal, lengths, logits, self.rule)
+            result = step.result
             accepted, following, finite = (x.tolist() for x in (result.accepted, result.next_token, result.finite))
             now = time.perf_counter()
-            emitted: list[tuple[Sequence, list[int], str | None]] = []
+            emitted: list[tuple[Sequence, list[int], str | None, list[TokenLogprob] | None]] = []
             for i, (s, first) in enumerate(verifying):
                 length = lengths[i] if i < len(lengths) else 0
                 if not finite[i]:
-                    emitted.append((s, [], "error"))
+                    emitted.append((s, [], "error", None))
                     continue
                 draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < len(lengths) else []
                 if first >= 0:
@@ -332,13 +333,16 @@ class Engine:
                     s.computed += accepted[i] + 1
                     s.metrics.drafted += int(proposal.counts[i]) if proposal is not None else 0
                 new, reason = self._take(s, [*draft, following[i]])
+                said = step.logprobs(i, new)
+                if s.logprobs is not None and said is not None:
+                    s.logprobs += said
                 if first >= 0:
                     s.metrics.target_steps += 1
                     s.metrics.decoded += len(new)
                     s.metrics.record_round(length, accepted[i], len(new))
                 else:
                     s.metrics.ttft = now - s.admitted
-                emitted.append((s, new, reason))
+                emitted.append((s, new, reason, said))
             self.proposer.commit(commits, taps)
             if self.on_round is not None and proposal is not None and decoding:
                 n = len(decoding)
@@ -348,50 +352,17 @@ class Engine:
                         None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
                         torch.tensor(lengths),
                         result.accepted[:n].cpu(),
-                        torch.tensor([len(new) for _, new, _ in emitted[:n]]),
+                        torch.tensor([len(new) for _, new, _, _ in emitted[:n]]),
                     )
                 )
-            for s, new, reason in emitted:
+            for s, new, reason, said in emitted:
                 if reason is not None:
-                    events.append(self._finish(s, new, reason))
+                    events.append(self._finish(s, new, reason, said))
                 else:
-                    events.append(StepEvent(s.request.id, new))
+                    events.append(StepEvent(s.request.id, new, logprobs=said))
         else:
             self.proposer.commit(commits, taps)
         return events
-
-    def _verify(self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: torch.Tensor):  # type: ignore[no-untyped-def]
-        device = logits.device
-        prompts = len(sequences) - len(lengths)
-        sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=device,
-        )
-        counts = torch.tensor(lengths + [0] * prompts, device=device)
-        cumulative = torch.zeros(len(sequences) + 1, dtype=torch.int64, device=device)
-        torch.cumsum(counts + 1, 0, out=cumulative[1:])
-        positions = torch.tensor([len(s.tokens) - 1 for s in sequences], device=device)
-        block = 0 if proposal is None else proposal.tokens.shape[1]
-        tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
-        draft_logits = None
-        if proposal is not None:
-            tokens[: len(lengths)] = proposal.tokens
-            if proposal.logits is not None and self.rule == "ratio":
-                shape = (len(sequences), block, proposal.logits.shape[-1])
-                # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
-                draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
-                draft_logits[: len(lengths)] = proposal.logits
-        return verify(
-            logits,
-            tokens,
-            counts,
-            cumulative,
-            sampling,
-            positions,
-            rule=self.rule,
-            draft_logits=draft_logits,
-            d2t=None if proposal is None else proposal.d2t,
-        )
 
     def _take(self, s: Sequence, new: list[int]) -> tuple[list[int], str | None]:
         """Appends tokens up to the first stop; returns those taken and why the request ends, if it does."""
@@ -405,7 +376,9 @@ class Engine:
                 return taken, "length"
         return taken, None
 
-    def _finish(self, s: Sequence, new: list[int], reason: str) -> StepEvent:
+    def _finish(
+        self, s: Sequence, new: list[int], reason: str, logprobs: list[TokenLogprob] | None = None
+    ) -> StepEvent:
         error = None
         if reason == "error":
             error = (
@@ -419,4 +392,5 @@ class Engine:
             self._slots.give_back(s.slot)
             self._running.remove(s)
         s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
-        return StepEvent(s.request.id, new, Completion(s.request.id, s.output, reason, s.metrics, error))
+        done = Completion(s.request.id, s.output, reason, s.metrics, error, s.logprobs)
+        return StepEvent(s.request.id, new, done, logprobs)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Mapping
 
+from draftline_kernels import Adjustment
 from pipeline.errors import DraftlineError
 
+MOST_LOGPROBS = 20
 _ids = itertools.count()
 
 
@@ -20,6 +23,9 @@ class Request:
         max_new_tokens: most tokens to emit, a stop token included.
         temperature: 0 decodes greedily (ties: lowest token id).
         top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all).
+        min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
+        logprobs: with every token its log-probability under the target (temperature 1, nothing adjusted or left out)
+            and the most likely so many beside it; None: no log-probabilities.
         seed: with it, a request gives the same text whatever it is batched with.
         stop_ids: tokens that end the text (emitted as its last token); the target's eos tokens are added
             unless `ignore_eos`.
@@ -31,6 +37,12 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logprobs: int | None = None
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -62,8 +74,33 @@ class Request:
             refuse("top_k", self.top_k, "0 (off) or more")
         if not 0.0 < self.top_p <= 1.0:
             refuse("top_p", self.top_p, "above 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            refuse("min_p", self.min_p, "from 0 (off) to 1")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            refuse("repetition_penalty", self.repetition_penalty, "above 0 and at most 10 (1: off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                refuse(name, getattr(self, name), "from -2 to 2")
+        for token, bias in self.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                refuse("logit_bias", token, f"of token ids of the target, 0 to {vocab_size - 1}")
+            if not -100.0 <= bias <= 100.0:
+                refuse(f"logit_bias[{token}]", bias, "from -100 to 100")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            refuse("logprobs", self.logprobs, f"from 0 to {MOST_LOGPROBS}")
         if self.max_draft is not None and self.max_draft < 0:
             refuse("max_draft", self.max_draft, "0 or more")
+
+    @property
+    def adjustment(self) -> Adjustment:
+        """What the request does to the target's logits before temperature."""
+        return Adjustment(
+            self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.min_p, self.logit_bias
+        )
+
+    def samples(self, count: int) -> list[Request]:
+        """`count` requests for as many answers: the seeds count up from this one's, ids get a number."""
+        return [dataclasses.replace(self, seed=self.seed + i, id=f"{self.id}/{i}") for i in range(count)]
 
 
 @dataclasses.dataclass
@@ -122,23 +159,38 @@ class RequestMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of an emitted token under the target, and (token id, log-probability) of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
-    """A finished request. `finish_reason`: stop, length, cancelled or error (then `error` says why)."""
+    """A finished request. `finish_reason`: stop, length, cancelled or error (then `error` says why).
+
+    logprobs: one entry per token, where the request asked for them.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: str
     metrics: RequestMetrics
     error: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class StepEvent:
-    """Tokens that one step emitted for one request, and its completion if the step finished it."""
+    """Tokens that one step emitted for one request (with their log-probabilities, where it asked for them), and its
+    completion if the step finished it."""
 
     request_id: str
     token_ids: list[int]
     finished: Completion | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,6 +209,11 @@ class Sequence:
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     admitted: float = 0.0
     cancelled: bool = False
+    logprobs: list[TokenLogprob] | None = None
+
+    def __post_init__(self) -> None:
+        self.adjustment = None if self.request.adjustment.neutral else self.request.adjustment
+        self.logprobs = None if self.request.logprobs is None else []
 
     @property
     def prompt_length(self) -> int:

@@ -21,9 +21,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "logprobs": (False,),
     "top_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -98,6 +95,11 @@ class Sampled(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -118,6 +120,11 @@ class Sampled(_Strict):
             "temperature": 1.0 if self.temperature is None else float(self.temperature),
             "top_p": 1.0 if self.top_p is None else float(self.top_p),
             "top_k": self.top_k or 0,
+            "min_p": self.min_p or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            "logit_bias": {int(t): float(b) for t, b in (self.logit_bias or {}).items()},
             "seed": secrets.randbits(62) if self.seed is None else self.seed & (2**63 - 1),
             "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             "max_tokens": self.max_tokens,
@@ -182,6 +189,9 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
         what = _rule(first["msg"])
         raise ApiError(400, f"{name} is {_cut(first['input'])}; it {what}.", name, "invalid_value") from None
     _check_stop(request)
+    for token in request.logit_bias or {}:
+        if not token.isdecimal():
+            raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
     prompt = request.prompt if isinstance(request, CompletionRequest) else ""
     if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str):
         raise ApiError(400, f"prompt holds {len(prompt)} texts; send one request for each.", "prompt", "invalid_value")

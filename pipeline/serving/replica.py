@@ -200,6 +200,11 @@ class TargetReplica:
             temperature=job["temperature"],
             top_k=job["top_k"],
             top_p=job["top_p"],
+            min_p=job["min_p"],
+            presence_penalty=job["presence_penalty"],
+            frequency_penalty=job["frequency_penalty"],
+            repetition_penalty=job["repetition_penalty"],
+            logit_bias=job["logit_bias"],
             seed=job["seed"],
         )
 

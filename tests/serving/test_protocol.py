@@ -26,6 +26,11 @@ def test_all_fields_arrive():
     fields = {"max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 1, "stop": "x", "n": 1, "user": "u"}
     job = parse(ChatRequest, {**CHAT, **fields, "logprobs": None}).job()
     assert (job["max_tokens"], job["temperature"], job["top_p"], job["top_k"], job["stop"]) == (3, 0.0, 0.5, 4, ["x"])
+    shaping = {"min_p": 0.1, "presence_penalty": -1, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    job = parse(ChatRequest, {**CHAT, **shaping, "logit_bias": {"12": -5}}).job()
+    assert {k: job[k] for k in shaping} == shaping and job["logit_bias"] == {12: -5.0}
+    plain = parse(ChatRequest, CHAT).job()
+    assert (plain["min_p"], plain["repetition_penalty"], plain["logit_bias"]) == (0.0, 1.0, {})
     assert parse(ChatRequest, {**CHAT, "max_tokens": 3, "max_completion_tokens": 5}).job()["max_tokens"] == 5
 
 
@@ -58,7 +63,10 @@ def test_prompts_are_a_text_or_token_ids(prompt):
         ({"stop": 3}, "stop", "3"),
         ({"stream": "yes"}, "stream", "'yes'"),
         ({"logprobs": True}, "logprobs", "True"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "0.5"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "2.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"min_p": 1.5}, "min_p", "1.5"),
+        ({"logit_bias": {"the": 1}}, "logit_bias", "'the'"),
         ({"tools": [{"type": "function"}]}, "tools", "function"),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ({"messages": []}, "messages", "[]"),

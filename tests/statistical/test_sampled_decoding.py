@@ -8,7 +8,9 @@ happen at every position.
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def exact(target: Target, ask: tuple[float, int, float]) -> torch.Tensor:
 
 
 def decode(
-    target: Target, draft: Draft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float]
+    target: Target, draft: Draft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float], **more: Any
 ) -> tuple[torch.Tensor, float]:
     """Counts int64[125] of continuations over REQUESTS seeds, and the share of verified tokens accepted."""
     cost = StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
@@ -106,7 +108,14 @@ def decode(
     temperature, top_k, top_p = ask
     done = engine.generate(
         Request(
-            PROMPT, max_new_tokens=LENGTH, temperature=temperature, top_k=top_k, top_p=top_p, seed=i, ignore_eos=True
+            PROMPT,
+            max_new_tokens=LENGTH,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=i,
+            ignore_eos=True,
+            **more,
         )
         for i in range(REQUESTS)
     )
@@ -140,6 +149,50 @@ def test_continuations_follow_the_target(
     assert p_value(counts, wanted) > 1e-4
     if name in ("dspark", "eagle3"):
         assert 0.2 < accepted < 0.95, "both outcomes of a verification must occur"
+
+
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.4,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.7,
+    "logit_bias": {TOKENS[1]: 0.8},
+    "min_p": 0.08,
+}
+
+
+def exactly_penalised(target: Target, temperature: float) -> torch.Tensor:
+    """float64[5, 5, 5] under PENALTIES: each continuation token by token, as plain decoding would come to it."""
+    texts = list(itertools.product(TOKENS, repeat=LENGTH))
+    with torch.inference_mode():
+        logits = target.model(torch.tensor([PROMPT + list(t) for t in texts])).logits[:, len(PROMPT) - 1 : -1].double()
+    out = []
+    for text, rows in zip(texts, logits, strict=True):
+        chance = 1.0
+        for i, token in enumerate(text):
+            z = {t: float(rows[i, t]) + PENALTIES["logit_bias"].get(t, 0.0) for t in TOKENS}
+            for t in z:
+                said = text[:i].count(t)
+                if said or t in PROMPT:
+                    z[t] = z[t] / 1.4 if z[t] > 0 else z[t] * 1.4
+                z[t] -= 0.7 * said + 0.5 * (said > 0)
+            weight = {t: math.exp(v / temperature) for t, v in z.items()}
+            kept = {t: w if w >= 0.08 * max(weight.values()) else 0.0 for t, w in weight.items()}
+            chance *= kept[token] / sum(kept.values())
+        out.append(chance)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rule", "scheduler"), [("ratio", "early_stop"), ("coupled", "global")])
+def test_penalties_hold_at_every_position_of_a_block(
+    target: Target, draft: DSparkDraft, rule: str, scheduler: str
+) -> None:
+    wanted = exactly_penalised(target, 0.9)
+    assert abs(float(wanted.sum()) - 1) < 1e-9 and int((wanted == 0).sum()) > 0, "min-p left something out"
+    counts, accepted = decode(target, draft, "dspark", rule, scheduler, (0.9, 0, 1.0), **PENALTIES)
+    assert p_value(counts, wanted) > 1e-4
+    assert 0.2 < accepted < 0.95
+    # Power: the same counts are not those of the unpenalised target.
+    assert p_value(counts, exact(target, (0.9, 0, 1.0))) < 1e-6
 
 
 def test_a_draft_that_lies_about_its_distribution_is_caught(target: Target, draft: DSparkDraft) -> None:

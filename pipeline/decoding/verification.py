@@ -1,0 +1,90 @@
+"""A step's verification: every request's rows adjusted, sampled and compared with its proposal; log-probabilities.
+
+Letters: B requests (those that decode, then those whose prompt just ended), T rows, K block size, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from draftline_kernels import Sampling, adjust_, verify
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.request import Sequence, TokenLogprob
+
+
+class Verification:
+    """Decides what the requests of a step emit.
+
+    Args:
+        sequences: B requests; the first len(lengths) have a proposal, if there is one.
+        proposal: of those. lengths: how many of its tokens were verified, per request.
+        logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
+            bias or min-p are adjusted in place.
+        rule: coupled or ratio.
+    Attributes:
+        result: see `draftline_kernels.VerifyResult`.
+    """
+
+    def __init__(
+        self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: Tensor, rule: str
+    ) -> None:
+        device = logits.device
+        rows = [n + 1 for n in lengths] + [1] * (len(sequences) - len(lengths))
+        self._sequences = sequences
+        self._starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+        self._raw: dict[int, Tensor] = {}
+        sampling = Sampling.of(
+            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
+            device=device,
+        )
+        block = 0 if proposal is None else proposal.tokens.shape[1]
+        tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
+        draft_logits = None
+        if proposal is not None:
+            tokens[: len(lengths)] = proposal.tokens
+            if proposal.logits is not None and rule == "ratio":
+                shape = (len(sequences), block, proposal.logits.shape[-1])
+                # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
+                draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
+                draft_logits[: len(lengths)] = proposal.logits
+        self._adjust(logits, tokens)
+        self.result = verify(
+            logits,
+            tokens,
+            torch.tensor(rows, device=device) - 1,
+            torch.tensor(self._starts, device=device),
+            sampling,
+            torch.tensor([len(s.tokens) - 1 for s in sequences], device=device),
+            rule=rule,
+            draft_logits=draft_logits,
+            d2t=None if proposal is None else proposal.d2t,
+        )
+
+    def logprobs(self, index: int, emitted: list[int]) -> list[TokenLogprob] | None:
+        """Of the tokens that request `index` emitted; None where it did not ask."""
+        wanted = self._sequences[index].request.logprobs
+        if wanted is None:
+            return None
+        out = []
+        logs = self._raw[index][: len(emitted)].float().log_softmax(-1)
+        for row, token in zip(logs, emitted, strict=True):
+            best = row.topk(wanted)
+            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            out.append(TokenLogprob(token, float(row[token]), top))
+        return out
+
+    def _adjust(self, logits: Tensor, tokens: Tensor) -> None:
+        for i, s in enumerate(self._sequences):
+            mine = logits[self._starts[i] : self._starts[i + 1]]
+            if s.request.logprobs is not None:
+                self._raw[i] = mine if s.adjustment is None else mine.clone()
+            if s.adjustment is not None:
+                adjust_(
+                    mine,
+                    s.adjustment,
+                    prompt=s.request.prompt_ids,
+                    answer=s.output,
+                    proposed=tokens[i].tolist(),
+                    temperature=s.request.temperature,
+                )

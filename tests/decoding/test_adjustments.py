@@ -1,0 +1,145 @@
+"""Bias, penalties, min-p and log-probabilities: those of plain decoding, whatever drafts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+
+from draftline_kernels import Adjustment, adjust_
+from pipeline.config import EngineConfig
+from pipeline.decoding import Engine, Request, StepCost
+from pipeline.errors import DraftlineError
+from pipeline.target import Target
+from tests.decoding.test_engine import KINDS, prompt_ids, proposer_for
+from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+
+ASKED: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.6,
+    "logit_bias": {11: 1.5, 30: -100.0},
+    "min_p": 0.02,
+}
+
+
+def engine_of(target: Target, name: str, rule: str = "coupled", **settings: Any) -> Engine:
+    config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "rule": rule, **settings})
+    cost = StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]])
+    return Engine(target, config, proposer_for(target, name, rule), cost)
+
+
+def test_repetition_and_min_p_are_transformers_own() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50, generator=g) * 3
+    prompt, answer = [3, 4, 5, 3], [7, 4]
+    mine = logits.clone()
+    adjust_(mine, Adjustment(repetition=1.7), prompt=prompt, answer=answer, proposed=[], temperature=1.0)
+    ids = torch.tensor([prompt + answer])
+    assert torch.equal(mine, RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()))
+    mine = logits.clone()
+    adjust_(mine, Adjustment(min_p=0.1), prompt=prompt, answer=answer, proposed=[], temperature=0.7)
+    theirs = MinPLogitsWarper(0.1)(ids, logits / 0.7)
+    assert torch.equal(mine.isfinite(), theirs.isfinite()) and 1 < int(mine.isfinite().sum()) < 50
+
+
+def test_a_row_of_a_block_counts_what_was_proposed_before_it() -> None:
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 30, generator=g) * 3
+    adjustment = Adjustment(1.2, 0.3, 0.5, 0.05, {9: 2.0})
+    block = logits.clone()
+    adjust_(block, adjustment, prompt=[1, 2], answer=[9, 2], proposed=[9, 4, 9, 25], temperature=1.0)
+    for i, before in enumerate(([], [9], [9, 4], [9, 4, 9])):
+        alone = logits[i : i + 1].clone()
+        adjust_(alone, adjustment, prompt=[1, 2], answer=[9, 2, *before], proposed=[], temperature=1.0)
+        assert torch.equal(block[i], alone[0]), i
+
+
+def plain(target: Target, prompt: list[int], count: int) -> list[int]:
+    """Greedy text under ASKED, one token at a time with transformers' forward and no code of the engine's."""
+    text: list[int] = []
+    for _ in range(count):
+        with torch.inference_mode():
+            z = target.model(torch.tensor([prompt + text])).logits[0, -1].float()
+        for token, bias in ASKED["logit_bias"].items():
+            z[token] += bias
+        z = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + text]), z[None])[0]
+        for token in set(text):
+            z[token] -= 0.4 + 0.6 * text.count(token)
+        text.append(int(z.argmax()))
+        if text[-1] in target.eos_ids:
+            break
+    return text
+
+
+@pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
+def test_penalised_greedy_text_is_plain_decodings(tiny: Target, name: str) -> None:  # noqa: F811
+    prompts = prompt_ids(tiny)
+    wanted = [plain(tiny, p, 40) for p in prompts]
+    done = engine_of(tiny, name).generate([Request(p, max_new_tokens=40, **ASKED) for p in prompts])
+    assert [d.token_ids for d in done] == wanted
+    unpenalised = engine_of(tiny, name).generate([Request(p, max_new_tokens=40) for p in prompts])
+    assert [d.token_ids for d in unpenalised] != wanted
+
+
+def test_a_seed_gives_one_text_under_penalties_whatever_drafts_and_beside_whom(tiny: Target) -> None:  # noqa: F811
+    prompts = prompt_ids(tiny)
+    asked = [Request(p, max_new_tokens=30, temperature=0.9, seed=i, **ASKED) for i, p in enumerate(prompts)]
+    texts = []
+    for name in ("none", *KINDS):
+        engine = engine_of(tiny, name)
+        texts.append(
+            [c.token_ids for c in engine.generate([Request(**vars(r) | {"id": f"{name}{r.id}"}) for r in asked])]
+        )
+    alone = engine_of(tiny, "dspark", max_requests=1)
+    texts.append([c.token_ids for r in asked for c in alone.generate([r])])
+    assert all(t == texts[0] for t in texts)
+
+
+@pytest.mark.parametrize("name", ["none", "dspark"])
+def test_logprobs_are_the_targets_own_whatever_is_asked(tiny: Target, name: str) -> None:  # noqa: F811
+    prompts = prompt_ids(tiny)
+    heard: dict[str, list[Any]] = {}
+
+    def hear(event: Any) -> None:
+        heard.setdefault(event.request_id, []).extend(event.logprobs or [])
+
+    asked = [Request(p, max_new_tokens=12, logprobs=3, **(ASKED if i else {})) for i, p in enumerate(prompts)]
+    silent = Request(prompts[0], max_new_tokens=5)
+    done = engine_of(tiny, name).generate([*asked, silent], hear)
+    assert done[-1].logprobs is None and not heard[silent.id]
+    for request, completion in zip(asked, done, strict=False):
+        assert completion.logprobs is not None and heard[request.id] == completion.logprobs
+        text = request.prompt_ids + completion.token_ids
+        with torch.inference_mode():
+            logs = tiny.model(torch.tensor([text])).logits[0, len(request.prompt_ids) - 1 : -1].float().log_softmax(-1)
+        for row, token, said in zip(logs, completion.token_ids, completion.logprobs, strict=True):
+            assert said.token_id == token and said.logprob == pytest.approx(float(row[token]), abs=1e-4)
+            assert [v for _, v in said.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811
+    request = Request(prompt_ids(tiny)[0], max_new_tokens=12, temperature=1.0, seed=5)
+    done = engine_of(tiny, "none").generate(request.samples(3))
+    assert len({tuple(d.token_ids) for d in done}) == 3
+    (second,) = engine_of(tiny, "dspark").generate([Request(request.prompt_ids, 12, temperature=1.0, seed=6)])
+    assert done[1].token_ids == second.token_ids
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("min_p", 1.5, "min_p is 1.5"),
+        ("repetition_penalty", 0.0, "repetition_penalty is 0.0"),
+        ("presence_penalty", 3.0, "presence_penalty is 3.0"),
+        ("frequency_penalty", float("nan"), "frequency_penalty is nan"),
+        ("logit_bias", {9999: 1.0}, "logit_bias is 9999"),
+        ("logit_bias", {3: 200.0}, r"logit_bias\[3\] is 200.0"),
+        ("logprobs", 21, "logprobs is 21"),
+    ],
+)
+def test_a_value_out_of_range_is_named(tiny: Target, field: str, value: Any, words: str) -> None:  # noqa: F811
+    with pytest.raises(DraftlineError, match=words):
+        engine_of(tiny, "none").submit(Request([5, 6], **{field: value}))
