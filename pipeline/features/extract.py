@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -197,15 +198,18 @@ def _make(
     import ray
 
     actors = min(config.actors, len(missing))
-    results = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-        Extractor,
-        batch_size=1,
-        num_cpus=1,
-        num_gpus=num_gpus(target, config.gpus_per_actor),
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        max_task_retries=_TRIES - 1,
-        fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 calls max_task_retries deprecated here and has no other name for it.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
+        results = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
+            Extractor,
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=num_gpus(target, config.gpus_per_actor),
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            max_task_retries=_TRIES - 1,
+            fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
+        )
     try:
         _follow(results.iter_rows(), len(missing), actors)
     except ray.exceptions.RayActorError as e:

@@ -66,8 +66,8 @@ def train_worker(plan: dict[str, Any]) -> None:
     import ray.train.torch
     import torch.distributed as dist
 
-    # Its INFO repeats every report in Python's own notation; history.jsonl and the progress lines hold the same.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Ray Train's INFO repeats every report in Python's own notation; history.jsonl and the progress lines hold it too.
+    logging.disable(logging.INFO)
     plan = dict(plan)
     bell, stream = plan.pop("bell"), plan.pop("stream")
     p = WorkerPlan(**plan)
