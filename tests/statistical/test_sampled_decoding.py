@@ -186,13 +186,13 @@ def exactly_penalised(target: Target, temperature: float) -> torch.Tensor:
 def test_penalties_hold_at_every_position_of_a_block(
     target: Target, draft: DSparkDraft, rule: str, scheduler: str
 ) -> None:
-    wanted = exactly_penalised(target, 0.9)
+    wanted, other = exactly_penalised(target, 0.9), exact(target, (0.9, 0, 1.0))
     assert abs(float(wanted.sum()) - 1) < 1e-9 and int((wanted == 0).sum()) > 0, "min-p left something out"
     counts, accepted = decode(target, draft, "dspark", rule, scheduler, (0.9, 0, 1.0), **PENALTIES)
     assert p_value(counts, wanted) > 1e-4
-    assert 0.2 < accepted < 0.95
+    assert 0.03 < accepted < 0.95
     # Power: the same counts are not those of the unpenalised target.
-    assert p_value(counts, exact(target, (0.9, 0, 1.0))) < 1e-6
+    assert p_value(counts, other) < 1e-6
 
 
 def test_a_draft_that_lies_about_its_distribution_is_caught(target: Target, draft: DSparkDraft) -> None:
