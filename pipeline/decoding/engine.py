@@ -119,7 +119,7 @@ class Engine:
             raise DraftlineError("The step cost is measured while no request runs.")
         block = max(self.proposer.block_size, 7) + 1
         most = self.config.max_requests * block
-        grid = [t for t in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
+        grid = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
         room = self.config.max_context - block
         contexts = sorted({min(64, room), min(512, room)})
         self.step_cost = measure(lambda t, c: self.runner.time_step(t, c, block), grid, contexts)
