@@ -34,15 +34,16 @@ demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ra
 smoke: env ## the same stages on a tiny random target, under two minutes
 	@$(PY) infra/local/demo.py --experiment smoke
 
-# Ray's tests mostly wait for processes to start, so three parts share the cores well.
+# Ray's tests mostly wait for processes to start, so three parts share the cores well. The one whose tests send SIGINT is
+# in the foreground: what a shell puts in the background ignores that signal.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
 test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
 	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; \
-	$(PYTEST) -m "$(FAST) and ray" tests/training tests/fault >$$out/training 2>&1 & \
-	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault >$$out/ray 2>&1 & \
-	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" & \
-	for part in $$(jobs -p); do wait $$part || status=1; done; cat $$out/*; exit $$status
+	$(PYTEST) -m "$(FAST) and ray" tests/training tests/fault >$$out/training 2>&1 & training=$$!; \
+	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" >$$out/others 2>&1 & others=$$!; \
+	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault || status=1; \
+	wait $$training || status=1; wait $$others || status=1; cat $$out/*; exit $$status
 
 formats: env ## the exports through the package speculators' own classes (installs it, without its dependencies)
 	@$(PY) -m pip install -q --disable-pip-version-check -e '.[formats]'

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
-from pipeline.decoding import engine as decoding_engine
+from pipeline.decoding import verification
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
@@ -212,7 +212,7 @@ def test_the_ratio_rule_is_calibrated_with_what_its_tokens_were_drawn_from(
     places: Places, tmp_path: Path, monkeypatch: Any
 ) -> None:
     seen: list[bool] = []
-    verify = decoding_engine.verify
+    verify = verification.verify
 
     def spy(*args: Any, **settings: Any) -> Any:
         tokens, sampling = args[1], args[4]
@@ -220,7 +220,7 @@ def test_the_ratio_rule_is_calibrated_with_what_its_tokens_were_drawn_from(
             seen.append(settings["draft_logits"] is not None)
         return verify(*args, **settings)
 
-    monkeypatch.setattr(decoding_engine, "verify", spy)
+    monkeypatch.setattr(verification, "verify", spy)
     ratio = dataclasses.replace(ENGINE, rule="ratio", scheduler="early_stop")
     calibrate_draft(places.draft, TARGET, places.corpus, ratio, BENCHMARK, tmp_path / "draft", places.cache)
     # One step may hold greedy blocks beside the first sampled prompt's last chunk: nothing was drawn there.
