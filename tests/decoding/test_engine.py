@@ -294,6 +294,34 @@ def test_a_refused_request_leaves_none_in_the_engine(
     assert done.token_ids == expected[1][:30]
 
 
+@pytest.mark.parametrize("rule", ["coupled", "ratio"])
+@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+def test_a_block_drawn_by_the_kernel_is_the_block_drawn_slot_by_slot(
+    tiny: Target,  # noqa: F811
+    rule: str,
+    head: str,
+) -> None:
+    """CUDA's path through `markov_block`, here by its reference."""
+    texts = []
+    for fused in (False, True):
+        made = make_proposer(
+            "dspark", small_draft(tiny, markov_head_type=head), slots=3, capacity=512, rule=rule, pack=False
+        )
+        made._fused = fused  # type: ignore[attr-defined]
+        engine = engine_for(tiny, None, "none", rule=rule, scheduler="fixed")  # type: ignore[arg-type]
+        engine.set_proposer(made)
+        engine.set_schedule("fixed", rule=rule)
+        asked = [
+            Request(p, max_new_tokens=20, temperature=t, seed=i, ignore_eos=True, id=f"{i}/{t}")
+            for i, p in enumerate(prompt_ids(tiny))
+            for t in (0.0, 0.9)
+        ]
+        done = engine.generate(asked)
+        texts.append([(c.token_ids, c.metrics.accepted, c.metrics.lengths) for c in done])
+    assert texts[0] == texts[1]
+    assert sum(accepted for _, accepted, _ in texts[0]) > 0
+
+
 def test_an_engine_without_step_costs_measures_them(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
     config = EngineConfig(max_requests=1, max_context=128, threads=1, scheduler="early_stop")
     engine = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128))

@@ -62,7 +62,15 @@ def test_a_signal_stops_the_cluster(number: signal.Signals) -> None:
         "with local_cluster() as c:\n    print(c.mark, c.temp_dir, flush=True)\n    time.sleep(120)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        # Started from a background job, tests ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     mark, temp_dir = process.stdout.readline().split()
     assert marked(mark)
