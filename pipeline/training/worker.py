@@ -6,10 +6,7 @@ exactly the steps an uninterrupted one would have taken.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -104,7 +101,6 @@ def train_worker(plan: dict[str, Any]) -> None:
         chunk=config.chunk_rows,
     )
     del target
-    _give_back()
 
     def reduce(t: Tensor) -> Tensor:
         t = t.to(device)
@@ -204,14 +200,6 @@ def train_worker(plan: dict[str, Any]) -> None:
             ray.train.report(summary)
     if first >= config.steps:
         _publish(p, draft, identity, config, {})
-
-
-def _give_back() -> None:
-    """Returns what the start took and freed, on Linux: the local cluster lets processes keep freed memory, which pays
-    from step to step but not for a target and a regression that are needed once."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> float:
