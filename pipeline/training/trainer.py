@@ -18,6 +18,7 @@ from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features import extract
+from pipeline.features.store import check_identity
 from pipeline.target.loading import load_identity
 from pipeline.training.preemption import HeedSigterm, bell
 from pipeline.training.worker import History, WorkerPlan, replay_files, stopped_file, train_worker
@@ -66,6 +67,7 @@ def train(
     Raises:
         DraftlineError: training failed, or was asked to stop by SIGTERM (the same call goes on).
         ConfigError: a DeepSpeed config that can't be used.
+        ArtifactError: features made with another target.
     """
     import ray
 
@@ -73,13 +75,15 @@ def train(
     if stage not in (1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
     inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
+    identity = load_identity(config.target, cache_dir).as_dict()
     if features_dir is not None:
-        inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
+        features = artifact.load(features_dir, "features", verify=False)
+        check_identity(features, identity, features_dir)  # here too: a worker's refusal is tried max_failures times
+        inputs["features"] = features.digest
     if former_dir is not None:
         inputs["former"] = artifact.load(former_dir, "draft", verify=False).digest
     config = _with_layers(config, features_dir, cache_dir)
     plain = stage_config(config)
-    identity = load_identity(config.target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
     sink = begin()

@@ -42,6 +42,7 @@ def test_corpus_to_served_champion_and_nothing_to_do_the_second_time(tmp_path: P
     for stage in ("corpus", "extract", "train", "calibrate", "parity", "evaluate"):
         assert f"== {stage}: skipped" in second.stdout, stage
     assert (tmp_path / "smoke" / "draft" / "manifest.json").read_bytes() == drafted
+    assert json.loads((tmp_path / "smoke" / "summary.json").read_text()) == summary, "its seconds too"
 
     # A stage that was skipped left no run; the others have one each.
     once = ["calibrate", "corpus", "evaluate", "extract", "parity", "regenerate", "serve", "train"]

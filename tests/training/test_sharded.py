@@ -3,6 +3,7 @@ streamed. Every run here is a real one (Ray Train, DeepSpeed, two processes)."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Iterator
@@ -126,6 +127,15 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(place: Place) -> 
     assert len(kept["sample_ids"]) == 4
     assert [r["step"] for r in reported(place.path / "spoilt-run")] == list(range(1, kept["step"] + 1))
     assert not (place.path / "spoilt-run" / "draft").exists()
+
+
+def test_features_of_another_target_are_refused_before_a_worker_starts(place: Place) -> None:
+    target = load_target(TargetConfig(path="tiny"), place.cache)
+    target.identity = dataclasses.replace(target.identity, revision="another")
+    features = make_features(target, place.corpus, place.path / "foreign")
+    with pytest.raises(DraftlineError, match="belongs to another target: its revision is 'another'"):
+        place.train("foreign-run", COMMON, features=features)
+    assert not (place.path / "foreign-run").exists()
 
 
 @pytest.mark.slow
