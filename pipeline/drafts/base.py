@@ -1,7 +1,7 @@
-"""What every draft is: matrices borrowed from the target, a draft vocabulary, and layers of the usual kind.
+"""What every draft is: matrices borrowed from the target, a draft vocabulary, and what turns hidden states into
+proposals.
 
-Letters: N positions, D hidden, H query heads, Hkv KV heads, d head dim, V target vocabulary, Vd draft vocabulary, G
-tokens per block.
+Letters: N positions, D hidden, d head dim, V target vocabulary, Vd draft vocabulary, G tokens per block.
 """
 
 from __future__ import annotations
@@ -12,49 +12,7 @@ from torch import nn
 
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.heads import ConfidenceHead, MarkovHead
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Projections of inputs [.., input_size] (D unless given); the attention itself is the caller's."""
-
-    def __init__(self, c: DraftConfig, input_size: int = 0) -> None:
-        super().__init__()
-        size = input_size or c.hidden_size
-        self.shape_q, self.shape_kv = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        self.q_proj = nn.Linear(size, c.num_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, c.num_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, c.num_kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-
-    def queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape_q)), cos, sin)
-
-    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.shape_kv))
-        return rotate(k, cos, sin), self.v_proj(x).unflatten(-1, self.shape_kv)
-
-
-class MLP(nn.Module):
-    def __init__(self, c: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from pipeline.drafts.layers import RMSNorm
 
 
 class Draft(nn.Module):
@@ -103,7 +61,11 @@ class Draft(nn.Module):
         full = d2t.shape[0] == lm_head.shape[0]
         self.register_buffer("lm_rows", lm_head.detach() if full else lm_head.detach()[d2t], persistent=False)
         steps = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
-        self.register_buffer("inv_freq", c.rope_theta**-steps, persistent=False)
+        # Dimensions that don't rotate have the frequency 0 (what transformers calls proportional).
+        turning = torch.arange(c.head_dim // 2) < int((c.rope_fraction or 0.0) * c.head_dim // 2)
+        frequencies = c.rope_theta**-steps
+        rotated = frequencies if c.rope_fraction is None else frequencies * turning
+        self.register_buffer("inv_freq", rotated, persistent=False)
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [N, 1, d] of int64 positions [N]."""
@@ -146,9 +108,3 @@ class Draft(nn.Module):
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: everything but what is borrowed."""
         return {name: t.detach() for name, t in self.state_dict().items()}
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)

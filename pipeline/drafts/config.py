@@ -19,7 +19,11 @@ class DraftConfig:
         num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
         hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
             layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
+        layer_family: llama (qwen3's with qk_norm) or gemma4: what the layers compute (see pipeline/drafts/layers.py).
+            gemma4's take heads, KV heads and head dim of the target's layers with full attention.
         qk_norm: RMSNorm on queries and keys.
+        rope_fraction: gemma4: share of a head that rotates. values_are_keys: gemma4: no projection for values. None:
+            as the target's layers with full attention; without meaning in llama's.
         sliding_windows: per layer, how many positions back a slot sees context (0: all); empty: all of it everywhere.
         mask_token_id: fills slots 1..K-1; must be an embedding row that no text uses.
         norm_before_residual: eagle3: its residual stream starts at the normalised g, not at g.
@@ -40,7 +44,10 @@ class DraftConfig:
     intermediate_size: int = 0
     rope_theta: float = 0.0
     rms_norm_eps: float = 0.0
+    layer_family: str = "llama"
     qk_norm: bool = True
+    rope_fraction: float | None = None
+    values_are_keys: bool | None = None
     sliding_windows: list[int] = dataclasses.field(default_factory=list)
     sample_from_anchor: bool = True
     norm_before_residual: bool = False
@@ -101,11 +108,37 @@ def _attention_of(target_config: Any, config: DraftConfig) -> tuple[int, int, in
                 "num_heads 32, num_kv_heads 8, head_dim 128, intermediate_size 12288."
             )
         return config.num_heads, config.num_kv_heads, config.head_dim
-    per_layer = getattr(target_config, "per_layer_config", None)
-    first = per_layer[0] if per_layer is not None else target_config  # Gemma 4's layer types differ
+    per_layer = getattr(target_config, "per_layer_config", None)  # Gemma 4's layer types differ
+    if config.layer_family == "gemma4":
+        full = _full_attention(target_config)
+        return full.num_attention_heads, full.num_key_value_heads, full.head_dim
+    first = per_layer[0] if per_layer is not None else target_config
     heads = first.num_attention_heads
     kv_heads = getattr(first, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(first, "head_dim", None) or first.hidden_size // heads
+
+
+def _full_attention(target_config: Any) -> Any:
+    """The config of a Gemma 4 target's layers with full attention."""
+    kinds, per_layer = getattr(target_config, "layer_types", None), getattr(target_config, "per_layer_config", None)
+    if per_layer is None or not kinds or not hasattr(target_config, "attention_k_eq_v"):
+        raise ConfigError(
+            f"draft.layer_family=gemma4 takes its shape from a Gemma 4 target; this one is a "
+            f"{getattr(target_config, 'model_type', 'model')}. Use draft.layer_family=llama."
+        )
+    return per_layer[kinds.index("full_attention") if "full_attention" in kinds else 0]
+
+
+def _as_full_attention(config: DraftConfig, target_config: Any) -> DraftConfig:
+    """Fills rotary embedding and shared values from a Gemma 4 target's layers with full attention."""
+    rope = target_config.rope_parameters["full_attention"]
+    fraction, shared = config.rope_fraction, config.values_are_keys
+    return dataclasses.replace(
+        config,
+        rope_theta=config.rope_theta or float(rope["rope_theta"]),
+        rope_fraction=float(rope.get("partial_rotary_factor", 1.0)) if fraction is None else fraction,
+        values_are_keys=bool(target_config.attention_k_eq_v) if shared is None else shared,
+    )
 
 
 def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> DraftConfig:
@@ -118,6 +151,8 @@ def resolve(config: DraftConfig, target_config: Any, unused_token: int) -> Draft
         ConfigError: values that can't fit the target.
     """
     heads, kv_heads, head_dim = _attention_of(target_config, config)
+    if config.layer_family == "gemma4":
+        config = _as_full_attention(config, target_config)
     full = dataclasses.replace(
         config,
         hidden_size=config.hidden_size or target_config.hidden_size,
@@ -171,6 +206,18 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
                 raise ConfigError(
                     f"draft.{name}={getattr(config, name)!r}: draft.algorithm=eagle3 takes {only!r} only."
                 )
+    if config.layer_family not in ("llama", "gemma4"):
+        raise ConfigError(f"draft.layer_family={config.layer_family!r} is not one of llama, gemma4.")
+    if config.layer_family == "gemma4":
+        if not config.qk_norm:
+            raise ConfigError("draft.qk_norm=false: draft.layer_family=gemma4 normalises queries and keys; use true.")
+        if not 0.0 < (1.0 if config.rope_fraction is None else config.rope_fraction) <= 1.0:
+            raise ConfigError(f"draft.rope_fraction={config.rope_fraction} must be above 0 and at most 1.")
+    elif config.rope_fraction not in (None, 1.0) or config.values_are_keys:
+        raise ConfigError(
+            f"draft.rope_fraction={config.rope_fraction} and draft.values_are_keys={config.values_are_keys} are for "
+            "draft.layer_family=gemma4; leave them null."
+        )
     if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
         raise ConfigError(
             f"draft.sliding_windows={config.sliding_windows} has {len(config.sliding_windows)} entries; the draft has "

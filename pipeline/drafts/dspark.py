@@ -18,21 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.drafts.base import MLP, Attention, Draft, RMSNorm
+from pipeline.drafts.base import Draft
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.heads import MARKOV_HEADS, ConfidenceHead
+from pipeline.drafts.layers import DecoderLayer, RMSNorm
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) of the block slots -> [T, H, d], context included."""
-
-
-class Layer(nn.Module):
-    def __init__(self, c: DraftConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class DSparkDraft(Draft):
@@ -52,7 +44,7 @@ class DSparkDraft(Draft):
         c = config
         self.fc = nn.Linear(len(c.target_layer_ids) * c.hidden_size, c.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if c.has_markov:
             head = MARKOV_HEADS[c.markov_head_type]
@@ -62,7 +54,7 @@ class DSparkDraft(Draft):
             self.confidence_head = ConfidenceHead(size)
 
     @property
-    def decoder_layers(self) -> list[Layer]:
+    def decoder_layers(self) -> list[DecoderLayer]:
         """`layers` by their type."""
         return list(self.layers)  # type: ignore[arg-type]
 
@@ -95,9 +87,7 @@ class DSparkDraft(Draft):
         for i, layer in enumerate(self.decoder_layers):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, cos, sin)
-            mixed = attend(i, layer.self_attn.queries(h, cos, sin), k, v)
-            x = x + layer.self_attn.o_proj(mixed.flatten(-2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer.finish(x, attend(i, layer.self_attn.queries(h, cos, sin), k, v))
         if not self.config.sample_from_anchor:
             x = x.unflatten(0, (-1, self.config.block_size))[:, 1:].flatten(0, 1)
         return self.norm(x)

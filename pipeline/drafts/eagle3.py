@@ -18,21 +18,20 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.drafts.base import MLP, Attention, Draft, RMSNorm
+from pipeline.drafts.base import Draft
 from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.layers import DecoderLayer, RMSNorm
 
 AttendOne = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [B, H, d], k [B, Hkv, d], v [B, Hkv, d]) of one new position per row -> [B, H, d], what came before included."""
 
 
-class Eagle3Layer(nn.Module):
+class Eagle3Layer(DecoderLayer):
+    """A decoder layer that attends with [embedding ; hidden], each behind its norm."""
+
     def __init__(self, c: DraftConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(c, 2 * c.hidden_size)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        super().__init__(c, 2 * c.hidden_size)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class Eagle3Draft(Draft):
@@ -84,8 +83,7 @@ class Eagle3Draft(Draft):
         cos, sin = self.rope(positions)
         k, v = layer.self_attn.keys_values(x, cos, sin)
         mixed = attend(layer.self_attn.queries(x, cos, sin), k, v)
-        out = (normed if self.config.norm_before_residual else g) + layer.self_attn.o_proj(mixed.flatten(-2))
-        out = out + layer.mlp(layer.post_attention_layernorm(out))
+        out = layer.finish(normed if self.config.norm_before_residual else g, mixed)
         return out, self.norm(out)
 
     def _joined(self, g: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

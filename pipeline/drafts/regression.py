@@ -83,6 +83,8 @@ def closed_form(c: DraftConfig) -> str | None:
             f"needs fast and slow rotary frequencies; draft.head_dim={c.head_dim} with rope_theta={c.rope_theta:g} has "
             f"{[round(f, 5) for f in frequencies]}"
         )
+    if c.layer_family != "llama":
+        return f"is for draft.layer_family=llama (it is {c.layer_family})"
     inputs = (len(c.target_layer_ids) + 1) * c.hidden_size
     return f"solves for {inputs} inputs; it takes at most {WIDEST}" if inputs > WIDEST else None
 

@@ -72,6 +72,7 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
     """
     c, f = draft.config, former.config
     same = ["target_layer_ids", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm"]
+    same += ["layer_family", "rope_fraction", "values_are_keys"]
     same += ["norm_before_residual"] if "eagle3" in (c.algorithm, f.algorithm) else []
     differing = [f"{n} is {getattr(f, n)} there, {getattr(c, n)} here" for n in same if getattr(f, n) != getattr(c, n)]
     if (c.algorithm == "eagle3") != (f.algorithm == "eagle3"):

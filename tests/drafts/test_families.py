@@ -56,10 +56,10 @@ def test_a_training_step_is_the_plain_formulation_over_the_target_s_own_logits(n
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("kind", [{}, KINDS["dflash"], EAGLE3], ids=["dspark", "dflash", "eagle3"])
-@pytest.mark.parametrize("name", GEMMA)
+@pytest.mark.parametrize("name", [*GEMMA, "gemma4, its layers", "gemma4, keys are values, its layers"])
 def test_a_decoded_block_has_the_training_forwards_logits(name: str, kind: dict[str, Any], pack: bool) -> None:
-    target = tiny_target(name)
-    draft = draft_for(target, **kind)
+    target = tiny_target(name.removesuffix(", its layers"))
+    draft = draft_for(target, layer_family="gemma4" if name.endswith("its layers") else "llama", **kind)
     tokens = torch.randint(3, 90, (15,), generator=torch.Generator().manual_seed(3))
     (taps,), _ = features_of(target, draft.config.target_layer_ids, tokens[None], [15])
     proposer = make_proposer(draft.config.algorithm, draft, slots=2, capacity=32, rule="ratio", pack=pack)

@@ -112,7 +112,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         transformers.Gemma3TextConfig(**_GEMMA, num_hidden_layers=3, layer_types=_MIXED, query_pre_attn_scalar=5)
     ),
     "gemma4": _gemma4,
-    "gemma4, keys are values": lambda: _gemma4(attention_k_eq_v=True, num_global_key_value_heads=1),
+    "gemma4, keys are values": lambda **c: _gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, **c),
     "gemma4, shared keys": lambda: _gemma4(
         num_hidden_layers=6,
         num_kv_shared_layers=3,
@@ -147,9 +147,9 @@ class _Tokenizer:
         return f"<{token}>"
 
 
-def tiny_target(name: str, seed: int = 4) -> Target:
-    """A Target of a family, in fp32, its weights drawn from the seed alone."""
-    model = BUILDERS[name]()
+def tiny_target(name: str, seed: int = 4, **changes: Any) -> Target:
+    """A Target of a family, in fp32, its weights drawn from the seed alone; changes: of a Gemma 4's config."""
+    model = BUILDERS[name](**changes)
     generator = torch.Generator().manual_seed(seed)
     # Gemma multiplies embeddings by sqrt(32): smaller ones, or the token just read decides the next one.
     embedding, linear = (0.06, 0.5) if "gemma" in name else (0.35, 0.25)

@@ -5,7 +5,9 @@ engines.py      which drafts they load, in which format; and when they don't, wh
 speculators.py  vllm-project/speculators' checkpoints, for vLLM
 specforge.py    SpecForge's checkpoints, for SGLang
 deepspec.py     DeepSpec's checkpoints
-qwen3.py        what the three have in common: layers shaped as Qwen3's, one bfloat16 file, a checked way back
-eagle3.py       the same of Eagle3's layer
+files.py        what the three have in common: one bfloat16 file, a config.json, a checked way back
+qwen3.py        layers shaped as Qwen3's in a config.json
+gemma4.py       layers shaped as Gemma 4's
+eagle3.py       Eagle3's layer
 vocabulary.py   a reduced vocabulary in their files
 """

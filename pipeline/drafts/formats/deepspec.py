@@ -1,5 +1,6 @@
-"""DeepSpec's checkpoints (MIT; `Qwen3DSparkModel`, `Qwen3DFlashModel`, `Qwen3Eagle3Model`), with a flat config.json.
+"""DeepSpec's checkpoints (MIT; `DSparkModel` and `Eagle3Model` of Qwen3 and Gemma4), with a flat config.json.
 
+Its DFlash is its DSpark without either head.
 The target's embedding and lm_head are in the file, full vocabulary. Layer ids count as ours do: id L is the output of
 decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has five tapped layers
 and QK norm.
@@ -13,19 +14,21 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import eagle3, qwen3
-from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.drafts.formats import eagle3, files, gemma4, qwen3
+from pipeline.drafts.formats.files import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
-_ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "Qwen3DFlashModel", "eagle3": "Qwen3Eagle3Model"}
+_ARCHITECTURES = {f"{shape}{kind}Model": kind.lower() for shape in ("Qwen3", "Gemma4") for kind in ("DSpark", "Eagle3")}
+_ANCHORS = 512  # of a training sequence, which its readers insist on
 _STEP_DECAY = 0.8  # what a step of the unrolled loss weighs of the one before; nothing that a reader computes
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
-    c, found = draft.config, qwen3.obstacles(draft, "DeepSpec")
-    if not qwen3.full_vocabulary(draft):
+    c = draft.config
+    found = gemma4.obstacles(draft) if c.layer_family == "gemma4" else qwen3.obstacles(draft, "DeepSpec")
+    if not files.full_vocabulary(draft):
         found.append(
             Obstacle(
                 f"DeepSpec's checkpoints hold the whole vocabulary of {draft.embed.shape[0]} tokens; this draft "
@@ -60,9 +63,9 @@ def write(
     *,
     inputs: dict[str, str],
     settings: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> artifact.Manifest:
-    """Writes a draft as an artifact of kind "export" (see `qwen3.save`).
+    """Writes a draft as an artifact of kind "export" (see `files.save`).
 
     Raises:
         ConfigError: the format can't hold this draft (see `obstacles`).
@@ -70,9 +73,10 @@ def write(
     if why := obstacles(draft):
         raise ConfigError(" ".join(map(str, why)))
     c = draft.config
+    gemma = c.layer_family == "gemma4"
     config = {
-        **qwen3.settings_of(draft, target),
-        "architectures": [_ARCHITECTURES[c.algorithm]],
+        **(gemma4 if gemma else qwen3).settings_of(draft, target),
+        "architectures": [f"{'Gemma4' if gemma else 'Qwen3'}{'Eagle3' if c.algorithm == 'eagle3' else 'DSpark'}Model"],
         "num_target_layers": target.num_layers,
         "target_layer_ids": c.target_layer_ids,
     }
@@ -84,10 +88,11 @@ def write(
             "target_model_name_or_path": target.identity.id,
         }
     else:
-        config |= {"block_size": c.block_size, "mask_token_id": c.mask_token_id, **qwen3.heads_of(c)}
-    tensors = qwen3.tensors_of(draft) | {qwen3.EMBED: draft.embed, qwen3.LM_HEAD: draft.lm_rows}
-    return qwen3.save(
-        out, draft, target, tensors, config, project="deepspec", inputs=inputs, settings=settings, files=files
+        config |= {"block_size": c.block_size, "mask_token_id": c.mask_token_id, "num_anchors": _ANCHORS}
+        config |= files.heads_of(c)
+    tensors = files.tensors_of(draft) | {files.EMBED: draft.embed, files.LM_HEAD: draft.lm_rows}
+    return files.save(
+        out, draft, target, tensors, config, project="deepspec", inputs=inputs, settings=settings, texts=texts
     )
 
 
@@ -101,8 +106,8 @@ def read(path: Path | str, target: Target) -> Draft:
             difference.
     """
     path = Path(path)
-    raw, tensors = qwen3.load(path, "DeepSpec")
-    algorithm = qwen3.architecture(path, raw, {v: k for k, v in _ARCHITECTURES.items()})
+    raw, tensors = files.load(path, "DeepSpec")
+    algorithm = files.architecture(path, raw, _ARCHITECTURES)
     if any(kind != "full_attention" for kind in raw.get("layer_types", [])):
         raise ArtifactError(f"{path} has layer_types {raw['layer_types']}; DeepSpec's drafts have full attention only.")
     if algorithm == "eagle3":
@@ -117,5 +122,9 @@ def read(path: Path | str, target: Target) -> Draft:
             required=(),
         )
     fields = {name: raw.get(name) for name in ("block_size", "target_layer_ids", "mask_token_id")}
-    config = qwen3.config_from(path, raw, fields | qwen3.heads_from(raw), target, algorithm=algorithm)
-    return qwen3.build(path, config, target, tensors, optional=(qwen3.EMBED, qwen3.LM_HEAD))
+    heads = files.heads_from(raw)
+    if heads["markov_head_type"] == "none" and not heads["enable_confidence_head"]:
+        algorithm = "dflash"
+    shape = gemma4 if raw["architectures"][0].startswith("Gemma4") else qwen3
+    config = shape.config_from(path, raw, fields | heads, target, algorithm=algorithm)
+    return files.build(path, config, target, tensors, optional=(files.EMBED, files.LM_HEAD))

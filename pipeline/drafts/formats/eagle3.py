@@ -1,5 +1,5 @@
-"""Eagle3 in the projects' checkpoints: one layer over [embedding ; hidden], with the tensors of Llama's layers, or of
-Qwen3's where queries and keys are normalised.
+"""Eagle3 in the projects' checkpoints: one layer over [embedding ; hidden], with the tensors of Llama's layers, of
+Qwen3's where queries and keys are normalised, or of Gemma 4's.
 
 Letters: V target vocabulary rows, Vd draft vocabulary, D hidden.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import qwen3
-from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.drafts.formats import files, gemma4, qwen3
+from pipeline.drafts.formats.files import Obstacle
 from pipeline.errors import ArtifactError
 from pipeline.target import Target
 
@@ -24,6 +24,8 @@ STEPS = 7
 
 def obstacles(draft: Draft) -> list[Obstacle]:
     """What of a draft no project's files hold."""
+    if draft.config.layer_family != "llama":
+        return [Obstacle(f"These files have Llama's layer; this draft's is {draft.config.layer_family}'s.")]
     if draft.embed_scale == 1.0 and not draft.logit_softcap:
         return []
     return [
@@ -64,6 +66,8 @@ def residual_obstacle(draft: Draft, who: str) -> list[Obstacle]:
 
 def settings_of(draft: Draft, target: Target) -> dict[str, Any]:
     """The fields of a Llama or Qwen3 config that describe the layer."""
+    if draft.config.layer_family == "gemma4":
+        return gemma4.settings_of(draft, target)
     fields = qwen3.settings_of(draft, target)
     if draft.config.qk_norm:
         return fields
@@ -79,8 +83,8 @@ def tensors_of(draft: Draft, layer: str = "layers.0.") -> dict[str, torch.Tensor
     Args:
         layer: prefix of the layer's names.
     """
-    own = {n.replace("layers.0.", layer, 1): t for n, t in qwen3.tensors_of(draft).items()}
-    return own | {qwen3.LM_HEAD: draft.lm_rows}
+    own = {n.replace("layers.0.", layer, 1): t for n, t in files.tensors_of(draft).items()}
+    return own | {files.LM_HEAD: draft.lm_rows}
 
 
 def read(
@@ -94,7 +98,7 @@ def read(
     d2t: torch.Tensor | None,
     norm_before_residual: bool = False,
     layer: str = "layers.0.",
-    required: tuple[str, ...] = (qwen3.LM_HEAD,),
+    required: tuple[str, ...] = (files.LM_HEAD,),
 ) -> Draft:
     """The draft of a checkpoint.
 
@@ -106,24 +110,27 @@ def read(
         ArtifactError: fields or tensors that don't fit the target; the message lists every difference.
     """
     kind = layers.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise ArtifactError(f"{path} has a layer of model_type {kind!r}; this reads llama's and qwen3's.")
+    if kind not in ("llama", "qwen3", *gemma4.KINDS):
+        raise ArtifactError(f"{path} has a layer of model_type {kind!r}; this reads llama's, qwen3's and gemma4's.")
     if layers.get("mlp_bias"):
         raise ArtifactError(f"{path} has mlp_bias; this version's drafts have no biases.")
     fields = {
         "block_size": steps,
         "target_layer_ids": layer_ids,
         "mask_token_id": 0,
-        "qk_norm": kind == "qwen3",
+        "qk_norm": kind != "llama",
         "norm_before_residual": norm_before_residual,
         "draft_vocab_size": 0 if d2t is None else len(d2t),
-        **qwen3.heads_from({}),
+        **files.heads_from({}),
     }
     if (count := layers.get("num_hidden_layers", 1)) != 1:
         raise ArtifactError(f"{path} has {count} layers; this version computes Eagle3 of one.")
-    config = qwen3.config_from(path, {"head_dim": _head_dim(layers), **layers}, fields, target, algorithm="eagle3")
+    if kind in gemma4.KINDS:
+        config = gemma4.config_from(path, layers, fields, target, algorithm="eagle3")
+    else:
+        config = qwen3.config_from(path, {"head_dim": _head_dim(layers), **layers}, fields, target, algorithm="eagle3")
     named = {"layers.0." + n.removeprefix(layer) if n.startswith(layer) else n: t for n, t in tensors.items()}
-    return qwen3.build(path, config, target, named, d2t=d2t, required=required, optional=(qwen3.EMBED, qwen3.LM_HEAD))
+    return files.build(path, config, target, named, d2t=d2t, required=required, optional=(files.EMBED, files.LM_HEAD))
 
 
 def _head_dim(layers: Mapping[str, Any]) -> int | None:

@@ -1,9 +1,9 @@
 """Which drafts vLLM and SGLang load, in which format; and when they don't, why, and the nearest that loads.
 
 Read from the engines' public sources of 2026, in single stored versions; no engine was run: vLLM's
-models/qwen3_dspark.py, qwen3_dflash.py, llama_eagle3.py and its speculators configs; SGLang's models/dspark.py,
-dflash.py, llama_eagle3.py and speculative/dspark_components. A draft that an engine would load and then run wrongly
-(accepting hardly a token, without an error) counts as one that it does not load.
+models/qwen3_dspark.py, gemma4_dspark.py, qwen3_dflash.py, llama_eagle3.py and its speculators configs; SGLang's
+models/dspark.py, gemma4_dspark.py, dflash.py, llama_eagle3.py and speculative/dspark_components. A draft that an engine
+would load and then run wrongly (accepting hardly a token, without an error) counts as one that it does not load.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import deepspec, eagle3, qwen3, specforge, speculators
-from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.drafts.formats import deepspec, eagle3, files, specforge, speculators
+from pipeline.drafts.formats.files import Obstacle
 
 FORMATS: dict[str, ModuleType] = {"speculators": speculators, "specforge": specforge, "deepspec": deepspec}
 """Each has `obstacles(draft)`, `write(draft, target, out, ...)` and `read(path, target)`."""
@@ -91,6 +91,13 @@ def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
     c, name, found = draft.config, TITLES[engine], []
     if c.algorithm == "eagle3":
         return _eagle3_obstacles(draft, engine)
+    if engine == "vllm" and c.layer_family == "gemma4" and not c.values_are_keys:
+        found.append(
+            Obstacle(
+                "vLLM's Gemma 4 drafts take their values from the keys' projection; this draft has one of its own.",
+                {"draft.values_are_keys": "true"},
+            )
+        )
     if any(c.sliding_windows):
         found.append(
             Obstacle(
@@ -122,7 +129,7 @@ def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
                 {"draft.markov_head_type": "vanilla"},
             )
         )
-    if engine == "sglang" and not qwen3.full_vocabulary(draft):
+    if engine == "sglang" and not files.full_vocabulary(draft):
         found.append(
             Obstacle(
                 f"SGLang's drafts propose the target's whole vocabulary; this one {len(draft.d2t)} of "
@@ -153,7 +160,7 @@ def _eagle3_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
 def _unreadable(engine: str, format: str, algorithm: str) -> str | None:
     """Why an engine has no reader of an algorithm's files in a format; None if it has one."""
     if format == "deepspec" and algorithm == "dflash":
-        return f"{TITLES[engine]} has no model class for DeepSpec's DFlash files."
+        return f"{TITLES[engine]} takes DeepSpec's DFlash files for DSpark's, and misses the Markov head."
     if format == "deepspec" and algorithm == "eagle3":
         return f"{TITLES[engine]} has no model class for DeepSpec's Eagle3 files."
     if engine == "vllm" and format == "specforge" and algorithm == "eagle3":

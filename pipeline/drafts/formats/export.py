@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import artifact
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft
-from pipeline.drafts.formats import qwen3
+from pipeline.drafts.formats import files
 from pipeline.drafts.formats.engines import FORMATS, OWN, TITLES, Fit, fit
 from pipeline.errors import ConfigError
 from pipeline.target import Target, load_identity, load_target, obtain
@@ -58,7 +58,7 @@ def export_draft(
     more: dict[str, Any] = {"served_target": served} if format == "speculators" else {}
     print(f"export: {source}; {result}", flush=True)
     return FORMATS[format].write(
-        draft, loaded, out, inputs=inputs, settings=settings, files={"README.md": text}, **more
+        draft, loaded, out, inputs=inputs, settings=settings, texts={"README.md": text}, **more
     )
 
 
@@ -91,7 +91,7 @@ def launch(draft: Draft, engine: str, served_target: str) -> str:
         f"--speculative-num-draft-tokens {tokens + 1}",
     ]
     if c.algorithm == "dspark" and c.enable_confidence_head:
-        lines.append(f'--speculative-dspark-confidence-sts-path "$PWD/{qwen3.TEMPERATURES}"')
+        lines.append(f'--speculative-dspark-confidence-sts-path "$PWD/{files.TEMPERATURES}"')
     elif c.algorithm == "dspark":
         # In its other modes SGLang insists on the weights of a confidence head.
         lines[0] = f"SGLANG_RAGGED_VERIFY_MODE=static {lines[0]}"
@@ -150,12 +150,12 @@ def _notes(draft: Draft, fit: Fit) -> list[str]:
         )
     if c.algorithm == "dspark" and c.enable_confidence_head and fit.engine == "vllm":
         notes.append(
-            f"vLLM reads no calibration. `{qwen3.TEMPERATURES}` holds one temperature per position for engines that "
+            f"vLLM reads no calibration. `{files.TEMPERATURES}` holds one temperature per position for engines that "
             "do: the confidence logit of position k is divided by the k-th."
         )
     elif c.algorithm == "dspark" and c.enable_confidence_head:
         notes.append(
-            f"`{qwen3.TEMPERATURES}` is SGLang's STS calibration: the confidence logit of position k is divided by the "
+            f"`{files.TEMPERATURES}` is SGLang's STS calibration: the confidence logit of position k is divided by the "
             "k-th temperature. SGLang schedules by confidence with SGLANG_RAGGED_VERIFY_MODE=compact or cap-accept; "
             "with static it leaves the confidence head unused."
         )

@@ -18,8 +18,8 @@ import torch
 
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import eagle3, qwen3, vocabulary
-from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.drafts.formats import eagle3, files, qwen3, vocabulary
+from pipeline.drafts.formats.files import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
@@ -42,7 +42,7 @@ def obstacles(draft: Draft) -> list[Obstacle]:
             )
         return found + eagle3.residual_obstacle(draft, "SpecForge's Eagle3")
     found = qwen3.obstacles(draft, "SpecForge")
-    if not qwen3.full_vocabulary(draft):
+    if not files.full_vocabulary(draft):
         found.append(
             Obstacle(
                 f"SpecForge's block drafts use the target's lm_head of {draft.embed.shape[0]} tokens; this draft "
@@ -69,9 +69,9 @@ def write(
     *,
     inputs: dict[str, str],
     settings: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> artifact.Manifest:
-    """Writes a draft as an artifact of kind "export" (see `qwen3.save`).
+    """Writes a draft as an artifact of kind "export" (see `files.save`).
 
     Raises:
         ConfigError: the format can't hold this draft (see `obstacles`).
@@ -80,7 +80,7 @@ def write(
         raise ConfigError(" ".join(map(str, why)))
     c = draft.config
     if c.algorithm == "eagle3":
-        return _write_eagle3(draft, target, out, inputs=inputs, settings=settings, files=files)
+        return _write_eagle3(draft, target, out, inputs=inputs, settings=settings, texts=texts)
     dflash: dict[str, Any] = {"mask_token_id": c.mask_token_id, "target_layer_ids": c.target_layer_ids}
     config = {
         **qwen3.settings_of(draft, target),
@@ -90,19 +90,19 @@ def write(
         "dflash_config": dflash,
     }
     if c.algorithm == "dspark":
-        heads = qwen3.heads_of(c)
+        heads = files.heads_of(c)
         dflash |= {"projector_type": "dspark", **heads}
         config |= heads  # SGLang builds its heads from the top level
-    return qwen3.save(
+    return files.save(
         out,
         draft,
         target,
-        qwen3.tensors_of(draft),
+        files.tensors_of(draft),
         config,
         project="specforge",
         inputs=inputs,
         settings=settings,
-        files=files,
+        texts=texts,
     )
 
 
@@ -116,21 +116,21 @@ def read(path: Path | str, target: Target) -> Draft:
             difference.
     """
     path = Path(path)
-    raw, tensors = qwen3.load(path, "SpecForge")
-    algorithm = qwen3.architecture(path, raw, {v: k for k, v in {**_ARCHITECTURES, "eagle3": _EAGLE3}.items()})
+    raw, tensors = files.load(path, "SpecForge")
+    algorithm = files.architecture(path, raw, {v: k for k, v in {**_ARCHITECTURES, "eagle3": _EAGLE3}.items()})
     if algorithm == "eagle3":
         return _read_eagle3(path, raw, tensors, target)
     dflash = raw.get("dflash_config") or {}
     twice = [n for n in dflash.keys() & raw.keys() if dflash[n] != raw[n]]
     if twice:
         told = ", ".join(f"{n} is {raw[n]!r} and in dflash_config {dflash[n]!r}" for n in sorted(twice))
-        raise ArtifactError(f"{path / qwen3.CONFIG} contradicts itself: {told}.")
+        raise ArtifactError(f"{path / files.CONFIG} contradicts itself: {told}.")
     both = {**raw, **dflash}
     projector = both.get("projector_type", algorithm)
     if projector != algorithm:
         raise ArtifactError(f"{path} has projector_type {projector!r}; this reads {algorithm!r} of that architecture.")
     fields = {name: both.get(name) for name in ("block_size", "target_layer_ids", "mask_token_id")}
-    heads = qwen3.heads_from(both if algorithm == "dspark" else {})
+    heads = files.heads_from(both if algorithm == "dspark" else {})
     config = qwen3.config_from(
         path,
         raw,
@@ -138,7 +138,7 @@ def read(path: Path | str, target: Target) -> Draft:
         target,
         algorithm=algorithm,
     )
-    return qwen3.build(path, config, target, tensors)
+    return files.build(path, config, target, tensors)
 
 
 def _write_eagle3(
@@ -148,7 +148,7 @@ def _write_eagle3(
     *,
     inputs: dict[str, str],
     settings: Mapping[str, Any] | None,
-    files: Mapping[str, str] | None,
+    texts: Mapping[str, str] | None,
 ) -> artifact.Manifest:
     c = draft.config
     config = {
@@ -160,10 +160,10 @@ def _write_eagle3(
         "ttt_length": c.block_size,
     }
     tensors = eagle3.tensors_of(draft, _LAYER)
-    if not qwen3.full_vocabulary(draft):
+    if not files.full_vocabulary(draft):
         tensors |= vocabulary.tensors_of(draft.d2t, target.vocab_size)
-    return qwen3.save(
-        out, draft, target, tensors, config, project="specforge", inputs=inputs, settings=settings, files=files
+    return files.save(
+        out, draft, target, tensors, config, project="specforge", inputs=inputs, settings=settings, texts=texts
     )
 
 

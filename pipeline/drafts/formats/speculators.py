@@ -19,8 +19,8 @@ import torch
 
 from pipeline import artifact
 from pipeline.drafts.base import Draft
-from pipeline.drafts.formats import eagle3, qwen3, vocabulary
-from pipeline.drafts.formats.qwen3 import Obstacle
+from pipeline.drafts.formats import eagle3, files, qwen3, vocabulary
+from pipeline.drafts.formats.files import Obstacle
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
 
@@ -45,10 +45,10 @@ def write(
     *,
     inputs: dict[str, str],
     settings: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
     served_target: str = "",
 ) -> artifact.Manifest:
-    """Writes a draft as an artifact of kind "export" (see `qwen3.save`).
+    """Writes a draft as an artifact of kind "export" (see `files.save`).
 
     Args:
         served_target: hub id or path by which the package and vLLM find the target; "" takes the identity's.
@@ -87,7 +87,7 @@ def write(
             "embed_requires_grad": False,
         }
         # The package leaves an embedding that the file lacks uninitialised.
-        tensors = eagle3.tensors_of(draft) | {qwen3.EMBED: draft.embed}
+        tensors = eagle3.tensors_of(draft) | {files.EMBED: draft.embed}
     else:
         config |= {
             "transformer_layer_config": qwen3.settings_of(draft, target),
@@ -98,13 +98,13 @@ def write(
             # Always: our blocks attend both ways in every layer, and vLLM derives the causality of all layers from it.
             "sliding_window_non_causal": True,
         }
-        tensors = qwen3.tensors_of(draft)
+        tensors = files.tensors_of(draft)
     if c.algorithm == "dspark":
-        config |= {"confidence_head_with_markov": False, **qwen3.heads_of(c)}
-    if not qwen3.full_vocabulary(draft):
-        tensors |= {qwen3.LM_HEAD: draft.lm_rows, **vocabulary.tensors_of(draft.d2t, target.vocab_size)}
-    return qwen3.save(
-        out, draft, target, tensors, config, project="speculators", inputs=inputs, settings=settings, files=files
+        config |= {"confidence_head_with_markov": False, **files.heads_of(c)}
+    if not files.full_vocabulary(draft):
+        tensors |= {files.LM_HEAD: draft.lm_rows, **vocabulary.tensors_of(draft.d2t, target.vocab_size)}
+    return files.save(
+        out, draft, target, tensors, config, project="speculators", inputs=inputs, settings=settings, texts=texts
     )
 
 
@@ -118,7 +118,7 @@ def read(path: Path | str, target: Target) -> Draft:
             every difference.
     """
     path = Path(path)
-    raw, tensors = qwen3.load(path, "speculators")
+    raw, tensors = files.load(path, "speculators")
     algorithm = raw.get("speculators_model_type")
     if algorithm not in _ARCHITECTURES:
         raise ArtifactError(
@@ -144,14 +144,14 @@ def read(path: Path | str, target: Target) -> Draft:
             f"{path} has sliding_window_non_causal=false: its sliding layers see only earlier slots of their block, "
             "which this version does not compute."
         )
-    heads = qwen3.heads_from(known if algorithm == "dspark" else {})
+    heads = files.heads_from(known if algorithm == "dspark" else {})
     config = qwen3.config_from(path, layers, fields | heads, target, algorithm=algorithm)
     if not config.draft_vocab_size:
         kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
-        return qwen3.build(path, config, target, kept, optional=(qwen3.EMBED, qwen3.LM_HEAD))
+        return files.build(path, config, target, kept, optional=(files.EMBED, files.LM_HEAD))
     d2t = vocabulary.read(path, tensors, config.draft_vocab_size, target.vocab_size)
     kept = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
-    return qwen3.build(path, config, target, kept, d2t=d2t, required=(qwen3.LM_HEAD,), optional=(qwen3.EMBED,))
+    return files.build(path, config, target, kept, d2t=d2t, required=(files.LM_HEAD,), optional=(files.EMBED,))
 
 
 def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: Target) -> Draft:
