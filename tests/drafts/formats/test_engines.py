@@ -56,7 +56,7 @@ def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: st
         # DeepSpec's DFlash: neither.
         ({**FULL, **PLAIN}, "vllm", "", "DeepSpec's layout", "draft.sample_from_anchor=false"),
         ({**FULL, **PLAIN}, "sglang", "", "SpecForge's dflash", "draft.sample_from_anchor=false"),
-        ({**FULL, **PLAIN}, "vllm", "deepspec", "no model class", "draft.sample_from_anchor=false"),
+        ({**FULL, **PLAIN}, "vllm", "deepspec", "misses the Markov head", "draft.sample_from_anchor=false"),
         # Sliding layers are causal within a block there, not here.
         ({**FULL, "sliding_windows": [9, 0]}, "vllm", "", "sliding", "draft.sliding_windows=[]"),
         ({**FULL, "sliding_windows": [9, 0]}, "sglang", "", "sliding", "draft.sliding_windows=[]"),
