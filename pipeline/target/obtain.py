@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,18 +121,26 @@ def _smollm2(final: Path) -> Path:
     source = {"gguf": files[0].name, "bytes": files[0].stat().st_size}
 
     def convert(out: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
         print(f"target: converting {files[0].name} to safetensors, once", flush=True)
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name, dtype=torch.float32)
-        config = read.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = LlamaForCausalLM(config)  # type: ignore[arg-type]
-        model.load_state_dict(read.state_dict())
-        model.tie_weights()
-        model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name).save_pretrained(out)
+        # In a process of its own: what it takes of memory would stay with a job until its end.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_convert_gguf, files[0], out).result()
 
     return _once(final, source, convert)
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # several bars in a job's log
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = LlamaForCausalLM(config)  # type: ignore[arg-type]
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
