@@ -1,4 +1,5 @@
-"""A warm start in closed form: a draft whose first slot already reads the target's next hidden state off the features.
+"""A warm start in closed form: a draft whose first predicting slot already reads the target's next hidden state off the
+features.
 
 The target's last hidden state at an anchor is, to a large part, a linear function of what the draft sees there: the
 taps at the position before it and the anchor's own embedding. Ridge regression finds that function in one pass over
@@ -6,11 +7,13 @@ the features, and one attention layer can hold it:
 
 * some KV heads ("context heads") attend to the nearest context position. Their keys read a direction in which every
   feature is the same and block slots have next to nothing; turned by RoPE, it makes scores fall with distance.
-* the others ("anchor heads") attend, from slot 0, to the anchor itself, and read a subspace of the embedding that
-  context keys and values leave empty.
+* the others ("anchor heads") attend to the anchor, and read a subspace of the embedding that context keys and values
+  leave empty.
 * values carry the two reduced-rank inputs of the regression, `o_proj` maps them to the hidden state.
 
-The other slots start with even attention: what they can know beyond the Markov head's bigram is left to training.
+Queries read what sets the predicting slot apart. Where the anchor's slot predicts, that is that it holds a real token;
+the other slots start with even attention, and what they can know beyond the Markov head's bigram is left to training.
+In DFlash's own layout it is the mask: all slots that predict start alike.
 
 Letters: n samples, L taps, D hidden, H query heads, Hkv KV heads, d head dim.
 """
@@ -67,11 +70,8 @@ class _Fit:
 
 def closed_form(c: DraftConfig) -> str | None:
     """Why a resolved draft has no start from features, or None if it has."""
-    if c.algorithm == "eagle3" or not c.sample_from_anchor:
-        return (
-            "teaches the anchor's slot, which draft.algorithm=eagle3 doesn't have and which predicts nothing with "
-            "draft.sample_from_anchor=false"
-        )
+    if c.algorithm == "eagle3":
+        return "teaches a block's slot, which draft.algorithm=eagle3 doesn't have"
     if c.qk_norm or c.num_kv_heads < 2:
         return (
             "needs draft.qk_norm=false and two or more KV heads (they are "
@@ -139,13 +139,21 @@ def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridg
     # RMSNorm brings a context vector of `rank` unit parts and the constant to length sqrt(D).
     const = const_axis * math.sqrt((rank + amplitude**2) / size) / amplitude
     mask = _seen(draft, torch.tensor(c.mask_token_id))
-    asking = fit.token_const - mask * (mask @ fit.token_const) / (mask @ mask)
+    answering = fit.subspace @ (fit.subspace.T @ fit.token_const)
+    if c.sample_from_anchor:
+        asking = fit.token_const - mask * (mask @ fit.token_const) / (mask @ mask)
+    else:
+        asking = mask / (mask @ mask)
+        own = fit.subspace @ (fit.subspace.T @ mask)
+        answering = answering - own * (own @ answering) / (own @ own)
     half = dim // 2
     pattern = _pattern(near, _NEAREST, dim)
+    # Scores fall with the distance from the anchor, also where the slot that asks is one behind it.
+    turn = draft.inv_freq * (0 if c.sample_from_anchor else 1)
     k[:heads, :half] = pattern[:, None] * const
-    q[:heads, :, :half] = pattern[:, None] * asking
+    q[:heads, :, :half] = (pattern * turn.cos())[:, None] * asking
+    q[:heads, :, half:] = -(pattern * turn.sin())[:, None] * asking
     v[:heads].view(-1, size)[: rank + 1] = torch.cat((content_axes, const_axis[:, None]), 1).T
-    answering = fit.subspace @ (fit.subspace.T @ fit.token_const)
     pattern = _pattern(far, _ANCHOR, dim)
     k[heads:, :half] = pattern[:, None] * answering
     q[heads:, :, :half] = pattern[:, None] * asking

@@ -130,7 +130,7 @@ def _smollm2(final: Path) -> Path:
 
 
 def _convert_gguf(file: Path, out: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # several bars in a job's log
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # several bars in a job's log
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

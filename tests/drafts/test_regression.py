@@ -18,6 +18,7 @@ from tests.drafts.samples import small_draft
 
 N = 3000
 SETTINGS = {"block_size": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "qk_norm": False, "vocabulary": 0}
+PLAIN = {"markov_head_type": "none", "enable_confidence_head": False}
 
 
 def linear_world(draft: DSparkDraft, target: Target, n: int = N) -> Samples:
@@ -42,7 +43,7 @@ def _attend(draft: DSparkDraft, kv: list[tuple[Tensor, Tensor]], layer: int, q: 
 
 @torch.no_grad()
 def first_slot(draft: DSparkDraft, samples: Samples, chosen: list[int]) -> torch.Tensor:
-    """Hidden states of slot 0 when each chosen sample's anchor follows a context whose last position is its own and
+    """Hidden states of the first slot that predicts when each chosen sample's anchor follows a context whose last position is its own and
     whose others are other samples'."""
     out = []
     for i in chosen:
@@ -52,9 +53,11 @@ def first_slot(draft: DSparkDraft, samples: Samples, chosen: list[int]) -> torch
     return torch.stack(out)
 
 
-def test_the_first_slot_starts_with_the_targets_next_hidden_state(tiny: Target) -> None:
-    """Of 60 samples in contexts of other samples' features, what slot 0 holds points where the target's state does."""
-    draft = small_draft(tiny, **SETTINGS)
+@pytest.mark.parametrize("layout", [{}, {"algorithm": "dflash", "sample_from_anchor": False, **PLAIN}])
+def test_the_first_slot_starts_with_the_targets_next_hidden_state(tiny: Target, layout: dict[str, object]) -> None:
+    """Of 60 samples in contexts of other samples' features, what the first slot that predicts holds points where the
+    target's state does, in DSpark's layout and in DFlash's."""
+    draft = small_draft(tiny, **{**SETTINGS, **layout})
     samples = linear_world(draft, tiny)
     chosen = list(range(60))
     cold = F.cosine_similarity(first_slot(draft, samples, chosen), samples.hidden[chosen], dim=-1).mean()
@@ -79,7 +82,6 @@ def test_further_layers_start_as_the_identity(tiny: Target) -> None:
         ({"qk_norm": True}, N, "qk_norm"),
         ({"num_kv_heads": 1}, N, "KV heads"),
         ({"head_dim": 2}, N, "rotary frequencies"),
-        ({"sample_from_anchor": False}, N, "anchor's slot"),
         ({}, 10, "10 samples"),
     ],
 )
