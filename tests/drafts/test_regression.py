@@ -43,8 +43,8 @@ def _attend(draft: DSparkDraft, kv: list[tuple[Tensor, Tensor]], layer: int, q: 
 
 @torch.no_grad()
 def first_slot(draft: DSparkDraft, samples: Samples, chosen: list[int]) -> torch.Tensor:
-    """Hidden states of the first slot that predicts when each chosen sample's anchor follows a context whose last position is its own and
-    whose others are other samples'."""
+    """Hidden states of the first slot that predicts when each chosen sample's anchor follows a context whose last
+    position is its own and whose others are other samples'."""
     out = []
     for i in chosen:
         before = [(i + 7 * j) % len(samples.tokens) for j in range(1, 9)]
