@@ -27,6 +27,7 @@ from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, 
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.decoding.text import TextStream
 from pipeline.decoding.verification import Verification
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target
@@ -159,7 +160,8 @@ class Engine:
                 f"(engine.max_queue={self.config.max_queue}). Try again later."
             )
         stop = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._eos)
-        sequence = Sequence(request, stop, list(request.prompt_ids))
+        text = TextStream(self.target.text, request.stop) if request.stop else None
+        sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
         sequence.metrics.prompt_tokens = len(request.prompt_ids)
         self._queue.append(sequence)
 
@@ -325,6 +327,10 @@ class Engine:
             for i, (s, first) in enumerate(verifying):
                 length = lengths[i] if i < len(lengths) else 0
                 if not finite[i]:
+                    s.failure = (
+                        f"the target's logits at position {len(s.tokens)} are not finite (after {len(s.output)} "
+                        f"tokens, step {s.metrics.target_steps}). Check the target's weights and dtype."
+                    )
                     emitted.append((s, [], "error", None))
                     continue
                 draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < len(lengths) else []
@@ -332,8 +338,14 @@ class Engine:
                     commits.append(Commit(s, s.computed, slice(first, first + accepted[i] + 1), length, accepted[i]))
                     s.computed += accepted[i] + 1
                     s.metrics.drafted += int(proposal.counts[i]) if proposal is not None else 0
-                new, reason = self._take(s, [*draft, following[i]])
-                said = step.logprobs(i, new)
+                try:
+                    new, reason = self._take(s, [*draft, following[i]])
+                    said = step.logprobs(i, new)
+                except Exception as e:  # one request's text must not end the others'
+                    log.exception("Request %s failed", s.request.id)
+                    s.failure = f"{type(e).__name__} after {len(s.output)} tokens: {e}"
+                    emitted.append((s, [], "error", None))
+                    continue
                 if s.logprobs is not None and said is not None:
                     s.logprobs += said
                 if first >= 0:
@@ -370,21 +382,19 @@ class Engine:
         for token in new:
             taken.append(token)
             s.tokens.append(token)
-            if token in s.stop_ids:
+            if s.text is not None:
+                s.text.push([token])
+            if token in s.stop_ids or (s.text is not None and s.text.stopped):
                 return taken, "stop"
             if len(s.tokens) - s.prompt_length >= s.request.max_new_tokens:
-                return taken, "length"
+                if s.text is not None:
+                    s.text.finish()
+                return taken, "stop" if s.text is not None and s.text.stopped else "length"
         return taken, None
 
     def _finish(
         self, s: Sequence, new: list[int], reason: str, logprobs: list[TokenLogprob] | None = None
     ) -> StepEvent:
-        error = None
-        if reason == "error":
-            error = (
-                f"Request {s.request.id}: the target's logits at position {len(s.tokens)} are not finite "
-                f"(after {len(s.output)} tokens, step {s.metrics.target_steps}). Check the target's weights and dtype."
-            )
         if s.slot >= 0:
             self.proposer.release(s)
             if reason in ("error", "cancelled"):
@@ -392,5 +402,9 @@ class Engine:
             self._slots.give_back(s.slot)
             self._running.remove(s)
         s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
-        done = Completion(s.request.id, s.output, reason, s.metrics, error, s.logprobs)
+        error = f"Request {s.request.id}: {s.failure}" if reason == "error" else None
+        matched: str | int | None = None if s.text is None else s.text.matched
+        if matched is None and reason == "stop" and s.tokens[-1] in s.request.stop_ids:
+            matched = s.tokens[-1]
+        done = Completion(s.request.id, s.output, reason, s.metrics, error, s.logprobs, matched)
         return StepEvent(s.request.id, new, done, logprobs)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from draftline_kernels import Adjustment
+from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 
 MOST_LOGPROBS = 20
@@ -29,7 +30,10 @@ class Request:
         seed: with it, a request gives the same text whatever it is batched with.
         stop_ids: tokens that end the text (emitted as its last token); the target's eos tokens are added
             unless `ignore_eos`.
-        max_draft: most draft tokens verified per round for this request (None: the draft's block size).
+        stop: strings that end the text: it ends with the token that completes one of them, wherever in a block that is
+            (the string itself is among its tokens; TextStream cuts it off what is shown).
+        max_draft: most draft tokens verified per round for this request (None: the draft's block size; 0: none, plain
+            decoding).
     """
 
     prompt_ids: list[int]
@@ -45,6 +49,7 @@ class Request:
     logprobs: int | None = None
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     max_draft: int | None = None
     id: str = dataclasses.field(default_factory=lambda: f"request-{next(_ids)}")
@@ -88,6 +93,8 @@ class Request:
                 refuse(f"logit_bias[{token}]", bias, "from -100 to 100")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             refuse("logprobs", self.logprobs, f"from 0 to {MOST_LOGPROBS}")
+        if "" in self.stop:
+            refuse("stop", self.stop, "of strings that are not empty")
         if self.max_draft is not None and self.max_draft < 0:
             refuse("max_draft", self.max_draft, "0 or more")
 
@@ -100,7 +107,8 @@ class Request:
 
     def samples(self, count: int) -> list[Request]:
         """`count` requests for as many answers: the seeds count up from this one's, ids get a number."""
-        return [dataclasses.replace(self, seed=self.seed + i, id=f"{self.id}/{i}") for i in range(count)]
+        seeds = [(self.seed + i) & (2**63 - 1) for i in range(count)]
+        return [dataclasses.replace(self, seed=seed, id=f"{self.id}/{i}") for i, seed in enumerate(seeds)]
 
 
 @dataclasses.dataclass
@@ -171,6 +179,7 @@ class TokenLogprob:
 class Completion:
     """A finished request. `finish_reason`: stop, length, cancelled or error (then `error` says why).
 
+    stop_reason: which of the request's stop strings or stop_ids ended it; None where an eos token did.
     logprobs: one entry per token, where the request asked for them.
     """
 
@@ -180,6 +189,7 @@ class Completion:
     metrics: RequestMetrics
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    stop_reason: str | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +208,7 @@ class Sequence:
     """The engine's own state of a request: its tokens, its KV slot and how much of it is computed.
 
     Invariant while decoding: `computed == len(tokens) - 1`: the last token is the anchor, whose KV is not cached.
+    text: watches for stop strings, where the request has some. failure: why it can't go on, if it can't.
     """
 
     request: Request
@@ -210,6 +221,8 @@ class Sequence:
     admitted: float = 0.0
     cancelled: bool = False
     logprobs: list[TokenLogprob] | None = None
+    text: TextStream | None = None
+    failure: str = ""
 
     def __post_init__(self) -> None:
         self.adjustment = None if self.request.adjustment.neutral else self.request.adjustment

@@ -76,8 +76,8 @@ class HandleBackend:
         ended = False
         try:
             async for item in response:
-                ended = item["kind"] in ("done", "error")
                 yield item
+            ended = True
         except _UNAVAILABLE as e:
             ended = True
             yield _unavailable(e).item()

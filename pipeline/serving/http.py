@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
 import time
 import uuid
@@ -85,21 +87,36 @@ async def _answer(backend: Backend, http: Request, kind: type[ChatRequest | Comp
         accepted = _checked(await anext(items))
         shape = _Shape(kind is ChatRequest, accepted["model"])
         if wanted.streams:
-            return _Events(_events(items, shape, wanted.includes_usage), items)
-        whole = await _unless_gone(http, _collect(items))
+            return _Events(_events(items, shape, wanted.includes_usage, wanted.choices), items)
+        whole = await _unless_gone(http, _collect(items, wanted.choices))
     except BaseException:
         await items.aclose()
         raise
-    return JSONResponse(shape.whole(*whole)) if whole else Response(status_code=499)
+    return JSONResponse(shape.whole(whole)) if whole else Response(status_code=499)
 
 
-async def _collect(items: AsyncIterator[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    text = ""
+@dataclasses.dataclass
+class _Choice:
+    """One choice of an answer, as it grows: `done` is its last item."""
+
+    text: str = ""
+    logprobs: list[dict[str, Any]] | None = None
+    done: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+async def _collect(items: AsyncIterator[dict[str, Any]], count: int) -> list[_Choice]:
+    choices = [_Choice() for _ in range(count)]
     async for item in items:
-        if _checked(item)["kind"] == "done":
-            return text, item
-        text += item["text"]
-    raise ApiError(500, "The answer ended before its end; try again.", code="truncated")
+        choice = choices[_checked(item)["index"]]
+        if item["kind"] == "done":
+            choice.done = item
+            continue
+        choice.text += item["text"]
+        if item["logprobs"] is not None:
+            choice.logprobs = [*(choice.logprobs or []), *item["logprobs"]]
+    if not all(c.done for c in choices):
+        raise ApiError(500, "The answer ended before its end; try again.", code="truncated")
+    return choices
 
 
 async def _unless_gone(http: Request, work: Any) -> Any:
@@ -133,17 +150,24 @@ def _until_gone(receive: Receive) -> Receive:
     return wrapped
 
 
-async def _events(items: AsyncIterator[dict[str, Any]], shape: _Shape, usage: bool) -> AsyncIterator[str]:
+async def _events(items: AsyncIterator[dict[str, Any]], shape: _Shape, usage: bool, count: int) -> AsyncIterator[str]:
+    offsets = [0] * count  # where in the text the next token's log-probability stands
+    done: list[dict[str, Any]] = []
     if shape.chat:
-        yield _sse(shape.chunk({"role": "assistant", "content": ""}, usage=usage))
+        for i in range(count):
+            yield _sse(shape.chunk(i, {"role": "assistant", "content": ""}, usage=usage))
     try:
         async for item in items:
-            if _checked(item)["kind"] == "text":
-                yield _sse(shape.chunk({"content": item["text"]}, usage=usage))
+            i = _checked(item)["index"]
+            if item["kind"] == "text":
+                said = shape.logprobs(item["logprobs"], offsets[i])
+                offsets[i] += sum(len(entry["token"]) for entry in item["logprobs"] or [])
+                yield _sse(shape.chunk(i, {"content": item["text"]}, logprobs=said, usage=usage))
                 continue
-            yield _sse(shape.chunk({}, item["finish_reason"], item["draftline"], usage))
-            if usage:
-                yield _sse(shape.usage_chunk(item))
+            done.append(item)
+            yield _sse(shape.chunk(i, {}, done=item, usage=usage))
+        if usage:
+            yield _sse(shape.usage_chunk(done))
     except ApiError as e:
         yield _sse(e.body())  # the status line is long sent
     yield "data: [DONE]\n\n"
@@ -185,43 +209,80 @@ class _Shape:
             "model": model,
         }
 
-    def whole(self, text: str, done: dict[str, Any]) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": done["finish_reason"]}
-        kind = "chat.completion" if self.chat else "text_completion"
+    def whole(self, choices: list[_Choice]) -> dict[str, Any]:
+        done = [c.done for c in choices]
         return {
             **self._head,
-            "object": kind,
-            "choices": [choice],
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": [
+                {
+                    "index": i,
+                    **({"message": {"role": "assistant", "content": c.text}} if self.chat else {"text": c.text}),
+                    "logprobs": self.logprobs(c.logprobs),
+                    "finish_reason": c.done["finish_reason"],
+                    "stop_reason": c.done["stop_reason"],
+                }
+                for i, c in enumerate(choices)
+            ],
             "usage": _usage(done),
-            "draftline": done["draftline"],
+            "draftline": _worth(done),
         }
 
     def chunk(
         self,
+        index: int,
         delta: dict[str, Any],
-        finish_reason: str | None = None,
-        draftline: dict[str, Any] | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        done: dict[str, Any] | None = None,
         usage: bool = False,
     ) -> dict[str, Any]:
         said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": None}
         out = {**self._head, "object": self._chunk_kind, "choices": [choice]}
         if usage:
             out["usage"] = None
-        if draftline is not None:
-            out["draftline"] = draftline
+        if done is not None:
+            choice |= {"finish_reason": done["finish_reason"], "stop_reason": done["stop_reason"]}
+            out["draftline"] = done["draftline"]
         return out
 
-    def usage_chunk(self, done: dict[str, Any]) -> dict[str, Any]:
-        extra = {"usage": _usage(done), "draftline": done["draftline"]}
+    def usage_chunk(self, done: list[dict[str, Any]]) -> dict[str, Any]:
+        extra = {"usage": _usage(done), "draftline": _worth(done)}
         return {**self._head, "object": self._chunk_kind, "choices": [], **extra}
+
+    def logprobs(self, entries: list[dict[str, Any]] | None, offset: int = 0) -> dict[str, Any] | None:
+        """What tokens' entries (see TargetReplica.generate) become.
+
+        Args:
+            offset: of the first token in the text, which the completions endpoint tells.
+        """
+        if entries is None:
+            return None
+        if self.chat:
+            return {"content": entries, "refusal": None}
+        offsets = itertools.accumulate((len(e["token"]) for e in entries), initial=offset)
+        return {
+            "tokens": [e["token"] for e in entries],
+            "token_logprobs": [e["logprob"] for e in entries],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in entries],
+            "text_offset": list(offsets)[:-1],
+        }
 
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
 
-def _usage(done: dict[str, Any]) -> dict[str, int]:
-    prompt, answer = done["prompt_tokens"], done["completion_tokens"]
+def _usage(done: list[dict[str, Any]]) -> dict[str, int]:
+    prompt, answer = done[0]["prompt_tokens"], sum(d["completion_tokens"] for d in done)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _worth(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the draft was worth over all choices."""
+    each = [d["draftline"] for d in done]
+    steps = sum(e["target_steps"] for e in each)
+    sums = {k: sum(e[k] for e in each) for k in ("target_steps", "drafted", "verified", "accepted")}
+    tau = sum(e["tau"] * e["target_steps"] for e in each) / steps if steps else 1.0
+    return {"tau": round(tau, 4), **sums, "draft_version": each[0]["draft_version"]}

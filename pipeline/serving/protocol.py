@@ -11,16 +11,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.decoding.request import MOST_LOGPROBS
 from pipeline.errors import nearest
 
+MOST_CHOICES = 16
 # Fields of the API that this server has one value for: accepted with that value only.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -68,6 +67,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class Speculation(_Strict):
+    """Drafting at most so many tokens a step for this request."""
+
+    max_tokens: int = Field(ge=1)
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None
@@ -102,12 +107,18 @@ class Sampled(_Strict):
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    speculation: Literal["off", "draft"] | Speculation | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
     def streams(self) -> bool:
         return bool(self.stream)
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
 
     @property
     def includes_usage(self) -> bool:
@@ -128,29 +139,44 @@ class Sampled(_Strict):
             "seed": secrets.randbits(62) if self.seed is None else self.seed & (2**63 - 1),
             "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             "max_tokens": self.max_tokens,
+            "n": self.choices,
+            "logprobs": None,
+            "max_draft": self._max_draft,
         }
+
+    @property
+    def _max_draft(self) -> int | None:
+        if isinstance(self.speculation, Speculation):
+            return self.speculation.max_tokens
+        return 0 if self.speculation == "off" else None
 
 
 class ChatRequest(Sampled):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     def job(self) -> dict[str, Any]:
         job = super().job()
         if self.max_completion_tokens is not None:
             job["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            job["logprobs"] = self.top_logprobs or 0
         job["messages"] = [(m.role, m.text()) for m in self.messages]
         return job
 
 
 class CompletionRequest(Sampled):
     prompt: str | list[int] | list[str]
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     def job(self) -> dict[str, Any]:
         job = super().job()
         job["prompt"] = self.prompt[0] if isinstance(self.prompt, list) and self._texts else self.prompt
         # The API's own default for this endpoint.
         job["max_tokens"] = 16 if self.max_tokens is None else self.max_tokens
+        job["logprobs"] = self.logprobs
         return job
 
     @property
@@ -182,7 +208,8 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
     try:
         request = kind.model_validate(fields)
     except ValidationError as e:
-        first = e.errors()[0]
+        found = [error for error in e.errors() if error["loc"][0] == e.errors()[0]["loc"][0]]
+        first = max(found, key=lambda error: len(error["loc"]))  # of a union, the kind that fits furthest
         name = _path(first["loc"])
         if first["type"] == "missing":
             raise ApiError(400, f"{name} is missing.", name, "missing_required_parameter") from None
@@ -192,6 +219,13 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
     for token in request.logit_bias or {}:
         if not token.isdecimal():
             raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
+    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(
+            400,
+            f"top_logprobs is {request.top_logprobs}, but logprobs is not true; set it to true.",
+            "top_logprobs",
+            "invalid_value",
+        )
     prompt = request.prompt if isinstance(request, CompletionRequest) else ""
     if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str):
         raise ApiError(400, f"prompt holds {len(prompt)} texts; send one request for each.", "prompt", "invalid_value")
@@ -208,7 +242,8 @@ def _check_stop(request: Sampled) -> None:
 
 def _path(location: tuple[int | str, ...]) -> str:
     # Pydantic appends the tried type for unions (`stop.str`); clients know the field only.
-    known = [p for p in location if isinstance(p, int) or not (p in ("str", "int") or p.startswith("list["))]
+    types = ("str", "int", "Speculation")
+    known = [p for p in location if isinstance(p, int) or not (p in types or p.startswith(("list[", "literal[")))]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in known).lstrip(".")
 
 

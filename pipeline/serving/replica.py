@@ -6,8 +6,9 @@ Nothing here knows Ray or HTTP: `app.py` makes it a deployment, and a process of
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from pipeline.corpus.conversations import Message, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, TemplateError
 from pipeline.decoding.engine import Engine, QueueFull
 from pipeline.decoding.proposers import make_proposer
-from pipeline.decoding.request import Completion, Request, StepEvent
+from pipeline.decoding.request import Completion, Request, StepEvent, TokenLogprob
+from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.serving.engine_loop import EngineLoop
 from pipeline.serving.protocol import ApiError, unknown_model
-from pipeline.serving.text import TextStream
 from pipeline.target import load_target
 
 
@@ -54,6 +55,12 @@ def build_engine(
     return engine
 
 
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    index: int
+    text: TextStream
+
+
 class TargetReplica:
     """One target with its draft, decoding the requests of all clients together.
 
@@ -72,6 +79,7 @@ class TargetReplica:
         system_prompt: str | None = None,
     ) -> None:
         self._tokenizer = engine.target.tokenizer
+        self._text: Callable[[list[int]], str] = engine.target.text
         self._id: str = engine.target.identity.id
         self._context: int = engine.config.max_context
         self._names = [self._id, *([model_name] if model_name else [])]
@@ -124,11 +132,10 @@ class TargetReplica:
         """Answers one request (`Sampled.job` of protocol.py); closing the iterator cancels it.
 
         Yields:
-            `accepted` (model: the target's id, prompt_tokens) once the engine has it, then `text` (text), at
-            most one per
-            engine step, then
-            `done` (finish_reason, prompt_tokens, completion_tokens, draftline). Or `error` (status, message, param,
-            code), at the start or in place of `done`.
+            `accepted` (model: the target's id, prompt_tokens) once the engine has it, then for each of the job's n
+            choices (index) `text` (text, logprobs: of the tokens of that step or None), at most one per engine step,
+            and `done` (finish_reason, stop_reason, prompt_tokens, completion_tokens, draftline). Or `error` (status,
+            message, param, code), at the start or in place of the first `done`.
         """
         try:
             request = self._request(job)
@@ -137,14 +144,18 @@ class TargetReplica:
             return
         here = asyncio.get_running_loop()
         events: asyncio.Queue[StepEvent] = asyncio.Queue()
-        done: Completion | None = None
+        samples = request.samples(job["n"])
+        choices = {r.id: _Choice(i, TextStream(self._text, r.stop)) for i, r in enumerate(samples)}
+        going = set[str]()
 
         def tell(event: StepEvent) -> None:
             here.call_soon_threadsafe(events.put_nowait, event)
 
         try:
             try:
-                await asyncio.wrap_future(self._loop.submit(request, tell))
+                for sample in samples:
+                    going.add(sample.id)
+                    await asyncio.wrap_future(self._loop.submit(sample, tell))
             except QueueFull as e:
                 yield ApiError(429, str(e), code="queue_full").item()
                 return
@@ -155,20 +166,24 @@ class TargetReplica:
                 yield ApiError(503, str(e), code="engine_stopped").item()
                 return
             yield {"kind": "accepted", "model": self._id, "prompt_tokens": len(request.prompt_ids)}
-            text = TextStream(self._decode, job["stop"])
-            while done is None:
+            while going:
                 event = await events.get()
-                done = event.finished
-                if piece := text.push(event.token_ids):
-                    yield {"kind": "text", "text": piece}
-                if text.stopped and done is None:
-                    self._loop.cancel(request.id)
-            if rest := text.finish():
-                yield {"kind": "text", "text": rest}
-            yield self._done(done, request, text.stopped)
+                choice = choices[event.request_id]
+                piece = choice.text.push(event.token_ids)
+                if event.finished is not None:
+                    going.discard(event.request_id)
+                    piece += choice.text.finish()
+                said = None if event.logprobs is None else [self._logprob(entry) for entry in event.logprobs]
+                if piece or said:
+                    yield {"kind": "text", "index": choice.index, "text": piece, "logprobs": said}
+                if event.finished is not None:
+                    item = self._done(event.finished, request, choice.index)
+                    yield item
+                    if item["kind"] == "error":
+                        return
         finally:
-            if done is None:
-                self._loop.cancel(request.id)
+            for request_id in going:
+                self._loop.cancel(request_id)
 
     def _request(self, job: dict[str, Any]) -> Request:
         if self._draining:
@@ -205,6 +220,9 @@ class TargetReplica:
             frequency_penalty=job["frequency_penalty"],
             repetition_penalty=job["repetition_penalty"],
             logit_bias=job["logit_bias"],
+            logprobs=job["logprobs"],
+            stop=tuple(job["stop"]),
+            max_draft=job["max_draft"],
             seed=job["seed"],
         )
 
@@ -227,17 +245,25 @@ class TargetReplica:
             raise ApiError(400, f"prompt is {prompt!r}; it must hold at least one token.", "prompt", "invalid_value")
         return ids
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [{**self._token(t), "logprob": logprob} for t, logprob in entry.top]
+        return {**self._token(entry.token_id), "logprob": entry.logprob, "top_logprobs": top}
 
-    def _done(self, done: Completion, request: Request, stopped: bool) -> dict[str, Any]:
-        if not stopped and done.finish_reason not in ("stop", "length"):
+    def _token(self, token_id: int) -> dict[str, Any]:
+        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        # A token may hold a part of a character, of which the tokenizer tells no bytes.
+        return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    def _done(self, done: Completion, request: Request, index: int) -> dict[str, Any]:
+        if done.finish_reason not in ("stop", "length"):
             cause = done.error or "The request was cancelled by the server."
             return ApiError(500 if done.finish_reason == "error" else 503, cause, code=done.finish_reason).item()
         m = done.metrics
         return {
             "kind": "done",
-            "finish_reason": "stop" if stopped else done.finish_reason,
+            "index": index,
+            "finish_reason": done.finish_reason,
+            "stop_reason": done.stop_reason,
             "prompt_tokens": len(request.prompt_ids),
             "completion_tokens": len(done.token_ids),
             "draftline": {

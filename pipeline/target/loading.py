@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,11 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.family.embed_tokens.weight.dtype
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What tokens say, special ones left out."""
+        said = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(said)
 
     @cached_property
     def eos_ids(self) -> list[int]:

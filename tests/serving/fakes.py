@@ -8,7 +8,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.decoding.engine import QueueFull
-from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent
+from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent, TokenLogprob
 from pipeline.serving.http import build
 from pipeline.serving.replica import TargetReplica
 
@@ -40,6 +40,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _text(ids: Sequence[int]) -> str:
+    return str(byte_tokenizer().decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _logprob(token: int, most: int) -> TokenLogprob:
+    return TokenLogprob(token, -0.5, [(token, -0.5), (token + 1, -1.5)][:most])
+
+
 class FakeEngine:
     """Answers every request with `answer`, `per_step` tokens a step, taking `delay` seconds a step.
 
@@ -47,7 +55,9 @@ class FakeEngine:
     """
 
     def __init__(self, answer: str = "Hello!", per_step: int = 3, delay: float = 0.0, max_queue: int = 8) -> None:
-        self.target = SimpleNamespace(tokenizer=byte_tokenizer(), identity=SimpleNamespace(id="fake/target"))
+        self.target = SimpleNamespace(
+            tokenizer=byte_tokenizer(), identity=SimpleNamespace(id="fake/target"), text=_text
+        )
         self.config = SimpleNamespace(max_context=256, max_requests=4, threads=0)
         self.tokens = byte_tokenizer()(answer)["input_ids"]
         self.per_step, self.delay, self.max_queue = per_step, delay, max_queue
@@ -82,17 +92,23 @@ class FakeEngine:
         for name, (request, out) in list(self.running.items()):
             room = request.max_new_tokens - len(out)
             new = [] if name in self.cancelled else self.tokens[len(out) :][: min(self.per_step, room)]
+            matched = None
+            for n in range(len(new)):
+                text = _text(out + new[: n + 1])
+                if matched := next((s for s in request.stop if s in text), None):
+                    new = new[: n + 1]
+                    break
             out += new
-            reason = (
-                "stop" if len(out) == len(self.tokens) else "length" if len(out) == request.max_new_tokens else None
-            )
+            ends = matched or len(out) == len(self.tokens)
+            reason = "stop" if ends else "length" if len(out) == request.max_new_tokens else None
+            said = None if request.logprobs is None else [_logprob(t, request.logprobs) for t in new]
             reason = "cancelled" if name in self.cancelled else reason
             done = None
             if reason:
                 metrics = RequestMetrics(target_steps=2, decoded=5, drafted=6, verified=4, accepted=3)
-                done = Completion(name, list(out), reason, metrics)
+                done = Completion(name, list(out), reason, metrics, stop_reason=matched)
                 del self.running[name]
-            events.append(StepEvent(name, new, done))
+            events.append(StepEvent(name, new, done, said))
         return events
 
 

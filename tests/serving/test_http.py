@@ -123,10 +123,65 @@ def test_a_stop_string_ends_the_text_and_the_engines_work():
         answer = api.chat.completions.create(**ASK, stop=[" three", "zzz"])
         streamed = api.chat.completions.create(**ASK, stop=" three", stream=True)
         text = "".join(c.choices[0].delta.content or "" for c in streamed)
-        assert len(engine.cancelled) == 2
+    assert engine.requests[0].stop == (" three", "zzz") and not engine.running and not engine.cancelled
     assert answer.choices[0].message.content == text == "one two"
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.completion_tokens < 40
+    assert (answer.choices[0].finish_reason, answer.choices[0].stop_reason) == ("stop", " three")
+    assert answer.usage.completion_tokens == len("one two three")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_have_seeds_that_count_up(stream):
+    engine = FakeEngine("Hi, 日本", per_step=2)
+    with serving(engine) as (url, _):
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = client(url).chat.completions.create(**ASK, n=3, seed=2**63 - 2, stream=stream, **options)
+        if stream:
+            texts, usage = ["", "", ""], None
+            for chunk in answer:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content or ""
+        else:
+            texts, usage = [c.message.content for c in answer.choices], answer.usage
+            assert [c.index for c in answer.choices] == [0, 1, 2]
+            assert answer.draftline["accepted"] == 9 and answer.draftline["tau"] == 2.5
+    assert texts == ["Hi, 日本"] * 3
+    assert [r.seed for r in engine.requests] == [2**63 - 2, 2**63 - 1, 0]
+    assert usage.completion_tokens == 3 * len("Hi, 日本".encode())
+
+
+def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them():
+    with serving(FakeEngine("aé", per_step=2)) as (url, _):
+        api = client(url)
+        answer = api.chat.completions.create(**ASK, logprobs=True, top_logprobs=2)
+        chunks = list(api.chat.completions.create(**ASK, logprobs=True, top_logprobs=2, stream=True))
+        plain = api.chat.completions.create(**ASK)
+    said = answer.choices[0].logprobs.content
+    assert [(t.token, t.bytes, t.logprob) for t in said[:1]] == [("a", [97], -0.5)]
+    assert [t.bytes for t in said[1:]] == [None, None], "half a character has no bytes that the tokenizer tells"
+    assert [(t.token, t.logprob) for t in said[0].top_logprobs] == [("a", -0.5), ("b", -1.5)]
+    streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == said
+    assert plain.choices[0].logprobs is None
+
+
+def test_completions_tell_log_probabilities_in_their_own_form():
+    ask = {"model": "fake/target", "prompt": "x", "logprobs": 1}
+    with serving(FakeEngine("abc", per_step=2)) as (url, _):
+        api = client(url)
+        whole = api.completions.create(**ask).choices[0].logprobs
+        parts = [c.choices[0].logprobs for c in api.completions.create(**ask, stream=True) if c.choices[0].logprobs]
+    assert (whole.tokens, whole.token_logprobs, whole.text_offset) == (["a", "b", "c"], [-0.5] * 3, [0, 1, 2])
+    assert whole.top_logprobs == [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}]
+    assert [o for p in parts for o in p.text_offset] == [0, 1, 2]
+
+
+def test_a_request_says_how_much_is_drafted_for_it():
+    engine = FakeEngine()
+    with serving(engine) as (url, _):
+        for said in ("off", {"max_tokens": 2}, "draft"):
+            client(url).chat.completions.create(**ASK, extra_body={"speculation": said})
+    assert [r.max_draft for r in engine.requests] == [0, 2, None]
 
 
 def test_requests_that_come_together_are_decoded_together():
@@ -141,7 +196,7 @@ def test_requests_that_come_together_are_decoded_together():
 @pytest.mark.parametrize(
     ("change", "status", "param", "text"),
     [
-        ({"n": 2}, 400, "n", "n is 2"),
+        ({"n": 17}, 400, "n", "n is 17"),
         ({"temperature": -1}, 400, "temperature", "-1"),
         ({"model": "other"}, 404, "model", "'fake/target'"),
         ({"max_tokens": 1000}, 400, "max_tokens", "1000"),

@@ -32,6 +32,11 @@ def test_all_fields_arrive():
     plain = parse(ChatRequest, CHAT).job()
     assert (plain["min_p"], plain["repetition_penalty"], plain["logit_bias"]) == (0.0, 1.0, {})
     assert parse(ChatRequest, {**CHAT, "max_tokens": 3, "max_completion_tokens": 5}).job()["max_tokens"] == 5
+    assert (plain["n"], plain["logprobs"], plain["max_draft"]) == (1, None, None)
+    assert parse(ChatRequest, {**CHAT, "n": 3, "logprobs": True, "top_logprobs": 2}).job()["logprobs"] == 2
+    assert parse(CompletionRequest, {"model": "m", "prompt": "x", "logprobs": 0}).job()["logprobs"] == 0
+    for said, most in (("off", 0), ("draft", None), ({"max_tokens": 2}, 2)):
+        assert parse(ChatRequest, {**CHAT, "speculation": said}).job()["max_draft"] == most
 
 
 def test_text_parts_are_joined():
@@ -50,7 +55,9 @@ def test_prompts_are_a_text_or_token_ids(prompt):
 @pytest.mark.parametrize(
     ("change", "param", "value"),
     [
-        ({"n": 2}, "n", "2"),
+        ({"n": 17}, "n", "17"),
+        ({"speculation": "on"}, "speculation", "'on'"),
+        ({"speculation": {"max_tokens": 0}}, "speculation.max_tokens", "0"),
         ({"temperature": 3}, "temperature", "3"),
         ({"temperature": "hot"}, "temperature", "'hot'"),
         ({"top_p": 0}, "top_p", "0"),
@@ -62,7 +69,9 @@ def test_prompts_are_a_text_or_token_ids(prompt):
         ({"stop": [""]}, "stop", "''"),
         ({"stop": 3}, "stop", "3"),
         ({"stream": "yes"}, "stream", "'yes'"),
-        ({"logprobs": True}, "logprobs", "True"),
+        ({"logprobs": 3}, "logprobs", "3"),
+        ({"top_logprobs": 3}, "top_logprobs", "3, but logprobs is not true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
         ({"presence_penalty": 2.5}, "presence_penalty", "2.5"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0"),
         ({"min_p": 1.5}, "min_p", "1.5"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.serving.text import TextStream
+from pipeline.decoding.text import TextStream
 from tests.serving.fakes import byte_tokenizer
 
 

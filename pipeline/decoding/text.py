@@ -17,6 +17,8 @@ class TextStream:
     Args:
         decode: token ids -> text, special tokens left out.
         stop: strings that end the text; they are not part of it.
+    Attributes:
+        matched: the stop string that ended the text (of several that begin at one place the first given), or None.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -27,7 +29,12 @@ class TextStream:
         self._start = 0
         self._shown = 0
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came; nothing more comes after it."""
+        return self.matched is not None
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens; returns the text that is certain now. After a stop string (`stopped`) nothing more comes."""
@@ -52,11 +59,12 @@ class TextStream:
 
     def _release(self, new: str, final: bool) -> str:
         text = self._held + new
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        found = [(at, n) for n, at in enumerate(text.find(s) for s in self._stop) if at >= 0]
         if found:
-            self.stopped = True
+            at, which = min(found)
+            self.matched = self._stop[which]
             self._held = ""
-            return text[: min(found)]
+            return text[:at]
         keep = 0 if final else max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
