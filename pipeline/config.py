@@ -161,8 +161,9 @@ class TrainerConfig:
 class EngineConfig:
     """The decoding engine. max_context in tokens per request; prefill_chunk: prompt tokens per step.
 
-    scheduler: global, early_stop or fixed. rule: coupled or ratio. threads: torch threads (0: leave). prepack:
-    oneDNN weights on CPU.
+    scheduler: how many tokens of a block are verified (pipeline/decoding/scheduler.py): global, early_stop,
+    asynchronous, threshold (of survival: `threshold`) or fixed. rule: coupled or ratio, which wants any scheduler but
+    global. threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
     """
 
     max_requests: int = 8
@@ -170,6 +171,7 @@ class EngineConfig:
     max_queue: int = 256
     prefill_chunk: int = 256
     scheduler: str = "global"
+    threshold: float = 0.5
     rule: str = "coupled"
     threads: int = 2
     prepack: bool = True
@@ -312,7 +314,7 @@ class PipelineConfig:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "engine.scheduler": ("global", "early_stop", "fixed"),
+    "engine.scheduler": ("global", "early_stop", "asynchronous", "threshold", "fixed"),
     "engine.rule": ("coupled", "ratio"),
     "features.mode": ("store", "stream"),
     "features.dtype": ("bfloat16",),
@@ -471,10 +473,12 @@ def _check_values(config: Any) -> None:
     for name in ("loss_share", "extract_utilisation", "train_utilisation"):
         if not 0 < get(f"plan.{name}") <= 1:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
+    if not 0 < config.engine.threshold <= 1:
+        raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "
-            "use engine.scheduler=early_stop, or engine.rule=coupled."
+            "use engine.scheduler=asynchronous or early_stop, or engine.rule=coupled."
         )
     trainer = config.trainer
     if trainer.sequences_per_step % (trainer.workers * trainer.accumulate):

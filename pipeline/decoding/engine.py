@@ -98,7 +98,7 @@ class Engine:
         Raises ConfigError for unknown names, DraftlineError while requests run. A non-causal scheduler with the ratio
         rule is refused per request, when one that samples is submitted: greedy decoding is exact under any schedule.
         """
-        made = make_scheduler(scheduler, length)
+        made = make_scheduler(scheduler, length, self.config.threshold)
         rule = rule or self.config.rule
         if rule not in ("coupled", "ratio"):
             raise ConfigError(f"engine.rule={rule!r} is not one of coupled, ratio.")
@@ -145,7 +145,7 @@ class Engine:
             raise DraftlineError(
                 f"Request {request.id}: temperature {request.temperature} with engine.rule=ratio and "
                 f"engine.scheduler={self.scheduler.name} would not follow the target's distribution (the schedule sees "
-                "the tokens it decides on). Use engine.scheduler=early_stop or engine.rule=coupled."
+                "the tokens it decides on). Use engine.scheduler=asynchronous or early_stop, or engine.rule=coupled."
             )
         drawn = getattr(self.proposer, "rule", self.rule)
         if request.temperature > 0 and drawn != self.rule:
@@ -252,12 +252,12 @@ class Engine:
         if proposal is None or not decoding:
             return [0] * len(decoding)
         limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
-        cost = None if self.scheduler.name == "fixed" else self.step_cost
+        cost = self.step_cost if self.scheduler.weighs_cost else None
         return self.scheduler.lengths(proposal.confidence, cost, self._mean_context(decoding), limits).tolist()  # type: ignore[arg-type]
 
     @property
     def _cost_is_missing(self) -> bool:
-        return self.step_cost is None and self.scheduler.name != "fixed" and self.proposer.block_size > 0
+        return self.step_cost is None and self.scheduler.weighs_cost and self.proposer.block_size > 0
 
     def _learn_costs(
         self, decoding: list[Sequence], chunks: list[Commit], tokens: int, draft: float, target: float

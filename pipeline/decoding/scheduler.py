@@ -2,22 +2,35 @@
 
 Confidence c[b, k] is the calibrated probability that token k of request b is accepted given that all before it
 are; a[b, k] = c[b, 0] * ... * c[b, k] is the probability that it is emitted. With a step cost t(tokens), verifying a
-set S of prefixes emits B + sum(a) tokens in t(B + |S|) seconds; the scheduler maximises their quotient.
+set S of prefixes emits B + sum(a) tokens in t(B + |S|) seconds; the search maximises their quotient over the tokens in
+the order of falling a.
 
-`early_stop` is causal: whether token k is verified depends only on what was known before token k was drawn, so it is
-exact under both verification rules. `global` looks at every budget and is exact under the coupled rule and for greedy
-decoding only (algorithms.md 1b and 6). `fixed` verifies a constant length.
+A schedule is causal if what decides on a token was known before that token was drawn; it is then exact under both
+verification rules. c[b, k] sees the tokens of its block before k and never token k itself (every proposer's test says
+so), and a falls along a block, so that whatever asks only about tokens of higher rank is causal:
+
+    early_stop     admits tokens until the first that does not pay.
+    asynchronous   admits as many tokens as the whole search found best two steps before: it steps over a dear size of
+                   step where early_stop stops, and its budget is older than every token it decides on.
+    threshold      admits while a >= threshold, whatever a step costs: for comparison.
+    fixed          verifies a constant length.
+
+`global` takes the best of all budgets by the step's own confidences. What it gives token k depends on tokens after k
+and so on k itself: exact under the coupled rule and for greedy decoding only (algorithms.md 1b and 6).
 """
 
 from __future__ import annotations
 
+import collections
 from typing import Protocol
 
 import torch
 
 from pipeline.errors import ConfigError, nearest
 
-CAUSAL = frozenset({"early_stop", "fixed"})
+NAMES = ("global", "early_stop", "asynchronous", "threshold", "fixed")
+Ranked = list[tuple[float, int, int]]
+"""(-a, position, request) of every token that may be verified, best first."""
 
 
 class Cost(Protocol):
@@ -31,22 +44,67 @@ class PrefixScheduler(Protocol):
 
     Args of `lengths`:
         confidence: float[B, K], conditional and calibrated.
-        cost: seconds by tokens in the step.
+        cost: seconds by tokens in the step; None will do where `weighs_cost` is false.
         context: mean context length of the requests.
         limits: int64[B], most tokens to verify per request.
     Returns int64[B], 0 allowed.
+
+    Attributes:
+        causal: decides on a token by what was known before it was drawn. weighs_cost: needs a step cost.
     """
 
     name: str
     causal: bool
+    weighs_cost: bool
 
     def lengths(
         self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
 
+def ranked(confidence: torch.Tensor, limits: torch.Tensor | None = None) -> Ranked:
+    """Tokens by falling survival; ties by (position, request), which keeps prefixes whole.
+
+    Args:
+        confidence: float[B, K], conditional. limits: int64[B], most tokens per request.
+    """
+    requests, block = confidence.shape
+    survival = confidence.double().cumprod(1).tolist()
+    bound = [block] * requests if limits is None else [min(block, max(0, int(n))) for n in limits.tolist()]
+    return sorted((-survival[b][k], k, b) for b in range(requests) for k in range(bound[b]))
+
+
+def search(order: Ranked, requests: int, cost: Cost, context: int, *, stop: bool = False) -> int:
+    """How many of the ranked tokens emit the most tokens per second.
+
+    Args:
+        stop: end at the first token that does not raise the rate.
+    """
+    emitted, tokens, best = float(requests), requests, 0
+    best_rate = emitted / cost.seconds(tokens, context)
+    for count, (negative, _, _) in enumerate(order, start=1):
+        emitted -= negative
+        tokens += 1
+        rate = emitted / cost.seconds(tokens, context)
+        if rate > best_rate:
+            best_rate, best = rate, count
+        elif stop:
+            break
+    return best
+
+
+def _lengths(order: Ranked, count: int, requests: int) -> torch.Tensor:
+    """int64[B] of the first `count` ranked tokens."""
+    chosen = [0] * requests
+    for _, k, b in order[:count]:
+        chosen[b] = k + 1
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
 class _Search:
-    """Admits tokens by falling survival; ties by (position, request), which keeps prefixes whole."""
+    """The best budget by this step's confidences: among all, or up to the first token that does not pay."""
+
+    weighs_cost = True
 
     def __init__(self, *, causal: bool) -> None:
         self.causal = causal
@@ -55,38 +113,65 @@ class _Search:
     def lengths(
         self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
     ) -> torch.Tensor:
-        requests, block = confidence.shape
-        survival = confidence.double().cumprod(1).tolist()
-        bound = [block] * requests if limits is None else [min(block, max(0, int(n))) for n in limits.tolist()]
-        order = sorted(
-            ((-survival[b][k], k, b) for b in range(requests) for k in range(bound[b])),
-        )
-        chosen = [0] * requests
-        best = chosen.copy()
-        emitted, tokens = float(requests), requests
-        best_rate = emitted / cost.seconds(tokens, context)
-        for negative, k, b in order:
-            emitted -= negative
-            tokens += 1
-            chosen[b] = k + 1
-            rate = emitted / cost.seconds(tokens, context)
-            if rate > best_rate:
-                best_rate, best = rate, chosen.copy()
-            elif self.causal:
-                break
-        return torch.tensor(best, dtype=torch.int64)
+        requests = confidence.shape[0]
+        order = ranked(confidence, limits)
+        return _lengths(order, search(order, requests, cost, context, stop=self.causal), requests)
+
+
+class _Asynchronous:
+    """The best budget by the confidences of two steps before, spent on the tokens of highest survival now.
+
+    The budget counts draft tokens per request, as requests come and go between the two steps. Until there are two
+    steps to look back on, it is early_stop.
+    """
+
+    name, causal, weighs_cost = "asynchronous", True, True
+
+    def __init__(self) -> None:
+        self._budgets: collections.deque[float] = collections.deque(maxlen=2)
+
+    def lengths(
+        self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        requests = confidence.shape[0]
+        order = ranked(confidence, limits)
+        if len(self._budgets) == 2:
+            count = min(round(self._budgets[0] * requests), len(order))
+        else:
+            count = search(order, requests, cost, context, stop=True)
+        # This step's own search is for the step after the next: here it would look at what it decides on.
+        self._budgets.append(search(order, requests, cost, context) / requests)
+        return _lengths(order, count, requests)
+
+
+class _Threshold:
+    """Tokens that are emitted with at least a given probability."""
+
+    name, causal, weighs_cost = "threshold", True, False
+
+    def __init__(self, threshold: float) -> None:
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"engine.threshold={threshold} must be above 0 and at most 1.")
+        self.threshold = threshold
+
+    def lengths(
+        self, confidence: torch.Tensor, cost: Cost | None, context: int = 0, limits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        requests = confidence.shape[0]
+        order = ranked(confidence, limits)
+        return _lengths(order, sum(-negative >= self.threshold for negative, _, _ in order), requests)
 
 
 class _Fixed:
     """Verifies `length` tokens of every request (None: the whole block)."""
 
-    name, causal = "fixed", True
+    name, causal, weighs_cost = "fixed", True, False
 
     def __init__(self, length: int | None) -> None:
         self.length = length
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
+        self, confidence: torch.Tensor, cost: Cost | None, context: int = 0, limits: torch.Tensor | None = None
     ) -> torch.Tensor:
         requests, block = confidence.shape
         length = block if self.length is None else min(self.length, block)
@@ -94,13 +179,17 @@ class _Fixed:
         return out if limits is None else torch.minimum(out, limits.clamp(min=0))
 
 
-def make_scheduler(name: str, length: int | None = None) -> PrefixScheduler:
-    """`early_stop`, `global` or `fixed` (with its length; None is the whole block)."""
-    if name == "early_stop":
-        return _Search(causal=True)
-    if name == "global":
-        return _Search(causal=False)
+def make_scheduler(name: str, length: int | None = None, threshold: float = 0.5) -> PrefixScheduler:
+    """A new scheduler by name: `fixed` with its length (None is the whole block), `threshold` with its own.
+
+    Raises ConfigError for an unknown name or a threshold outside (0, 1].
+    """
+    if name in ("early_stop", "global"):
+        return _Search(causal=name == "early_stop")
+    if name == "asynchronous":
+        return _Asynchronous()
+    if name == "threshold":
+        return _Threshold(threshold)
     if name == "fixed":
         return _Fixed(length)
-    names = ("early_stop", "global", "fixed")
-    raise ConfigError(f"engine.scheduler={name!r} is not one of {', '.join(names)}.{nearest(name, names)}")
+    raise ConfigError(f"engine.scheduler={name!r} is not one of {', '.join(NAMES)}.{nearest(name, NAMES)}")

@@ -50,7 +50,7 @@ def build_engine(
         pack=config.prepack,
     )
     engine = Engine(loaded, config, proposer)
-    if config.scheduler != "fixed":
+    if engine.scheduler.weighs_cost:
         engine.profile()
     return engine
 

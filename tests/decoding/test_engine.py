@@ -78,7 +78,7 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
     return engine
 
 
-@pytest.mark.parametrize("scheduler", ["global", "early_stop", "fixed"])
+@pytest.mark.parametrize("scheduler", ["global", "early_stop", "asynchronous", "threshold", "fixed"])
 @pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
 def test_greedy_text_is_the_targets(
     tiny: Target,  # noqa: F811
@@ -96,6 +96,33 @@ def test_greedy_text_is_the_targets(
     assert all(d.metrics.decoded == len(d.token_ids) - 1 for d in done)
     if name == "none":
         assert all(d.metrics.tau == 1.0 for d in done)
+
+
+@pytest.mark.parametrize("rule", ["coupled", "ratio"])
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "dflash", "eagle3"])
+def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, rule: str) -> None:  # noqa: F811
+    """Blocks of many seeds that begin alike have the same confidences up to the first token that differs, included.
+
+    Causal schedules rest on this: were c[k] to see token k, admitting by it would pick among tokens.
+    """
+    kind = KINDS.get(head, {"markov_head_type": head})
+    proposer = make_proposer(
+        kind.get("algorithm", "dspark"), small_draft(tiny, **kind), slots=1, capacity=64, rule=rule, pack=False
+    )
+    engine = Engine(tiny, EngineConfig(max_requests=1, max_context=64, threads=1, rule=rule, scheduler="fixed"))
+    engine.set_proposer(proposer)
+    engine.submit(Request(prompt_ids(tiny)[1], max_new_tokens=20, temperature=2.0))
+    engine.step()
+    (sequence,) = engine._running
+    known: dict[tuple[int, ...], float] = {}
+    for seed in range(60):
+        sequence.request.seed = seed
+        proposal = proposer.propose([sequence])
+        tokens = tuple(proposal.tokens[0].tolist())
+        for k in range(len(tokens)):
+            c = float(proposal.confidence[0, k])
+            assert known.setdefault(tokens[:k], c) == pytest.approx(c, abs=1e-6)
+    assert len({t for t in known if len(t) == 1}) > 5, "the blocks differ"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.errors import ConfigError
 
 
 class Table:
@@ -58,8 +59,66 @@ def test_a_costly_step_means_plain_decoding() -> None:
 def test_limits_hold() -> None:
     flat = Table(*[1.0] * 20)
     limits = torch.tensor([0, 2, -1])
-    for name in ("global", "early_stop", "fixed"):
+    for name in ("global", "early_stop", "asynchronous", "threshold", "fixed"):
         assert make_scheduler(name).lengths(torch.full((3, 3), 0.9), flat, 0, limits).tolist() == [0, 2, 0]
+
+
+def test_the_asynchronous_budget_is_that_of_two_steps_before() -> None:
+    """A dear second token stops early_stop; the whole search steps over it, and its budget comes into force later."""
+    cost = Table(1.0, 1.9, 1.95, 2.0, *[9.0] * 20)
+    likely, unlikely = torch.tensor([[0.8, 0.8, 0.8]]), torch.tensor([[0.1, 0.1, 0.1]])
+    best = make_scheduler("global").lengths(likely, cost).tolist()
+    assert best == [3] and make_scheduler("early_stop").lengths(likely, cost).tolist() == [0]
+    scheduler = make_scheduler("asynchronous")
+    seen = [scheduler.lengths(c, cost).tolist() for c in (likely, likely, unlikely, unlikely, likely, likely)]
+    assert seen == [[0], [0], [3], [3], [0], [0]]
+
+
+def test_the_asynchronous_budget_follows_the_number_of_requests() -> None:
+    flat = Table(*[1.0] * 40)
+    scheduler = make_scheduler("asynchronous")
+    two = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
+    for _ in range(2):
+        assert scheduler.lengths(two, flat).tolist() == [2, 2]
+    assert scheduler.lengths(two[:1], flat).tolist() == [2]
+    assert scheduler.lengths(two.repeat(3, 1), flat).tolist() == [2] * 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["early_stop", "asynchronous", "threshold"]),
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=3), min_size=2, max_size=2),
+    st.lists(st.floats(0.01, 1.0), min_size=8, max_size=8),
+    st.integers(0, 1),
+    st.integers(0, 2),
+    st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3),
+)
+def test_a_causal_schedule_does_not_see_what_it_decides_on(
+    name: str, confidence: list[list[float]], steps: list[float], b: int, k: int, others: list[float]
+) -> None:
+    """Whether token k is verified stays the same whatever the confidences after k, which are all that saw token k."""
+    cost = Table(*itertools.accumulate(steps, initial=1.0))
+    changed = [list(row) for row in confidence]
+    changed[b][k + 1 :] = others[k + 1 :]
+    chosen = []
+    for rows in (confidence, changed):
+        scheduler = make_scheduler(name, threshold=0.4)
+        for _ in range(2):
+            scheduler.lengths(torch.tensor([[0.9, 0.5, 0.3], [0.6, 0.6, 0.1]]), cost)
+        chosen.append(int(scheduler.lengths(torch.tensor(rows, dtype=torch.float64), cost)[b]) > k)
+    assert chosen[0] == chosen[1]
+
+
+def test_threshold_verifies_what_is_likely_enough_to_be_emitted() -> None:
+    confidence = torch.tensor([[0.9, 0.9, 0.4], [0.4, 1.0, 1.0], [1.0, 1.0, 0.5]])
+    assert make_scheduler("threshold", threshold=0.5).lengths(confidence, Table()).tolist() == [2, 0, 3]
+    with pytest.raises(ConfigError, match="engine.threshold=0 "):
+        make_scheduler("threshold", threshold=0)
+
+
+def test_an_unknown_scheduler_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'asynchronous'"):
+        make_scheduler("asynchronus")
 
 
 def test_step_cost_interpolates_and_extrapolates() -> None:

@@ -2,11 +2,13 @@
 
 Costs make one verified token not worth its step but two worth theirs when the first is A. A schedule that looks ahead
 (`global`) then verifies A and drops B unseen: with the ratio rule P(A) becomes 0.5 + 0.5 * 0.7 = 0.85 where the target
-says 0.7. The causal search stops at the first token that does not pay, and the coupled rule emits the target's own
-sample whatever was verified.
+says 0.7. The causal searches do not: early_stop stops at the first token that does not pay, and the asynchronous
+budget is older than what it is spent on. The coupled rule emits the target's own sample whatever was verified.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -40,12 +42,18 @@ def first_tokens(rule: str, scheduler: str) -> torch.Tensor:
     ]
     block = torch.stack(columns, 1)
     # The confidence of the second token sees the first: that is what makes a look-ahead leak.
-    search = make_scheduler(scheduler)
-    chosen = {
-        first: int(search.lengths(torch.tensor([[0.8, 0.9 if first == A else 0.0]]), PaperCost())[0])
-        for first in (A, B)
-    }
-    lengths = torch.where(block[:, 0] == A, chosen[A], chosen[B])
+    confidence = {first: torch.tensor([[0.8, 0.9 if first == A else 0.0]]) for first in (A, B)}
+    # Schedulers that remember: a draw comes after two others, whose first tokens are as random as its own.
+    chosen = torch.zeros(2, 2, 2, dtype=torch.int64)
+    for before, last, first in itertools.product((A, B), repeat=3):
+        search = make_scheduler(scheduler)
+        for past in (before, last):
+            search.lengths(confidence[past], PaperCost())
+        chosen[before, last, first] = search.lengths(confidence[first], PaperCost())[0]
+    past = torch.randint(2, (2, n), generator=torch.Generator().manual_seed(0))
+    lengths = chosen[past[0], past[1], block[:, 0]]
+    if scheduler == "asynchronous":
+        assert 0.4 < float((lengths == 2).double().mean()) < 0.6, "it looks as far ahead as global, but later"
     cumulative = torch.cat((torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)))
     rows = P.log().expand(int(cumulative[-1]), -1)
     q = Q.log().expand(n, 2, -1) if rule == "ratio" else None
@@ -59,7 +67,16 @@ def test_look_ahead_breaks_the_ratio_rule_as_the_paper_says() -> None:
     assert p_value(counts, P) < 1e-12
 
 
-@pytest.mark.parametrize(("rule", "scheduler"), [("ratio", "early_stop"), ("coupled", "global"), ("ratio", "fixed")])
+@pytest.mark.parametrize(
+    ("rule", "scheduler"),
+    [
+        ("ratio", "early_stop"),
+        ("ratio", "asynchronous"),
+        ("ratio", "threshold"),
+        ("ratio", "fixed"),
+        ("coupled", "global"),
+    ],
+)
 def test_exact_pairs_of_rule_and_schedule(rule: str, scheduler: str) -> None:
     counts = first_tokens(rule, scheduler)
     assert abs(float(counts[A]) / DRAWS - 0.7) < 0.005

@@ -101,6 +101,7 @@ def decode(
         prefill_chunk=1024,
         rule=rule,
         scheduler=scheduler,
+        threshold=0.1,
     )
     engine = Engine(target, config, step_cost=cost)
     options = {"slots": 96, "capacity": 16, "rule": rule} if name in ("dspark", "eagle3") else {}
@@ -134,6 +135,8 @@ def decode(
         ("dspark", "coupled", "global", "plain"),
         ("dspark", "coupled", "fixed", "sharp, top-p"),
         ("dspark", "ratio", "early_stop", "plain"),
+        ("dspark", "ratio", "asynchronous", "plain"),
+        ("dspark", "ratio", "threshold", "top-k"),
         ("dspark", "ratio", "fixed", "sharp, top-p"),
         ("dspark", "ratio", "fixed", "top-k"),
         ("eagle3", "coupled", "global", "plain"),
