@@ -253,7 +253,10 @@ class Engine:
             return [0] * len(decoding)
         limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
         cost = self.step_cost if self.scheduler.weighs_cost else None
-        return self.scheduler.lengths(proposal.confidence, cost, self._mean_context(decoding), limits).tolist()  # type: ignore[arg-type]
+        # A step that reads prompts too is of any size and no graph's.
+        buckets = self.runner.buckets if len(decoding) == len(self._running) else ()
+        lengths = self.scheduler.lengths(proposal.confidence, cost, self._mean_context(decoding), limits, buckets)  # type: ignore[arg-type]
+        return lengths.tolist()
 
     @property
     def _cost_is_missing(self) -> bool:

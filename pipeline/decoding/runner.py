@@ -24,6 +24,9 @@ class TargetRunner:
         slots: most requests at once. capacity: most positions per request.
         layer_ids: tapped decoder layers (empty: no taps).
         pack: prepack linears (CPU, fp32).
+    Attributes:
+        buckets: sizes in tokens that steps without prompt chunks are padded to; none, as nothing here is captured in
+            CUDA graphs.
     Raises:
         DraftlineError: a target that the engine can't run, with the reason, or a capacity beyond its positions.
     """
@@ -44,6 +47,7 @@ class TargetRunner:
             (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
         ]
         self.cache = LayeredKVCache(shapes, slots, capacity, target.dtype, target.device)
+        self.buckets: tuple[int, ...] = ()
         self.packed = 0
         if pack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
             self.packed = prepack(self.family.backbone)

@@ -15,6 +15,10 @@ so), and a falls along a block, so that whatever asks only about tokens of highe
     threshold      admits while a >= threshold, whatever a step costs: for comparison.
     fixed          verifies a constant length.
 
+A runner with CUDA graphs pads a step to the next of a few sizes, its buckets. `filled` puts the best of the tokens left
+where padding would be, as they cost nothing. That keeps a causal schedule causal: the tokens that decide where the
+schedule ends, and with it the bucket, rank above each token that fills it.
+
 `global` takes the best of all budgets by the step's own confidences. What it gives token k depends on tokens after k
 and so on k itself: exact under the coupled rule and for greedy decoding only (algorithms.md 1b and 6).
 """
@@ -22,6 +26,7 @@ and so on k itself: exact under the coupled rule and for greedy decoding only (a
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +52,7 @@ class PrefixScheduler(Protocol):
         cost: seconds by tokens in the step; None will do where `weighs_cost` is false.
         context: mean context length of the requests.
         limits: int64[B], most tokens to verify per request.
+        buckets: sizes that steps are padded to (see `filled`); `fixed` has no use for them.
     Returns int64[B], 0 allowed.
 
     Attributes:
@@ -58,7 +64,12 @@ class PrefixScheduler(Protocol):
     weighs_cost: bool
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
+        self,
+        confidence: torch.Tensor,
+        cost: Cost,
+        context: int = 0,
+        limits: torch.Tensor | None = None,
+        buckets: Sequence[int] = (),
     ) -> torch.Tensor: ...
 
 
@@ -93,8 +104,20 @@ def search(order: Ranked, requests: int, cost: Cost, context: int, *, stop: bool
     return best
 
 
-def _lengths(order: Ranked, count: int, requests: int) -> torch.Tensor:
-    """int64[B] of the first `count` ranked tokens."""
+def filled(count: int, available: int, requests: int, buckets: Sequence[int]) -> int:
+    """How many ranked draft tokens a step takes at no cost, where the schedule chose `count` of `available`.
+
+    Args:
+        requests: tokens in the step besides, one of each request.
+        buckets: sizes that steps are padded to; a step beyond the largest is not padded.
+    """
+    size = min((b for b in buckets if b >= requests + count), default=0)
+    return min(max(size - requests, count), available)
+
+
+def _lengths(order: Ranked, count: int, requests: int, buckets: Sequence[int]) -> torch.Tensor:
+    """int64[B] of the first `count` ranked tokens, and those that fill their bucket."""
+    count = filled(count, len(order), requests, buckets)
     chosen = [0] * requests
     for _, k, b in order[:count]:
         chosen[b] = k + 1
@@ -111,11 +134,16 @@ class _Search:
         self.name = "early_stop" if causal else "global"
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
+        self,
+        confidence: torch.Tensor,
+        cost: Cost,
+        context: int = 0,
+        limits: torch.Tensor | None = None,
+        buckets: Sequence[int] = (),
     ) -> torch.Tensor:
         requests = confidence.shape[0]
         order = ranked(confidence, limits)
-        return _lengths(order, search(order, requests, cost, context, stop=self.causal), requests)
+        return _lengths(order, search(order, requests, cost, context, stop=self.causal), requests, buckets)
 
 
 class _Asynchronous:
@@ -131,7 +159,12 @@ class _Asynchronous:
         self._budgets: collections.deque[float] = collections.deque(maxlen=2)
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost, context: int = 0, limits: torch.Tensor | None = None
+        self,
+        confidence: torch.Tensor,
+        cost: Cost,
+        context: int = 0,
+        limits: torch.Tensor | None = None,
+        buckets: Sequence[int] = (),
     ) -> torch.Tensor:
         requests = confidence.shape[0]
         order = ranked(confidence, limits)
@@ -141,7 +174,7 @@ class _Asynchronous:
             count = search(order, requests, cost, context, stop=True)
         # This step's own search is for the step after the next: here it would look at what it decides on.
         self._budgets.append(search(order, requests, cost, context) / requests)
-        return _lengths(order, count, requests)
+        return _lengths(order, count, requests, buckets)
 
 
 class _Threshold:
@@ -155,11 +188,16 @@ class _Threshold:
         self.threshold = threshold
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost | None, context: int = 0, limits: torch.Tensor | None = None
+        self,
+        confidence: torch.Tensor,
+        cost: Cost | None,
+        context: int = 0,
+        limits: torch.Tensor | None = None,
+        buckets: Sequence[int] = (),
     ) -> torch.Tensor:
         requests = confidence.shape[0]
         order = ranked(confidence, limits)
-        return _lengths(order, sum(-negative >= self.threshold for negative, _, _ in order), requests)
+        return _lengths(order, sum(-negative >= self.threshold for negative, _, _ in order), requests, buckets)
 
 
 class _Fixed:
@@ -171,7 +209,12 @@ class _Fixed:
         self.length = length
 
     def lengths(
-        self, confidence: torch.Tensor, cost: Cost | None, context: int = 0, limits: torch.Tensor | None = None
+        self,
+        confidence: torch.Tensor,
+        cost: Cost | None,
+        context: int = 0,
+        limits: torch.Tensor | None = None,
+        buckets: Sequence[int] = (),
     ) -> torch.Tensor:
         requests, block = confidence.shape
         length = block if self.length is None else min(self.length, block)

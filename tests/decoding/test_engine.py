@@ -98,6 +98,30 @@ def test_greedy_text_is_the_targets(
         assert all(d.metrics.tau == 1.0 for d in done)
 
 
+@pytest.mark.parametrize("scheduler", ["global", "early_stop"])
+def test_steps_fill_the_runners_buckets(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+    scheduler: str,
+) -> None:
+    engine = engine_for(tiny, draft, "dspark", scheduler=scheduler)
+    sizes: list[int] = []
+    inner = engine.runner.step
+
+    def step(segments: Any, token_ids: list[int], rows: list[int]) -> Any:
+        room = len(engine._running) + sum(min(4, s.draft_limit) for s in engine._running)
+        if room >= 9 and all(s.prefilled for s in engine._running):
+            sizes.append(len(token_ids))
+        return inner(segments, token_ids, rows)
+
+    engine.runner.step = step  # type: ignore[method-assign]
+    engine.runner.buckets = (4, 9)
+    done = engine.generate([Request(i, max_new_tokens=40) for i in prompt_ids(tiny)[:3]])
+    assert [d.token_ids for d in done] == [e[:40] for e in expected[:3]]
+    assert 9 in sizes and not {1, 2, 3, 5, 6, 7, 8} & set(sizes)
+
+
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "dflash", "eagle3"])
 def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, rule: str) -> None:  # noqa: F811

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.decoding.cache import SlotPool
-from pipeline.decoding.scheduler import make_scheduler
+from pipeline.decoding.scheduler import filled, make_scheduler
 from pipeline.decoding.step_cost import StepCost, measure
 from pipeline.errors import ConfigError
 
@@ -92,9 +92,16 @@ def test_the_asynchronous_budget_follows_the_number_of_requests() -> None:
     st.integers(0, 1),
     st.integers(0, 2),
     st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3),
+    st.sampled_from([(), (4,), (3, 5, 8)]),
 )
 def test_a_causal_schedule_does_not_see_what_it_decides_on(
-    name: str, confidence: list[list[float]], steps: list[float], b: int, k: int, others: list[float]
+    name: str,
+    confidence: list[list[float]],
+    steps: list[float],
+    b: int,
+    k: int,
+    others: list[float],
+    buckets: tuple[int, ...],
 ) -> None:
     """Whether token k is verified stays the same whatever the confidences after k, which are all that saw token k."""
     cost = Table(*itertools.accumulate(steps, initial=1.0))
@@ -105,8 +112,43 @@ def test_a_causal_schedule_does_not_see_what_it_decides_on(
         scheduler = make_scheduler(name, threshold=0.4)
         for _ in range(2):
             scheduler.lengths(torch.tensor([[0.9, 0.5, 0.3], [0.6, 0.6, 0.1]]), cost)
-        chosen.append(int(scheduler.lengths(torch.tensor(rows, dtype=torch.float64), cost)[b]) > k)
+        confidences = torch.tensor(rows, dtype=torch.float64)
+        chosen.append(int(scheduler.lengths(confidences, cost, buckets=buckets)[b]) > k)
     assert chosen[0] == chosen[1]
+
+
+def test_look_ahead_sees_what_it_decides_on() -> None:
+    """What the property above would find: token 0 is verified for the sake of token 1, which saw it."""
+    cost = Table(1.0, 1.9, 1.95)
+    chosen = [make_scheduler("global").lengths(torch.tensor([[0.8, c]]), cost).tolist() for c in (0.9, 0.0)]
+    assert chosen == [[2], [0]]
+
+
+@pytest.mark.parametrize(
+    ("count", "available", "requests", "buckets", "takes"),
+    [
+        (3, 9, 2, (), 3),  # nothing is padded
+        (3, 9, 2, (4, 8, 16), 6),  # 5 tokens run as 8
+        (3, 5, 2, (4, 8, 16), 5),  # and no more are left
+        (6, 9, 2, (4, 8, 16), 6),  # full as it is
+        (0, 9, 2, (4, 8), 2),  # plain steps too are padded
+        (9, 20, 2, (4, 8), 9),  # beyond the largest
+    ],
+)
+def test_a_bucket_is_filled(count: int, available: int, requests: int, buckets: tuple[int, ...], takes: int) -> None:
+    assert filled(count, available, requests, buckets) == takes
+
+
+def test_the_likeliest_tokens_fill_a_bucket() -> None:
+    confidence = torch.tensor([[0.9, 0.2, 0.9], [0.9, 0.5, 0.5]])
+    cost = Table(1.0, 1.0, 1.1, 1.2, 9.0, 9.0, 9.0, 9.0)
+    for name, chosen in (("global", [1, 1]), ("early_stop", [1, 1]), ("asynchronous", [1, 1])):
+        assert make_scheduler(name).lengths(confidence, cost).tolist() == chosen
+        assert make_scheduler(name).lengths(confidence, cost, buckets=(4,)).tolist() == chosen
+        assert make_scheduler(name).lengths(confidence, cost, buckets=(6,)).tolist() == [1, 3]
+        assert make_scheduler(name).lengths(confidence, cost, 0, torch.tensor([3, 1]), (6,)).tolist() == [3, 1]
+    assert make_scheduler("threshold", threshold=0.8).lengths(confidence, cost, buckets=(6,)).tolist() == [1, 3]
+    assert make_scheduler("fixed", 1).lengths(confidence, cost, buckets=(6,)).tolist() == [1, 1]
 
 
 def test_threshold_verifies_what_is_likely_enough_to_be_emitted() -> None:
