@@ -163,7 +163,8 @@ class EngineConfig:
 
     scheduler: how many tokens of a block are verified (pipeline/decoding/scheduler.py): global, early_stop,
     asynchronous, threshold (of survival: `threshold`) or fixed. rule: coupled or ratio, which wants any scheduler but
-    global. threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
+    global. step_cost: a JSON file (absolute path) to keep measured step costs in; '' measures in every process.
+    threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
     """
 
     max_requests: int = 8
@@ -173,6 +174,7 @@ class EngineConfig:
     scheduler: str = "global"
     threshold: float = 0.5
     rule: str = "coupled"
+    step_cost: str = ""
     threads: int = 2
     prepack: bool = True
 
@@ -475,6 +477,11 @@ def _check_values(config: Any) -> None:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
     if not 0 < config.engine.threshold <= 1:
         raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
+    if config.engine.step_cost and not Path(config.engine.step_cost).is_absolute():
+        raise ConfigError(
+            f"engine.step_cost={config.engine.step_cost!r} is relative to a working directory that differs between "
+            f"processes. Use an absolute path: {str(Path(config.engine.step_cost).absolute())!r}."
+        )
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "

@@ -26,7 +26,7 @@ from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, TokenLogprob
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
-from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.decoding.step_cost import StepCost
 from pipeline.decoding.text import TextStream
 from pipeline.decoding.verification import Verification
 from pipeline.errors import ConfigError, DraftlineError
@@ -62,7 +62,7 @@ class Engine:
         config: sizes, scheduler, verification rule, threads.
         proposer: the draft; None decodes plainly.
         step_cost: a table measured earlier; the engine refines it as it decodes. Without one the first step that drafts
-            measures it (seconds; `profile()` does so beforehand), where the scheduler needs it.
+            takes it from `profile()`, where the scheduler needs it.
     Raises:
         ConfigError: a rule and scheduler that are not exact together, unknown names.
     """
@@ -115,15 +115,13 @@ class Engine:
         self.proposer = proposer
 
     def profile(self) -> StepCost:
-        """Measures the step cost table while no request runs."""
+        """The step cost table of the file `config.step_cost` where it fits; else it is measured and kept there.
+
+        Raises DraftlineError while requests run.
+        """
         if self._running:
             raise DraftlineError("The step cost is measured while no request runs.")
-        block = max(self.proposer.block_size, 7) + 1
-        most = self.config.max_requests * block
-        grid = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
-        room = self.config.max_context - block
-        contexts = sorted({min(64, room), min(512, room)})
-        self.step_cost = measure(lambda t, c: self.runner.time_step(t, c, block), grid, contexts)
+        self.step_cost = self.runner.step_cost(max(self.proposer.block_size, 7) + 1, self.config)
         return self.step_cost
 
     # -- requests -----------------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 
+from pipeline.config import EngineConfig
 from pipeline.decoding.attention import NAME, Segment, StepLayout
 from pipeline.decoding.cache import LayeredKVCache
 from pipeline.decoding.geometry import attention_geometry
 from pipeline.decoding.prepack import PackedLinear, available, prepack
+from pipeline.decoding.step_cost import StepCost, device_name, kept, measure
 from pipeline.errors import DraftlineError
 from pipeline.target import TapCapture, Target
 
@@ -88,6 +91,33 @@ class TargetRunner:
         if self.family.logit_softcap:
             logits = torch.tanh(logits / self.family.logit_softcap) * self.family.logit_softcap
         return taps, logits
+
+    def step_cost(self, per_request: int, config: EngineConfig) -> StepCost:
+        """Seconds of steps of up to `per_request` tokens of each of config.max_requests: those kept in the file
+        config.step_cost where they fit, else measured now. For while no request runs."""
+        most = config.max_requests * per_request
+        grid = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
+        room = config.max_context - per_request
+        contexts = sorted({min(64, room), min(512, room)})
+
+        def measured() -> StepCost:
+            cost = measure(lambda t, c: self.time_step(t, c, per_request), grid, contexts)
+            cost.hardware = device_name(self.target.device)
+            return cost
+
+        if not config.step_cost:
+            return measured()
+        identity = self.target.identity
+        made_for = {
+            "hardware": device_name(self.target.device),
+            "threads": torch.get_num_threads() if self.target.device.type == "cpu" else 0,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            # Another engine may have packed them.
+            "packed_linears": sum(isinstance(m, PackedLinear) for m in self.target.model.modules()),
+            "target": identity.id,
+            "target_config": identity.config_digest,
+        }
+        return kept(Path(config.step_cost), made_for, (grid[-1], contexts[-1]), measured)
 
     def time_step(self, tokens: int, context: int, per_request: int) -> float:
         """Seconds of a step over `tokens` tokens of ceil(tokens / per_request) requests at `context` tokens each.

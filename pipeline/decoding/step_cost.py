@@ -1,16 +1,38 @@
 """What a target step costs: seconds by (tokens in the step, context length), measured on this machine and kept true.
 
 A table belongs to a machine and its load, not to a draft: every engine measures its own when it starts and refines it
-from the steps that it takes; reports keep the table that they were decided with.
+from the steps that it takes; reports keep the table that they were decided with. A table can be kept in a file with
+what it was measured on (`kept`), and then the next engine there starts at once.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import json
+import logging
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifact import SCHEMA_VERSION, digest_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The model of a GPU, or of this machine's CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "unknown CPU"
 
 
 @dataclasses.dataclass
@@ -28,7 +50,7 @@ class StepCost:
     contexts: list[int]
     table: list[list[float]]
     draft: float = 0.0
-    hardware: str = dataclasses.field(default_factory=lambda: platform.processor() or platform.machine())
+    hardware: str = dataclasses.field(default_factory=device_name)
 
     def seconds(self, tokens: int, context: int) -> float:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
@@ -83,6 +105,57 @@ def measure(
                 samples.setdefault((t, c), []).append(run(t, c))
     table = [[sorted(samples[t, c])[repeats // 4] for c in contexts] for t in tokens]
     return StepCost(list(tokens), list(contexts), table)
+
+
+def kept(path: Path, made_for: Mapping[str, Any], reach: tuple[int, int], measured: Callable[[], StepCost]) -> StepCost:
+    """The table of a file where it fits, else one measured now, which becomes the file's.
+
+    Why a file's table was not used is logged as a warning.
+
+    Args:
+        path: a JSON file {schema_version, kind, made_for, tokens, contexts, table, digest}.
+        made_for: what decides on the costs (hardware, target, dtype, ...), strings and numbers; each must be equal.
+        reach: tokens of the largest step and its context, which the table must go up to.
+    """
+    if path.exists():
+        found, why = _read(path, made_for, reach)
+        if found is not None:
+            return found
+        log.warning("engine.step_cost=%s is not used: %s. Step costs are measured anew and kept there.", path, why)
+    cost = measured()
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "step_cost",
+        "made_for": dict(made_for),
+        "tokens": cost.tokens,
+        "contexts": cost.contexts,
+        "table": cost.table,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**content, "digest": digest_json(content)})
+    return cost
+
+
+def _read(path: Path, made_for: Mapping[str, Any], reach: tuple[int, int]) -> tuple[StepCost | None, str]:
+    """The file's table, or None and why it doesn't fit."""
+    try:
+        content = json.loads(path.read_text())
+        digest = content.pop("digest")
+        kind, version, theirs = content["kind"], content["schema_version"], content["made_for"]
+        tokens, contexts, table = content["tokens"], content["contexts"], content["table"]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        return None, f"it is no step cost file ({type(e).__name__}: {e})"
+    if (kind, version) != ("step_cost", SCHEMA_VERSION):
+        return None, f"it is a {kind} file of schema {version}, not a step_cost file of schema {SCHEMA_VERSION}"
+    if digest_json(content) != digest:
+        return None, "it was altered after it was written (its digest differs)"
+    other = [f"{k} is {theirs.get(k)!r} there and {v!r} here" for k, v in made_for.items() if theirs.get(k) != v]
+    if other:
+        return None, "; ".join(other)
+    for name, grid, most in (("tokens in a step", tokens, reach[0]), ("tokens of context", contexts, reach[1])):
+        if grid[-1] < most:
+            return None, f"it ends at {grid[-1]} {name}, this engine's goes up to {most}"
+    return StepCost(tokens, contexts, table), ""
 
 
 def _place(grid: list[int], x: int, *, extrapolate: bool = True) -> tuple[int, float]:

@@ -19,6 +19,7 @@ from pipeline import artifact
 from pipeline.config import BenchmarkConfig, EngineConfig, TargetConfig, to_plain
 from pipeline.corpus.build import read_rows
 from pipeline.decoding import Engine
+from pipeline.decoding.step_cost import device_name
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft, save_draft
 from pipeline.errors import DraftlineError
@@ -139,7 +140,7 @@ def evaluate_draft(
         "conventions": CONVENTIONS,
         "provenance": {
             "code_version": artifact.code_version(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_cpu()}",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device_name()}",
             "torch": torch.__version__,
             "settings": plain,
         },
@@ -253,12 +254,6 @@ def _inputs(draft_dir: Path, corpus_dir: Path) -> dict[str, str]:
 def _settings(target: TargetConfig, engine: EngineConfig, benchmark: BenchmarkConfig) -> dict[str, Any]:
     # Which target it is follows from the draft's digest; what it decodes in does not.
     decoding = {"dtype": target.dtype, "device": target.device}
-    return {"target": decoding, "engine": to_plain(engine), "benchmark": to_plain(benchmark)}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown CPU"
+    # Where step costs are kept decides on nothing; a report has the table it was made with.
+    settings = {k: v for k, v in to_plain(engine).items() if k != "step_cost"}
+    return {"target": decoding, "engine": settings, "benchmark": to_plain(benchmark)}

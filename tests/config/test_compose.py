@@ -70,6 +70,7 @@ def test_values_survive_being_plain() -> None:
         ("engine.scheduler=globl", "Did you mean 'global'?"),
         ("engine.scheduler=asynchron", "Did you mean 'asynchronous'?"),
         ("engine.treshold=0.3", "Did you mean 'threshold'?"),
+        ("engine.step_cost=costs.json", "Use an absolute path: '/"),
         ("engine.threshold=0", "engine.threshold=0.0 must be above 0"),
         ("trainer.steps=many", "trainer.steps='many' must be of type int"),
         ("trainer.position_weights=survivals", "Did you mean 'survival'?"),

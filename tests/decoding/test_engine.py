@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,22 @@ def test_an_engine_without_step_costs_measures_them(tiny: Target, draft: DSparkD
     (done,) = engine.generate([Request(prompt_ids(tiny)[0], max_new_tokens=8)])
     assert len(done.token_ids) == 8
     assert engine.step_cost is not None and engine.step_cost.seconds(1, 64) > 0
+
+
+def test_an_engine_keeps_its_step_costs(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "costs.json"
+    config = EngineConfig(max_requests=1, max_context=128, threads=1, step_cost=str(path))
+    first = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128)).profile()
+    second = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128))
+    monkeypatch.setattr(second.runner, "time_step", lambda *_: pytest.fail("it was measured again"))
+    assert second.profile() == first
+    made_for = json.loads(path.read_text())["made_for"]
+    assert made_for["target"] == tiny.identity.id and made_for["dtype"] == "float32" and made_for["threads"] == 1
 
 
 def test_a_temperature_too_small_for_float32_is_greedy(

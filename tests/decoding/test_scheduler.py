@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.scheduler import filled, make_scheduler
-from pipeline.decoding.step_cost import StepCost, measure
+from pipeline.decoding.step_cost import StepCost, kept, measure
 from pipeline.errors import ConfigError
 
 
@@ -203,6 +206,49 @@ def test_step_costs_follow_the_machine() -> None:
     cost.observe(4, 0, 100.0)
     assert cost.seconds(4, 0) <= kept.seconds(4, 0) * 1.06, "one hiccup hardly counts"
     assert cost.seconds(4, 0) > kept.seconds(4, 0), "a copy learns apart"
+
+
+HERE = {"hardware": "a CPU", "threads": 2, "dtype": "float32", "target": "tiny"}
+
+
+def test_step_costs_are_kept_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "costs" / "here.json"
+    measured = StepCost([1, 8], [64], [[0.5], [1.0]])
+    assert kept(path, HERE, (8, 64), lambda: measured) is measured
+    assert [p.name for p in path.parent.iterdir()] == ["here.json"], "what was written aside is gone"
+    found = kept(path, HERE, (8, 64), lambda: pytest.fail("it was measured again"))
+    assert found == measured and not caplog.records
+    content = json.loads(path.read_text())
+    assert content["made_for"] == HERE and len(content["digest"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("spoil", "made_for", "reach", "says"),
+    [
+        (lambda p: None, {**HERE, "threads": 4}, (8, 64), "threads is 2 there and 4 here"),
+        (lambda p: None, {**HERE, "target": "other"}, (8, 64), "target is 'tiny' there and 'other' here"),
+        (lambda p: None, HERE, (16, 64), "it ends at 8 tokens in a step, this engine's goes up to 16"),
+        (lambda p: None, HERE, (8, 512), "it ends at 64 tokens of context"),
+        (lambda p: p.write_text(p.read_text().replace("0.5", "0.4")), HERE, (8, 64), "its digest differs"),
+        (lambda p: p.write_text("{"), HERE, (8, 64), "it is no step cost file (JSONDecodeError"),
+        (lambda p: p.write_text("[1]"), HERE, (8, 64), "it is no step cost file"),
+    ],
+)
+def test_a_file_of_step_costs_that_does_not_fit_is_said_and_replaced(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Any,
+    made_for: dict[str, Any],
+    reach: tuple[int, int],
+    says: str,
+) -> None:
+    path = tmp_path / "costs.json"
+    kept(path, HERE, (8, 64), lambda: StepCost([1, 8], [64], [[0.5], [1.0]]))
+    spoil(path)
+    other = StepCost([1, 16], [512], [[2.0], [3.0]])
+    assert kept(path, made_for, reach, lambda: other) is other
+    assert says in caplog.text and str(path) in caplog.text
+    assert kept(path, made_for, reach, lambda: pytest.fail("it was measured again")) == other
 
 
 @settings(max_examples=50, deadline=None)
