@@ -164,7 +164,8 @@ class EngineConfig:
     scheduler: how many tokens of a block are verified (pipeline/decoding/scheduler.py): global, early_stop,
     asynchronous, threshold (of survival: `threshold`) or fixed. rule: coupled or ratio, which wants any scheduler but
     global. step_cost: a JSON file (absolute path) to keep measured step costs in; '' measures in every process.
-    threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
+    skip_drafts: draft only for requests where it is expected to pay (pipeline/decoding/worth.py), with schedulers that
+    weigh costs. threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
     """
 
     max_requests: int = 8
@@ -175,6 +176,7 @@ class EngineConfig:
     threshold: float = 0.5
     rule: str = "coupled"
     step_cost: str = ""
+    skip_drafts: bool = True
     threads: int = 2
     prepack: bool = True
 

@@ -29,6 +29,7 @@ from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost
 from pipeline.decoding.text import TextStream
 from pipeline.decoding.verification import Verification
+from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target
 
@@ -43,8 +44,8 @@ class QueueFull(DraftlineError):
 class RoundTrace:
     """What happened to the blocks of one step (given to `Engine.on_round`).
 
-    request_ids of the B requests; raw_confidence float32[B, K] or None; lengths, accepted, emitted: int64[B]. Where the
-    text ended inside the block, fewer than accepted + 1 tokens are emitted.
+    request_ids of the B requests drafted for; raw_confidence float32[B, K] or None; lengths, accepted, emitted:
+    int64[B]. Where the text ended inside the block, fewer than accepted + 1 tokens are emitted.
     """
 
     request_ids: list[str]
@@ -106,6 +107,7 @@ class Engine:
             raise DraftlineError("The schedule can't be changed while requests run; finish or cancel them first.")
         self.scheduler: PrefixScheduler = made
         self.rule = rule
+        self._worth = DraftWorth()
 
     def set_proposer(self, proposer: Proposer) -> None:
         """Changes the draft, and with it the layers tapped, while no request runs (else DraftlineError)."""
@@ -113,6 +115,7 @@ class Engine:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
         self.runner.layer_ids = list(proposer.layer_ids)
         self.proposer = proposer
+        self._worth = DraftWorth()
 
     def profile(self) -> StepCost:
         """The step cost table of the file `config.step_cost` where it fits; else it is measured and kept there.
@@ -210,9 +213,10 @@ class Engine:
         self._admit()
         if not self._running:
             return events
-        decoding = [s for s in self._running if s.prefilled]
+        drafting, plain = self._whom_to_draft_for([s for s in self._running if s.prefilled])
+        decoding = drafting + plain
         began = time.perf_counter()
-        proposal = self.proposer.propose(decoding) if decoding and self.proposer.block_size else None
+        proposal = self.proposer.propose(drafting) if drafting else None
         lengths = self._schedule(decoding, proposal)
         # Choosing lengths reads the confidences, so that on a GPU the draft has finished here.
         drafted = time.perf_counter()
@@ -220,8 +224,13 @@ class Engine:
         taps, logits = self.runner.step(segments, tokens, logit_rows)
         self.runner.wait()
         ended = time.perf_counter()
-        if proposal is not None and self.step_cost is not None:
-            self._learn_costs(decoding, chunks, len(tokens), drafted - began, ended - drafted)
+        if decoding and self.proposer.block_size and self.step_cost is not None:
+            if drafting:
+                self.step_cost.observe_draft(len(drafting), drafted - began)
+            if not chunks:  # reading prompts costs otherwise
+                self.step_cost.observe(len(tokens), self._mean_context(decoding), ended - drafted)
+        for s in plain:
+            s.metrics.skipped += 1
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += ended - drafted
@@ -246,29 +255,33 @@ class Engine:
             self.proposer.admit(sequence)
             self._running.append(sequence)
 
+    @property
+    def _skips_drafts(self) -> bool:
+        return self.config.skip_drafts and self.scheduler.weighs_cost and self.proposer.block_size > 0
+
+    def _whom_to_draft_for(self, decoding: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        if self._skips_drafts and decoding and self.step_cost is not None:
+            return self._worth.choose(decoding, self.step_cost, self._mean_context(decoding))
+        return (decoding, []) if self.proposer.block_size else ([], decoding)
+
     def _schedule(self, decoding: list[Sequence], proposal: Proposal | None) -> list[int]:
-        if proposal is None or not decoding:
+        """Lengths of all that decode; of those without a proposal, which come last, 0."""
+        if proposal is None:
             return [0] * len(decoding)
-        limits = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding]))
-        cost = self.step_cost if self.scheduler.weighs_cost else None
+        drafted, block = proposal.tokens.shape
+        confidence, limits = torch.zeros(len(decoding), block), torch.zeros(len(decoding), dtype=torch.int64)
+        confidence[:drafted] = proposal.confidence
+        limits[:drafted] = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding[:drafted]]))
+        cost = None
+        if self.step_cost is not None and self.scheduler.weighs_cost:
+            cost = self.step_cost.drafting_for(0 if self._worth.trying else drafted)
         # A step that reads prompts too is of any size and no graph's.
         buckets = self.runner.buckets if len(decoding) == len(self._running) else ()
-        lengths = self.scheduler.lengths(proposal.confidence, cost, self._mean_context(decoding), limits, buckets)  # type: ignore[arg-type]
-        return lengths.tolist()
+        return self.scheduler.lengths(confidence, cost, self._mean_context(decoding), limits, buckets).tolist()  # type: ignore[arg-type]
 
     @property
     def _cost_is_missing(self) -> bool:
         return self.step_cost is None and self.scheduler.weighs_cost and self.proposer.block_size > 0
-
-    def _learn_costs(
-        self, decoding: list[Sequence], chunks: list[Commit], tokens: int, draft: float, target: float
-    ) -> None:
-        """Keeps a running mean of what drafting adds to a round, and the step cost table true to the steps taken."""
-        assert self.step_cost is not None
-        old = self.step_cost.draft
-        self.step_cost.draft = draft if old == 0 else old + 0.05 * (draft - old)
-        if not chunks:  # reading prompts costs otherwise
-            self.step_cost.observe(tokens, self._mean_context(decoding), target)
 
     @staticmethod
     def _mean_context(decoding: list[Sequence]) -> int:
@@ -282,7 +295,8 @@ class Engine:
         logit_rows: list[int] = []
         verifying: list[tuple[Sequence, int]] = []
         chunks: list[Commit] = []
-        drafts = proposal.tokens.tolist() if proposal is not None else [[]] * len(decoding)
+        drafts: list[list[int]] = [] if proposal is None else proposal.tokens.tolist()
+        drafts += [[]] * (len(decoding) - len(drafts))
         for s, draft, length in zip(decoding, drafts, lengths, strict=True):
             first = len(tokens)
             segments.append(Segment(s.slot, s.computed, length + 1))
@@ -324,6 +338,7 @@ class Engine:
             result = step.result
             accepted, following, finite = (x.tolist() for x in (result.accepted, result.next_token, result.finite))
             now = time.perf_counter()
+            drafted = 0 if proposal is None else len(proposal.tokens)
             emitted: list[tuple[Sequence, list[int], str | None, list[TokenLogprob] | None]] = []
             for i, (s, first) in enumerate(verifying):
                 length = lengths[i] if i < len(lengths) else 0
@@ -334,11 +349,11 @@ class Engine:
                     )
                     emitted.append((s, [], "error", None))
                     continue
-                draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < len(lengths) else []
+                draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < drafted else []
                 if first >= 0:
                     commits.append(Commit(s, s.computed, slice(first, first + accepted[i] + 1), length, accepted[i]))
                     s.computed += accepted[i] + 1
-                    s.metrics.drafted += int(proposal.counts[i]) if proposal is not None else 0
+                    s.metrics.drafted += int(proposal.counts[i]) if proposal is not None and i < drafted else 0
                 try:
                     new, reason = self._take(s, [*draft, following[i]])
                     said = step.logprobs(i, new)
@@ -357,15 +372,16 @@ class Engine:
                     s.metrics.ttft = now - s.admitted
                 emitted.append((s, new, reason, said))
             self.proposer.commit(commits, taps)
-            if self.on_round is not None and proposal is not None and decoding:
-                n = len(decoding)
+            if proposal is not None and self._skips_drafts:
+                self._worth.observe(decoding[:drafted], proposal, lengths, accepted)
+            if self.on_round is not None and proposal is not None:
                 self.on_round(
                     RoundTrace(
-                        [s.request.id for s in decoding],
+                        [s.request.id for s in decoding[:drafted]],
                         None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
-                        torch.tensor(lengths),
-                        result.accepted[:n].cpu(),
-                        torch.tensor([len(new) for _, new, _, _ in emitted[:n]]),
+                        torch.tensor(lengths[:drafted]),
+                        result.accepted[:drafted].cpu(),
+                        torch.tensor([len(new) for _, new, _, _ in emitted[:drafted]]),
                     )
                 )
             for s, new, reason, said in emitted:

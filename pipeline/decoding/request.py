@@ -120,7 +120,8 @@ class RequestMetrics:
     scheduler sent to the target, `accepted` those that the target confirmed. Position 0 of the lists is the token
     right after the anchor; `offered[k]` counts rounds in which position k was verified after all before it were
     accepted, so `accepted_at[k] / offered[k]` is the conditional acceptance. Times are wall seconds; in a batch,
-    `draft_seconds` and `target_seconds` are those of the shared steps.
+    `draft_seconds` and `target_seconds` are those of the shared steps. `skipped` counts decoding steps without a
+    draft.
     """
 
     prompt_tokens: int = 0
@@ -129,6 +130,7 @@ class RequestMetrics:
     drafted: int = 0
     verified: int = 0
     accepted: int = 0
+    skipped: int = 0
     offered: list[int] = dataclasses.field(default_factory=list)
     accepted_at: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.artifact import SCHEMA_VERSION, digest_json, write_json
@@ -44,6 +45,7 @@ class StepCost:
         table: seconds[i][j] for tokens[i] at contexts[j]. It may fall in i: matrix products have sizes that they like.
         draft: seconds that drafting adds to a round (0: not measured), the same for every length.
         hardware: where it was measured.
+        drafting: seconds of drafting by the number of requests drafted for, and how often each was observed.
     """
 
     tokens: list[int]
@@ -51,6 +53,7 @@ class StepCost:
     table: list[list[float]]
     draft: float = 0.0
     hardware: str = dataclasses.field(default_factory=device_name)
+    drafting: dict[int, tuple[float, int]] = dataclasses.field(default_factory=dict)
 
     def seconds(self, tokens: int, context: int) -> float:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
@@ -70,10 +73,48 @@ class StepCost:
             for t, row in zip(self.tokens, self.table, strict=True):
                 row[column] *= 1 + rate * share * error * 2.0 ** -abs(math.log2(tokens / t))
 
+    def steps(self, tokens: np.ndarray, context: int) -> np.ndarray:
+        """Seconds of target steps, drafting apart, of float[N] (rising or not, not only whole) tokens."""
+        j, wj = _place(self.contexts, context, extrapolate=False)
+        right = min(j + 1, len(self.contexts) - 1)
+        column = np.array([row[j] * (1 - wj) + row[right] * wj for row in self.table])
+        out = np.interp(tokens, self.tokens, column)
+        if len(self.tokens) > 1:
+            slope = (column[-1] - column[-2]) / (self.tokens[-1] - self.tokens[-2])
+            out += slope * np.maximum(tokens - self.tokens[-1], 0)
+        return np.maximum(out, 1e-9)
+
+    def observe_draft(self, requests: int, seconds: float) -> None:
+        """Takes in what drafting for so many requests took. First use is dearer than what follows, so that the lesser
+        of the first two counts; after them a single one moves the mean by no more than a tenth."""
+        self.draft = seconds if self.draft == 0 else self.draft + 0.05 * (seconds - self.draft)
+        old, times = self.drafting.get(requests, (seconds, 0))
+        new = min(old, seconds) if times < 2 else old + 0.1 * min(seconds - old, old)
+        self.drafting[requests] = new, times + 1
+
+    def draft_seconds(self, requests: int) -> float:
+        """Seconds of drafting for so many requests: between two observed numbers by interpolation, as much as the
+        least observed below it, and in proportion above the largest; `draft` where nothing was observed."""
+        if requests == 0:
+            return 0.0
+        if not self.drafting:
+            return self.draft
+        known = sorted(self.drafting)
+        if requests > known[-1]:
+            return self.drafting[known[-1]][0] * requests / known[-1]
+        return float(np.interp(requests, known, [self.drafting[n][0] for n in known]))
+
+    def drafting_for(self, requests: int) -> StepCost:
+        """The same table (not a copy) with the draft's cost for so many requests."""
+        return dataclasses.replace(self, draft=self.draft_seconds(requests))
+
     def copy(self, draft: float | None = None) -> StepCost:
-        """A table that learns apart from this one."""
+        """A table that learns apart from this one; with a `draft` of its own, it knows of no others."""
         return dataclasses.replace(
-            self, table=[list(row) for row in self.table], draft=self.draft if draft is None else draft
+            self,
+            table=[list(row) for row in self.table],
+            draft=self.draft if draft is None else draft,
+            drafting=dict(self.drafting) if draft is None else {},
         )
 
     def _step(self, tokens: int, context: int) -> float:

@@ -17,8 +17,8 @@ class Verification:
     """Decides what the requests of a step emit.
 
     Args:
-        sequences: B requests; the first len(lengths) have a proposal, if there is one.
-        proposal: of those. lengths: how many of its tokens were verified, per request.
+        sequences: B requests; the first ones have a proposal, if there is one.
+        proposal: of those. lengths: how many of its tokens were verified, of at least those.
         logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
             bias or min-p are adjusted in place.
         rule: coupled or ratio.
@@ -42,12 +42,13 @@ class Verification:
         tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
         draft_logits = None
         if proposal is not None:
-            tokens[: len(lengths)] = proposal.tokens
+            drafted = len(proposal.tokens)
+            tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
                 shape = (len(sequences), block, proposal.logits.shape[-1])
                 # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
                 draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
-                draft_logits[: len(lengths)] = proposal.logits
+                draft_logits[:drafted] = proposal.logits
         self._adjust(logits, tokens)
         self.result = verify(
             logits,

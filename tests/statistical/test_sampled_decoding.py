@@ -17,7 +17,7 @@ import torch
 
 from draftline_kernels import transform
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, Request, StepCost, make_proposer
+from pipeline.decoding import Engine, Request, RequestMetrics, StepCost, make_proposer
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import make_draft
@@ -77,22 +77,35 @@ def draft(target: Target) -> DSparkDraft:
     return made
 
 
-def exact(target: Target, ask: tuple[float, int, float]) -> torch.Tensor:
-    """float64[5, 5, 5]: probability of each continuation, by transformers' own forward of every one of them."""
-    texts = list(itertools.product(TOKENS, repeat=LENGTH))
+def exact(target: Target, ask: tuple[float, int, float], length: int = LENGTH) -> torch.Tensor:
+    """float64[5 ** length]: probability of each continuation, by transformers' own forward of every one of them."""
+    texts = list(itertools.product(TOKENS, repeat=length))
     with torch.inference_mode():
         logits = target.model(torch.tensor([PROMPT + list(t) for t in texts])).logits[:, len(PROMPT) - 1 : -1]
-    n = torch.ones(len(texts) * LENGTH)
+    n = torch.ones(len(texts) * length)
     flat = transform(logits.flatten(0, 1), n * ask[0], (n * ask[1]).long(), n * ask[2])
-    p = flat.double().softmax(-1).view(len(texts), LENGTH, -1)
+    p = flat.double().softmax(-1).view(len(texts), length, -1)
     return p.gather(-1, torch.tensor(texts)[..., None]).squeeze(-1).prod(-1)
 
 
 def decode(
-    target: Target, draft: Draft, name: str, rule: str, scheduler: str, ask: tuple[float, int, float], **more: Any
+    target: Target,
+    draft: Draft,
+    name: str,
+    rule: str,
+    scheduler: str,
+    ask: tuple[float, int, float],
+    *,
+    length: int = LENGTH,
+    cost: StepCost | None = None,
+    metrics: list[RequestMetrics] | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, float]:
-    """Counts int64[125] of continuations over REQUESTS seeds, and the share of verified tokens accepted."""
-    cost = StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
+    """Counts int64[5 ** length] of continuations over REQUESTS seeds, and the share of verified tokens accepted.
+
+    metrics: where those of the requests go.
+    """
+    cost = cost or StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
     config = EngineConfig(
         max_requests=96,
         max_context=16,
@@ -110,7 +123,7 @@ def decode(
     done = engine.generate(
         Request(
             PROMPT,
-            max_new_tokens=LENGTH,
+            max_new_tokens=length,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -120,8 +133,10 @@ def decode(
         )
         for i in range(REQUESTS)
     )
-    place = {t: i for i, t in enumerate(itertools.product(TOKENS, repeat=LENGTH))}
+    place = {t: i for i, t in enumerate(itertools.product(TOKENS, repeat=length))}
     counts = torch.bincount(torch.tensor([place[tuple(d.token_ids)] for d in done]), minlength=len(place))
+    if metrics is not None:
+        metrics += [d.metrics for d in done]
     verified = sum(d.metrics.verified for d in done)
     return counts, sum(d.metrics.accepted for d in done) / max(verified, 1)
 
@@ -152,6 +167,29 @@ def test_continuations_follow_the_target(
     assert p_value(counts, wanted) > 1e-4
     if name in ("dspark", "eagle3"):
         assert 0.2 < accepted < 0.95, "both outcomes of a verification must occur"
+
+
+class KnownCost(StepCost):
+    """Costs that no measured second moves."""
+
+    def observe(self, *_: Any, **__: Any) -> None: ...
+
+    def observe_draft(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(("rule", "scheduler"), [("ratio", "asynchronous"), ("coupled", "global")])
+def test_skipping_drafts_keeps_the_distribution(target: Target, draft: DSparkDraft, rule: str, scheduler: str) -> None:
+    """Drafting that hardly pays: whom it is done for depends on what became of the earlier rounds of each text."""
+    length, wanted = 4, exact(target, ASKS["plain"], 4)
+    metrics: list[RequestMetrics] = []
+    cost = KnownCost([1, 512], [0], [[1.0], [2.0]], drafting={1: (0.003, 9), 96: (0.288, 9)})
+    counts, _ = decode(
+        target, draft, "dspark", rule, scheduler, ASKS["plain"], length=length, cost=cost, metrics=metrics
+    )
+    assert p_value(counts, wanted) > 1e-4
+    steps, skipped = (sum(x) for x in zip(*((m.target_steps, m.skipped) for m in metrics), strict=True))
+    assert 0.2 < skipped / steps < 0.8
+    assert sum(m.drafted > 0 and m.skipped > 0 for m in metrics) > 0.2 * len(metrics), "both in one text"
 
 
 PENALTIES: dict[str, Any] = {

@@ -1,0 +1,171 @@
+"""Whether drafting is worth what it costs: per request and for the whole batch, before anything is drafted.
+
+The prefix scheduler spends a block well once it is there; here the block itself is spared where it is not expected to
+pay: a text that the draft can't follow, or a step so full that tokens to verify are as dear as tokens to emit. With R
+requests in the step, t its cost and d(n) that of drafting for n of them, drafting pays if
+
+    max over S of (R + sum of a over S) / (t(R + |S|) + d(n))  >  R / t(R),
+
+where a comes from the confidences of each request's latest rounds, scaled by what verification made of them: a draft
+that is sure and wrong soon counts as one that is wrong. Their pooled search is the scheduler's own, a round on average.
+
+Skipped requests are tried again after 2, 4, 8, ... at most 64 rounds, all at once, as one more request in a draft's
+batch costs little. Everything decided here rests on earlier rounds, so that it is exact under both verification rules.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import weakref
+
+import numpy as np
+import torch
+
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.decoding.step_cost import StepCost
+
+WINDOW = 8
+"""Latest rounds of a request that its estimate rests on."""
+TRIALS = 4
+"""Rounds drafted before anything is skipped: first use costs more than what follows."""
+FIRST_PAUSE, LONGEST_PAUSE = 2, 64
+"""Rounds skipped before a new try: the first time, and at most. At 64, trying costs a hundredth or so of the time."""
+MARGIN = 1.01
+"""What drafting must promise: the best of many noisy estimates flatters itself."""
+_DOUBT = 4.0
+"""Tokens of prior evidence that confidences are right."""
+
+
+@dataclasses.dataclass
+class _Record:
+    """What is known of drafting for one text, or for all.
+
+    rounds: survival float64[K] of the latest rounds. predicted, accepted: fading sums over verified tokens.
+    idle: rounds since the last draft. pause: how many are skipped before the next try.
+    """
+
+    rounds: collections.deque[np.ndarray]
+    predicted: float = 0.0
+    accepted: float = 0.0
+    idle: int = 0
+    pause: int = FIRST_PAUSE
+
+    def add(self, survival: np.ndarray, verified: int, accepted: int, memory: float) -> None:
+        self.rounds.append(survival)
+        self.predicted = memory * self.predicted + float(survival[:verified].sum())
+        self.accepted = memory * self.accepted + accepted
+
+    def reliability(self, prior: float) -> float:
+        """Accepted per predicted token, `prior` where nothing is known."""
+        return min((self.accepted + _DOUBT * prior) / (self.predicted + _DOUBT), 2.0)
+
+    def lengthen_pause(self) -> None:
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def retry(self) -> None:
+        """Before a new try: what it finds shall count more than what led to the pause."""
+        self.lengthen_pause()
+        while len(self.rounds) > 2:
+            self.rounds.popleft()
+        self.predicted, self.accepted = self.predicted / 2, self.accepted / 2
+
+
+class DraftWorth:
+    """Chooses whom to draft for, from the rounds so far. One object per draft and schedule.
+
+    Attributes:
+        trying: the last choice drafts to learn, not to gain. Its draft is spent whatever is verified, and the rounds to
+            come are plain: lengths are then to be chosen as if it had cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self.trying = False
+        self._records: weakref.WeakKeyDictionary[Sequence, _Record] = weakref.WeakKeyDictionary()
+        # Of all texts: what a new one starts from, and the pauses of the whole batch.
+        self._all = _Record(collections.deque(maxlen=4 * WINDOW))
+        self._tried = 0
+
+    def choose(self, sequences: list[Sequence], cost: StepCost, context: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Splits requests into those to draft for now and those to decode plainly (`context`: their mean length)."""
+        able = [s for s in sequences if s.draft_limit > 0]
+        records = [self._record(s) for s in able]
+        self.trying = False
+        if self._tried < TRIALS:
+            chosen = set(range(len(able)))
+        else:
+            chosen = self._paying(able, records, len(sequences), cost, context) if able else set()
+            self._try_again(chosen, records)
+        for i, record in enumerate(records):
+            record.idle = 0 if i in chosen else record.idle + 1
+        drafted = [able[i] for i in sorted(chosen)]
+        taken = set(map(id, drafted))
+        return drafted, [s for s in sequences if id(s) not in taken]
+
+    def observe(self, sequences: list[Sequence], proposal: Proposal, verified: list[int], accepted: list[int]) -> None:
+        """Learns from a round: its proposal, whose requests come first in `verified` and `accepted` tokens."""
+        self._tried += 1
+        there = torch.arange(proposal.tokens.shape[1]) < proposal.counts[:, None]
+        survival = (proposal.confidence.cpu().double() * there).cumprod(1).numpy()
+        for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
+            self._record(s).add(row, length, kept, 0.8)
+            self._all.add(row, length, kept, 0.98)
+
+    def _record(self, sequence: Sequence) -> _Record:
+        return self._records.setdefault(sequence, _Record(collections.deque(maxlen=WINDOW)))
+
+    def _try_again(self, chosen: set[int], records: list[_Record]) -> None:
+        """Adds to `chosen` whoever has paused long enough."""
+        if chosen:
+            self._all.idle, self._all.pause = 0, max(self._all.pause // 2, FIRST_PAUSE)
+            for i, record in enumerate(records):
+                if i in chosen:
+                    record.pause = FIRST_PAUSE
+                elif record.idle >= record.pause:
+                    record.retry()
+                    chosen.add(i)
+        elif self._all.idle >= self._all.pause:
+            self.trying = True
+            self._all.idle = 0
+            self._all.lengthen_pause()
+            for record in records:
+                record.retry()
+            chosen.update(range(len(records)))
+        else:
+            self._all.idle += 1
+
+    def _paying(
+        self, able: list[Sequence], records: list[_Record], requests: int, cost: StepCost, context: int
+    ) -> set[int]:
+        """Indices of those that drafting is expected to pay for, the best of them first come."""
+        prior = self._all.reliability(1.0)
+        values: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        gains: list[float] = []
+        for s, record in zip(able, records, strict=True):
+            rounds = list(record.rounds)
+            if len(rounds) < TRIALS:
+                rounds += list(self._all.rounds)[len(rounds) - TRIALS :]
+            survival = np.stack(rounds)[:, : s.draft_limit] * record.reliability(prior)
+            np.minimum(survival, 1.0, out=survival)
+            values.append(survival.ravel())
+            weights.append(np.full(survival.size, 1 / len(rounds)))
+            gains.append(float(survival.sum()) / len(rounds))
+        rank = np.empty(len(able), dtype=np.int64)
+        best_first = sorted(range(len(able)), key=lambda i: -gains[i])
+        rank[best_first] = np.arange(len(able))
+        owner = np.repeat(rank, [v.size for v in values])
+        value, weight = np.concatenate(values), np.concatenate(weights)
+        order = np.argsort(-value, kind="stable")
+        owner, value, weight = owner[order], value[order], weight[order]
+        best, best_rate = 0, MARGIN * requests / float(cost.steps(np.array([requests]), context)[0])
+        n = len(able)
+        for d in sorted({*range(1, min(n, 8) + 1), n // 4, n // 2, 3 * n // 4, n} - {0}):
+            mine = owner < d
+            emitted = requests + np.cumsum(value[mine] * weight[mine])
+            tokens = requests + np.cumsum(weight[mine])
+            rate = float((emitted / (cost.steps(tokens, context) + cost.draft_seconds(d))).max())
+            if rate > best_rate:
+                best, best_rate = d, rate
+        return set(best_first[:best])

@@ -1,0 +1,216 @@
+"""Drafting is skipped where it does not pay, comes back where it does, and changes no text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import EngineConfig
+from pipeline.decoding import Engine, Request, StepCost
+from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.decoding.scheduler import make_scheduler
+from pipeline.decoding.worth import LONGEST_PAUSE, TRIALS, DraftWorth
+from pipeline.target import Target
+from tests.decoding.test_engine import prompt_ids
+from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+
+BLOCK = 4
+
+
+class KnownCost(StepCost):
+    """Costs that no measured second moves, so that what is decided does not depend on the machine."""
+
+    def observe(self, *_: Any, **__: Any) -> None: ...
+
+    def observe_draft(self, *_: Any) -> None: ...
+
+
+IDLE = KnownCost([1, 8, 64], [0], [[1.0], [1.05], [1.4]], draft=0.3)
+"""Tokens to verify are nearly free, as at batch 1."""
+FULL = KnownCost([1, 64], [0], [[0.02], [1.28]], draft=0.1)
+"""Every token costs as much as any, as on a saturated GPU."""
+
+
+def sequences(count: int, prompt: int = 5) -> list[Sequence]:
+    return [Sequence(Request([1] * prompt, max_new_tokens=10**6), frozenset(), [1] * prompt) for _ in range(count)]
+
+
+def simulate(
+    rounds: int, requests: int, cost: StepCost, acceptance: Callable[[int, int], float], confidence: float = 0.7
+) -> tuple[list[list[int]], float]:
+    """Decodes in a simulated clock. acceptance: of any token, by (round, request).
+
+    Returns (requests drafted for, by round; tokens per second over plain decoding's).
+    """
+    worth, everyone, chance = DraftWorth(), sequences(requests), random.Random(0)
+    scheduler, emitted, seconds, drafted = make_scheduler("global"), 0, 0.0, []
+    for i in range(rounds):
+        chosen, plain = worth.choose(everyone, cost, 0)
+        assert sorted(map(id, chosen + plain)) == sorted(map(id, everyone))
+        drafted.append([everyone.index(s) for s in chosen])
+        n = len(chosen)
+        table = torch.full((requests, BLOCK), confidence)
+        limits = torch.tensor([BLOCK] * n + [0] * (requests - n))
+        lengths = scheduler.lengths(table, cost.drafting_for(0 if worth.trying else n), 0, limits).tolist()
+        accepted = []
+        for b, length in zip(drafted[-1], lengths[:n], strict=True):
+            kept = 0
+            while kept < length and chance.random() < acceptance(i, b):
+                kept += 1
+            accepted.append(kept)
+        emitted += requests + sum(accepted)
+        seconds += cost.seconds(requests + sum(lengths), 0) - cost.draft + (cost.draft if n else 0)
+        if n:
+            worth.observe(
+                chosen,
+                Proposal(torch.zeros(n, BLOCK, dtype=torch.int64), torch.full((n,), BLOCK), table[:n]),
+                lengths,
+                accepted,
+            )
+    plain_rate = requests / (cost.seconds(requests, 0) - cost.draft)
+    return drafted, emitted / seconds / plain_rate
+
+
+def test_a_draft_that_pays_is_never_skipped() -> None:
+    drafted, gain = simulate(200, 2, IDLE, lambda *_: 0.8, confidence=0.8)
+    assert all(len(d) == 2 for d in drafted)
+    assert gain > 1.5
+
+
+def test_a_draft_that_is_sure_and_wrong_is_given_up() -> None:
+    """Its confidences promise what verification does not keep. Tries get rarer, and cost less than a fiftieth."""
+    drafted, gain = simulate(2000, 2, IDLE, lambda *_: 0.0, confidence=0.95)
+    calls = [i for i, d in enumerate(drafted) if d]
+    assert calls[:TRIALS] == list(range(TRIALS))
+    pauses = [b - a for a, b in zip(calls, calls[1:], strict=False)]
+    assert pauses[-1] == LONGEST_PAUSE + 1 and max(pauses) == LONGEST_PAUSE + 1
+    assert sum(i > 200 for i in calls) <= 1800 / LONGEST_PAUSE + 1
+    assert gain > 0.98
+
+
+@pytest.mark.parametrize("requests", [8, 32, 64])
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.7])
+def test_under_load_speculation_is_not_below_plain_decoding(requests: int, acceptance: float) -> None:
+    drafted, gain = simulate(1000, requests, FULL, lambda *_: acceptance)
+    assert sum(map(bool, drafted)) < 30
+    assert gain > 0.98
+
+
+def test_a_draft_that_becomes_good_is_found_again() -> None:
+    drafted, _ = simulate(1200, 1, IDLE, lambda i, _: 0.9 if i >= 500 else 0.0, confidence=0.9)
+    assert sum(map(bool, drafted[300:500])) < 10
+    again = next(i for i in range(500, 1200) if all(drafted[i : i + 50]))
+    assert again < 500 + 4 * LONGEST_PAUSE
+    assert sum(map(bool, drafted[again:])) > 0.95 * (1200 - again)
+
+
+def test_it_is_decided_request_by_request() -> None:
+    cost = KnownCost([1, 64], [0], [[1.0], [4.0]], drafting={n: (0.15 * n, 9) for n in (1, 2, 4, 8)})
+    good = {0, 3}
+    drafted, _ = simulate(600, 6, cost, lambda _, b: 0.9 if b in good else 0.0, confidence=0.9)
+    late = drafted[100:]
+    assert sum(good <= set(d) for d in late) > 0.9 * len(late)
+    assert sum(len(set(d) - good) for d in late) < 0.1 * 4 * len(late)
+
+
+def test_a_text_at_its_end_is_not_drafted_for() -> None:
+    worth = DraftWorth()
+    two = sequences(2)
+    two[0].request.max_new_tokens = 1
+    two[1].request.max_draft = 3
+    assert worth.choose(two, IDLE, 0) == ([two[1]], [two[0]])
+
+
+def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
+    cost = StepCost([1, 8], [0], [[1.0], [2.0]])
+    assert cost.draft_seconds(3) == 0.0
+    for n, seconds in ((2, 9.0), (2, 0.2), (2, 0.2), (4, 0.3), (4, 0.3)):
+        cost.observe_draft(n, seconds)
+    assert [cost.draft_seconds(n) for n in (1, 2, 3, 4, 8)] == pytest.approx([0.2, 0.2, 0.25, 0.3, 0.6])
+    cost.observe_draft(2, 50.0)
+    assert cost.draft_seconds(2) <= 0.2 * 1.1 + 1e-9, "one hiccup hardly counts"
+    assert cost.drafting_for(4).seconds(1, 0) == pytest.approx(1.3)
+    assert cost.copy(draft=0.5).draft_seconds(4) == 0.5
+
+
+class Oracle:
+    """Proposes each text's own continuation, or anything else; counts what it is asked."""
+
+    name, block_size = "oracle", BLOCK
+
+    def __init__(self, texts: list[list[int]], prompts: list[list[int]], right: Callable[[int], bool]) -> None:
+        self.layer_ids: list[int] = []
+        self.known = {tuple(p): t for p, t in zip(prompts, texts, strict=True)}
+        self.right = right
+        self.calls: list[int] = []
+        self.committed: dict[str, int] = {}
+
+    def admit(self, sequence: Sequence) -> None:
+        self.committed[sequence.request.id] = 0
+
+    def propose(self, sequences: list[Sequence]) -> Proposal:
+        self.calls.append(len(sequences))
+        blocks = []
+        for s in sequences:
+            at = len(s.output)
+            block = (self.known[tuple(s.request.prompt_ids)][at : at + BLOCK] + [0] * BLOCK)[:BLOCK]
+            blocks.append(block if self.right(at) else [t + 1 for t in block])
+        n = len(sequences)
+        return Proposal(torch.tensor(blocks), torch.full((n,), BLOCK), torch.full((n, BLOCK), 0.95))
+
+    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+        for c in commits:
+            assert c.start == self.committed[c.sequence.request.id], "a position was left out"
+            self.committed[c.sequence.request.id] += c.rows.stop - c.rows.start
+
+    def release(self, sequence: Sequence) -> None: ...
+
+
+def decode(target: Target, proposer: Any, rule: str = "coupled", **more: Any) -> tuple[list[list[int]], list[Any]]:
+    config = EngineConfig(max_requests=2, max_context=512, threads=1, rule=rule, **more)
+    engine = Engine(target, config, proposer, step_cost=IDLE.copy())
+    done = engine.generate([Request(p, max_new_tokens=151, ignore_eos=True) for p in prompt_ids(target)[:3]])
+    return [d.token_ids for d in done], [d.metrics for d in done]
+
+
+@pytest.fixture
+def plainly(tiny: Target) -> list[list[int]]:  # noqa: F811
+    return decode(tiny, None)[0]
+
+
+@pytest.mark.parametrize(("rule", "scheduler"), [("coupled", "global"), ("ratio", "asynchronous")])
+def test_a_bad_draft_is_asked_less_and_less(
+    tiny: Target,  # noqa: F811
+    plainly: list[list[int]],
+    rule: str,
+    scheduler: str,
+) -> None:
+    proposer = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: False)
+    texts, metrics = decode(tiny, proposer, rule, scheduler=scheduler)
+    assert texts == plainly
+    steps = sum(m.target_steps for m in metrics)
+    assert len(proposer.calls) < 0.15 * steps
+    assert sum(m.skipped for m in metrics) == steps - sum(proposer.calls)
+    always = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: False)
+    assert decode(tiny, always, rule, scheduler=scheduler, skip_drafts=False)[0] == plainly
+    assert sum(always.calls) == steps
+
+
+def test_a_good_draft_is_always_asked(tiny: Target, plainly: list[list[int]]) -> None:  # noqa: F811
+    proposer = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: True)
+    texts, metrics = decode(tiny, proposer)
+    assert texts == plainly
+    assert [m.skipped for m in metrics] == [0, 0, 0]
+    assert [m.tau for m in metrics] == [5.0] * 3
+
+
+def test_a_draft_is_asked_again_where_it_knows_the_text(tiny: Target, plainly: list[list[int]]) -> None:  # noqa: F811
+    proposer = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: at > 50)
+    texts, metrics = decode(tiny, proposer)
+    assert texts == plainly
+    assert all(m.skipped > 10 and m.accepted > 40 for m in metrics)
