@@ -157,11 +157,11 @@ class DraftWorth:
         rank[best_first] = np.arange(len(able))
         owner = np.repeat(rank, [v.size for v in values])
         value, weight = np.concatenate(values), np.concatenate(weights)
-        order = np.argsort(-value, kind="stable")
+        order = np.argsort(-value)
         owner, value, weight = owner[order], value[order], weight[order]
         best, best_rate = 0, MARGIN * requests / float(cost.steps(np.array([requests]), context)[0])
         n = len(able)
-        for d in sorted({*range(1, min(n, 8) + 1), n // 4, n // 2, 3 * n // 4, n} - {0}):
+        for d in range(1, n + 1) if n <= 8 else (n // 4, n // 2, 3 * n // 4, n):
             mine = owner < d
             emitted = requests + np.cumsum(value[mine] * weight[mine])
             tokens = requests + np.cumsum(weight[mine])
