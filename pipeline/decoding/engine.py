@@ -225,12 +225,12 @@ class Engine:
         self.runner.wait()
         ended = time.perf_counter()
         if decoding and self.proposer.block_size and self.step_cost is not None:
-            if drafting:
+            if proposal is not None:
                 self.step_cost.observe_draft(len(drafting), drafted - began)
             if not chunks:  # reading prompts costs otherwise
                 self.step_cost.observe(len(tokens), self._mean_context(decoding), ended - drafted)
         for s in plain:
-            s.metrics.skipped += 1
+            s.metrics.skipped += self.proposer.block_size > 0
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += ended - drafted

@@ -1,0 +1,200 @@
+"""Speculation under load: tokens per second at 1 to 64 concurrent requests, plain, n-gram and with a draft.
+
+python benchmarks/load.py --draft outputs/demo/calibrated --passes 6 --json load.json --plot load.svg
+
+Every arm decodes the same prompts (chat, math and code in turn) in one process, pass by pass, the order of arms
+rotating. A pass keeps so many requests in flight and counts tokens and seconds while all places are taken, prompts
+included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap interval over passes.
+`draft fixed` verifies whole blocks whatever they cost; `draft` is scheduled, and drafts only where it is expected to
+pay. `mean l`, `accepted` (tokens) and `skipped` are per request and step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+from served import add_arguments, load, load_drafts, mixed_prompts, settings
+
+from pipeline.artifact import write_json
+from pipeline.config import EngineConfig
+from pipeline.decoding import Engine, Request, StepCost, make_proposer
+from pipeline.evaluation.benchmark import Arm, Proposers, proposers
+from pipeline.evaluation.metrics import rounded, totals
+
+ARMS = (Arm("none", "none"), Arm("ngram", "ngram"), Arm("draft fixed", "draft", "fixed"), Arm("draft", "draft"))
+
+
+@dataclasses.dataclass
+class Pass:
+    """What one pass of an arm did while all its places were taken. per_user: tokens/s of each finished request."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    per_user: list[float] = dataclasses.field(default_factory=list)
+    rounds: int = 0
+    skipped: int = 0
+    verified: int = 0
+    accepted: int = 0
+
+
+def drive(engine: Engine, requests: list[Request], users: int) -> Pass:
+    """Decodes requests, `users` at a time, each followed by the next."""
+    waiting, flying, out = list(reversed(requests)), 0, Pass()
+    began, full = time.perf_counter(), True
+    while waiting or engine.has_work:
+        while waiting and flying < users:
+            engine.submit(waiting.pop())
+            flying += 1
+        for event in engine.step():
+            if full:
+                out.tokens += len(event.token_ids)
+            if event.finished is None:
+                continue
+            flying -= 1
+            m = event.finished.metrics
+            if event.finished.error:
+                raise SystemExit(event.finished.error)
+            if m.decoded:
+                out.per_user.append(m.decoded / m.decode_seconds)
+            out.rounds += m.target_steps
+            out.skipped += m.skipped
+            out.verified += m.verified
+            out.accepted += m.accepted
+        if full and not waiting and flying < users:
+            full, out.seconds = False, time.perf_counter() - began
+    return out
+
+
+def measure(
+    engine: Engine, arms: list[Arm], made: Proposers, levels: list[int], args: argparse.Namespace
+) -> dict[int, dict[str, list[Pass]]]:
+    """Passes by level and arm."""
+    shared = engine.step_cost or engine.profile()
+    done: dict[int, dict[str, list[Pass]]] = {}
+    prompts = mixed_prompts(engine.target, args.passes * max(levels) * args.requests_per_user, args.seed)
+
+    def one(arm: Arm, cost: StepCost, users: int, texts: list[list[int]], tokens: int) -> Pass:
+        engine.step_cost = cost
+        engine.set_proposer(made[arm.key])
+        engine.set_schedule(arm.scheduler, rule=arm.rule)
+        asked = [Request(p, tokens, temperature=args.temperature, seed=i) for i, p in enumerate(texts)]
+        return drive(engine, asked, users)
+
+    for users in levels:
+        size = users * args.requests_per_user
+        costs = {}
+        for arm in arms:
+            # What first use costs is no part of what drafting costs: the second of two warm passes is learned from.
+            for _ in range(2):
+                learned = shared.copy(draft=0.0)
+                one(arm, learned, users, prompts[:users], min(12, args.max_new_tokens))
+            costs[arm.name] = dataclasses.replace(shared.copy(), draft=learned.draft, drafting=learned.drafting)
+        done[users] = {a.name: [] for a in arms}
+        for i in range(args.passes):
+            texts = prompts[i * size : (i + 1) * size]
+            turn = i % len(arms)
+            for arm in (*arms[turn:], *arms[:turn]):
+                done[users][arm.name].append(one(arm, costs[arm.name], users, texts, args.max_new_tokens))
+        print(f"{users} concurrent: {args.passes} passes of {size} requests done", flush=True)
+    return done
+
+
+def summarise(passes: list[Pass], base: list[Pass], args: argparse.Namespace) -> dict[str, float]:
+    """An arm's numbers at one level."""
+    rounds = sum(p.rounds for p in passes)
+    columns = [[getattr(p, k) for p in ps] for ps in (passes, base) for k in ("tokens", "seconds")]
+    return {
+        "tokens_per_second": sum(p.tokens for p in passes) / sum(p.seconds for p in passes),
+        "per_user": float(np.median([r for p in passes for r in p.per_user])),
+        **totals(*columns, args.bootstrap, args.seed),
+        "mean_length": sum(p.verified for p in passes) / max(rounds, 1),
+        "accepted": sum(p.accepted for p in passes) / max(rounds, 1),
+        "skipped": sum(p.skipped for p in passes) / max(rounds, 1),
+    }
+
+
+def plot(results: dict[str, dict[str, dict[str, float]]], file: Any) -> None:
+    """Throughput against per-user speed, and the mean verified length against load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    levels = [int(n) for n in results]
+    for arm in next(iter(results.values())):
+        rows = [of[arm] for of in results.values()]
+        left.plot([r["per_user"] for r in rows], [r["tokens_per_second"] for r in rows], "o-", label=arm)
+        if arm != "none":
+            right.plot(levels, [r["mean_length"] for r in rows], "o-", label=arm)
+    left.set(xlabel="tokens/s of a user (median)", ylabel="tokens/s of all")
+    right.set(xlabel="concurrent requests", ylabel="draft tokens verified per request and step", xscale="log")
+    right.set_xticks(levels, [str(n) for n in levels])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--levels", default="1,2,4,8,16", help="concurrent requests")
+    parser.add_argument("--more", action="store_true", help="32 and 64 too")
+    parser.add_argument("--passes", type=int, default=6)
+    parser.add_argument("--requests-per-user", type=int, default=2, help="requests of a pass, by concurrent ones")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--arms", default=",".join(a.name for a in ARMS), help="none is always among them")
+    parser.add_argument("--plot", help="FILE.png or FILE.svg; wants matplotlib")
+    args = parser.parse_args()
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--plot wants matplotlib, which is not in this environment; --json keeps the numbers.")
+    wanted = {"none", *(a.strip() for a in args.arms.split(","))}
+    unknown = wanted - {a.name for a in ARMS}
+    if unknown:
+        parser.error(f"--arms: {', '.join(sorted(unknown))} is not one of {', '.join(a.name for a in ARMS)}.")
+    levels = sorted({int(n) for n in args.levels.split(",")} | ({32, 64} if args.more else set()))
+    target = load(args)
+    drafts = load_drafts(args, target)
+    arms = [a for a in ARMS if a.name in wanted and (a.proposer != "draft" or drafts)]
+    prompts = mixed_prompts(target, max(levels), args.seed)
+    room = 2 * max(map(len, prompts)) + args.max_new_tokens + 64
+    config = EngineConfig(
+        max_requests=max(levels), max_context=max(512, room), max_queue=2 * max(levels), threads=args.threads
+    )
+    made = proposers(arms, drafts, config) if drafts else {a.key: make_proposer(a.proposer) for a in arms}
+    engine = Engine(target, config)
+    done = measure(engine, arms, made, levels, args)
+    results = {
+        str(users): {name: summarise(passes, of["none"], args) for name, passes in of.items()}
+        for users, of in done.items()
+    }
+    print(
+        f"\n{'users':>5}  {'arm':<12}{'tokens/s':>10}{'per user':>10}{'over plain':>12}{'95 %':>18}{'mean l':>8}"
+        f"{'accepted':>10}{'skipped':>9}"
+    )
+    for users, of in results.items():
+        for name, r in of.items():
+            interval = f"[{r['totals_low']:.3f}, {r['totals_high']:.3f}]"
+            print(
+                f"{users:>5}  {name:<12}{r['tokens_per_second']:>10.1f}{r['per_user']:>10.1f}{r['totals']:>12.3f}"
+                f"{interval:>18}{r['mean_length']:>8.2f}{r['accepted']:>10.2f}{r['skipped']:>9.2f}"
+            )
+    hardware = (engine.step_cost or engine.profile()).hardware
+    if args.json:
+        write_json(args.json, rounded({"settings": settings(args), "hardware": hardware, "results": results}))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
