@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -85,6 +86,9 @@ class Engine:
         self.runner = TargetRunner(
             target, config.max_requests, config.max_context, self.proposer.layer_ids, pack=config.prepack
         )
+        # Kept by draft: arms of a comparison that take turns stay in what they learned, as they would when served.
+        self._worths: weakref.WeakKeyDictionary[Proposer, DraftWorth] = weakref.WeakKeyDictionary()
+        self._worth = self._worths.setdefault(self.proposer, DraftWorth())
         self._slots = SlotPool(config.max_requests)
         self._queue: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
@@ -107,7 +111,6 @@ class Engine:
             raise DraftlineError("The schedule can't be changed while requests run; finish or cancel them first.")
         self.scheduler: PrefixScheduler = made
         self.rule = rule
-        self._worth = DraftWorth()
 
     def set_proposer(self, proposer: Proposer) -> None:
         """Changes the draft, and with it the layers tapped, while no request runs (else DraftlineError)."""
@@ -115,7 +118,7 @@ class Engine:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
         self.runner.layer_ids = list(proposer.layer_ids)
         self.proposer = proposer
-        self._worth = DraftWorth()
+        self._worth = self._worths.setdefault(proposer, DraftWorth())
 
     def profile(self) -> StepCost:
         """The step cost table of the file `config.step_cost` where it fits; else it is measured and kept there.

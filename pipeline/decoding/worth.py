@@ -28,8 +28,8 @@ from pipeline.decoding.step_cost import StepCost
 
 WINDOW = 8
 """Latest rounds of a request that its estimate rests on."""
-TRIALS = 4
-"""Rounds drafted before anything is skipped: first use costs more than what follows."""
+TRIALS, BLOCKS = 2, 4
+"""Rounds, and blocks in them, drafted before anything is skipped: first use costs more than what follows."""
 FIRST_PAUSE, LONGEST_PAUSE = 2, 64
 """Rounds skipped before a new try: the first time, and at most. At 64, trying costs a hundredth or so of the time."""
 MARGIN = 1.01
@@ -73,7 +73,7 @@ class _Record:
 
 
 class DraftWorth:
-    """Chooses whom to draft for, from the rounds so far. One object per draft and schedule.
+    """Chooses whom to draft for, from the rounds so far. One object per draft.
 
     Attributes:
         trying: the last choice drafts to learn, not to gain. Its draft is spent whatever is verified, and the rounds to
@@ -92,7 +92,7 @@ class DraftWorth:
         able = [s for s in sequences if s.draft_limit > 0]
         records = [self._record(s) for s in able]
         self.trying = False
-        if self._tried < TRIALS:
+        if self._tried < TRIALS or len(self._all.rounds) < BLOCKS:
             chosen = set(range(len(able)))
         else:
             chosen = self._paying(able, records, len(sequences), cost, context) if able else set()
@@ -145,8 +145,8 @@ class DraftWorth:
         gains: list[float] = []
         for s, record in zip(able, records, strict=True):
             rounds = list(record.rounds)
-            if len(rounds) < TRIALS:
-                rounds += list(self._all.rounds)[len(rounds) - TRIALS :]
+            if len(rounds) < BLOCKS:
+                rounds += list(self._all.rounds)[len(rounds) - BLOCKS :]
             survival = np.stack(rounds)[:, : s.draft_limit] * record.reliability(prior)
             np.minimum(survival, 1.0, out=survival)
             values.append(survival.ravel())

@@ -14,7 +14,7 @@ from pipeline.decoding import Engine, Request, StepCost
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
-from pipeline.decoding.worth import LONGEST_PAUSE, TRIALS, DraftWorth
+from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
 from pipeline.target import Target
 from tests.decoding.test_engine import prompt_ids
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
@@ -86,7 +86,7 @@ def test_a_draft_that_is_sure_and_wrong_is_given_up() -> None:
     """Its confidences promise what verification does not keep. Tries get rarer, and cost less than a fiftieth."""
     drafted, gain = simulate(2000, 2, IDLE, lambda *_: 0.0, confidence=0.95)
     calls = [i for i, d in enumerate(drafted) if d]
-    assert calls[:TRIALS] == list(range(TRIALS))
+    assert calls[:2] == [0, 1]
     pauses = [b - a for a, b in zip(calls, calls[1:], strict=False)]
     assert pauses[-1] == LONGEST_PAUSE + 1 and max(pauses) == LONGEST_PAUSE + 1
     assert sum(i > 200 for i in calls) <= 1800 / LONGEST_PAUSE + 1
