@@ -85,7 +85,8 @@ class DSparkProposer:
             rows += range(c.rows.start, c.rows.stop)
             positions += range(c.start, c.start + count)
             slots += [slot] * count
-        whole = len(rows) == taps.shape[0]
+        # As many rows need not be the same order: prompt chunks come last in a step and first among its commits.
+        whole = rows == list(range(taps.shape[0]))
         chosen = taps if whole else taps[torch.tensor(rows, device=taps.device)]
         at = torch.tensor(positions, device=self.device)
         where = torch.tensor(slots, device=self.device)
