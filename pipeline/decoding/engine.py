@@ -22,6 +22,7 @@ import torch
 from pipeline.config import EngineConfig
 from pipeline.decoding.attention import Segment
 from pipeline.decoding.cache import SlotPool
+from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, TokenLogprob
@@ -89,6 +90,7 @@ class Engine:
         # Kept by draft: arms of a comparison that take turns stay in what they learned, as they would when served.
         self._worths: weakref.WeakKeyDictionary[Proposer, DraftWorth] = weakref.WeakKeyDictionary()
         self._worth = self._worths.setdefault(self.proposer, DraftWorth())
+        self._held = HeldCommits()
         self._slots = SlotPool(config.max_requests)
         self._queue: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
@@ -218,6 +220,8 @@ class Engine:
             return events
         drafting, plain = self._whom_to_draft_for([s for s in self._running if s.prefilled])
         decoding = drafting + plain
+        if drafting:
+            self._held.hand_over(self.proposer)
         began = time.perf_counter()
         proposal = self.proposer.propose(drafting) if drafting else None
         lengths = self._schedule(decoding, proposal)
@@ -374,7 +378,7 @@ class Engine:
                 else:
                     s.metrics.ttft = now - s.admitted
                 emitted.append((s, new, reason, said))
-            self.proposer.commit(commits, taps)
+            self._commit(commits, taps, hold=proposal is None)
             if proposal is not None and self._skips_drafts:
                 self._worth.observe(decoding[:drafted], proposal, lengths, accepted)
             if self.on_round is not None and proposal is not None:
@@ -393,8 +397,14 @@ class Engine:
                 else:
                     events.append(StepEvent(s.request.id, new, logprobs=said))
         else:
-            self.proposer.commit(commits, taps)
+            self._commit(commits, taps, hold=proposal is None)
         return events
+
+    def _commit(self, commits: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
+        if hold and self._skips_drafts:
+            self._held.add(commits, taps, self.proposer)
+        else:
+            self.proposer.commit(commits, taps)
 
     def _take(self, s: Sequence, new: list[int]) -> tuple[list[int], str | None]:
         """Appends tokens up to the first stop; returns those taken and why the request ends, if it does."""
@@ -416,6 +426,7 @@ class Engine:
         self, s: Sequence, new: list[int], reason: str, logprobs: list[TokenLogprob] | None = None
     ) -> StepEvent:
         if s.slot >= 0:
+            self._held.drop(s)
             self.proposer.release(s)
             if reason in ("error", "cancelled"):
                 self.runner.cache.clear(s.slot)

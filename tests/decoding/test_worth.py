@@ -11,12 +11,13 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request, StepCost
+from pipeline.decoding.held import MOST_ROWS, HeldCommits
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
 from pipeline.target import Target
-from tests.decoding.test_engine import prompt_ids
+from tests.decoding.test_engine import prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 BLOCK = 4
@@ -136,6 +137,74 @@ def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
     assert cost.draft_seconds(2) <= 0.2 * 1.1 + 1e-9, "one hiccup hardly counts"
     assert cost.drafting_for(4).seconds(1, 0) == pytest.approx(1.3)
     assert cost.copy(draft=0.5).draft_seconds(4) == 0.5
+
+
+@pytest.mark.parametrize("name", ["ngram", "dspark", "dflash", "eagle3"])
+def test_a_draft_knows_what_was_held_back(
+    tiny: Target,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Its blocks are those of a draft that was told of every step at once; requests come and go in between."""
+
+    class Sometimes(DraftWorth):
+        def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
+            now = all(len(s.output) % 9 == 0 or len(s.output) > 30 for s in sequences)
+            return (sequences, []) if now else ([], sequences)
+
+    def blocks() -> tuple[list[Any], int]:
+        engine = Engine(tiny, EngineConfig(max_requests=3, max_context=512, threads=1), step_cost=IDLE.copy())
+        proposer = proposer_for(tiny, name)
+        engine.set_proposer(proposer)
+        engine._worth = Sometimes()
+        seen: list[Any] = []
+        calls = 0
+        propose, commit = proposer.propose, proposer.commit
+
+        def spy(sequences: list[Sequence]) -> Proposal:
+            made: Proposal = propose(sequences)
+            seen.append((made.tokens.tolist(), pytest.approx(made.confidence.flatten().tolist(), abs=1e-4)))
+            return made
+
+        def count(*args: Any) -> None:
+            nonlocal calls
+            calls += 1
+            commit(*args)
+
+        monkeypatch.setattr(proposer, "propose", spy)
+        monkeypatch.setattr(proposer, "commit", count)
+        engine.generate([Request(p, 20 + 8 * i, ignore_eos=True) for i, p in enumerate(prompt_ids(tiny))])
+        return seen, calls
+
+    held, fewer = blocks()
+    monkeypatch.setattr(HeldCommits, "add", lambda self, commits, taps, proposer: proposer.commit(commits, taps))
+    at_once, more = blocks()
+    assert len(held) > 3 and held == [(t, c.expected) for t, c in at_once]
+    assert fewer < 0.7 * more
+
+
+def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.calls: list[tuple[list[Commit], torch.Tensor | None]] = []
+
+        def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+            self.calls.append((commits, taps))
+
+    held, told, (a, b) = HeldCommits(), Told(), sequences(2)
+    for i in range(3):
+        taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
+        held.add([Commit(a, i, slice(0, 1)), Commit(b, i, slice(1, 2))], taps, told)  # type: ignore[arg-type]
+    held.drop(a)
+    assert not told.calls
+    held.hand_over(told)  # type: ignore[arg-type]
+    ((commits, taps),) = told.calls
+    assert taps is not None and [(c.start, taps[c.rows].item()) for c in commits] == [(0, 1.0), (1, 11.0), (2, 21.0)]
+    held.hand_over(told)  # type: ignore[arg-type]
+    assert len(told.calls) == 1
+    for i in range(MOST_ROWS):
+        held.add([Commit(a, i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
+    assert len(told.calls) == 2 and len(told.calls[1][0]) == MOST_ROWS
 
 
 class Oracle:
