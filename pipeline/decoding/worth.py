@@ -32,7 +32,7 @@ TRIALS, BLOCKS = 2, 4
 """Rounds, and blocks in them, drafted before anything is skipped: first use costs more than what follows."""
 FIRST_PAUSE, LONGEST_PAUSE = 2, 64
 """Rounds skipped before a new try: the first time, and at most. At 64, trying costs a hundredth or so of the time."""
-MARGIN = 1.01
+MARGIN = 1.02
 """What drafting must promise: the best of many noisy estimates flatters itself."""
 _DOUBT = 4.0
 """Tokens of prior evidence that confidences are right."""
@@ -86,6 +86,7 @@ class DraftWorth:
         # Of all texts: what a new one starts from, and the pauses of the whole batch.
         self._all = _Record(collections.deque(maxlen=4 * WINDOW))
         self._tried = 0
+        self._not_paying: tuple[int, ...] | None = None
 
     def choose(self, sequences: list[Sequence], cost: StepCost, context: int) -> tuple[list[Sequence], list[Sequence]]:
         """Splits requests into those to draft for now and those to decode plainly (`context`: their mean length)."""
@@ -95,7 +96,12 @@ class DraftWorth:
         if self._tried < TRIALS or len(self._all.rounds) < BLOCKS:
             chosen = set(range(len(able)))
         else:
-            chosen = self._paying(able, records, len(sequences), cost, context) if able else set()
+            # Nothing was learned since it did not pay for the same requests: it would not now.
+            key = tuple(map(id, sequences))
+            chosen = set()
+            if able and key != self._not_paying:
+                chosen = self._paying(able, records, len(sequences), cost, context)
+            self._not_paying = key if not chosen else None
             self._try_again(chosen, records)
         for i, record in enumerate(records):
             record.idle = 0 if i in chosen else record.idle + 1
@@ -106,6 +112,7 @@ class DraftWorth:
     def observe(self, sequences: list[Sequence], proposal: Proposal, verified: list[int], accepted: list[int]) -> None:
         """Learns from a round: its proposal, whose requests come first in `verified` and `accepted` tokens."""
         self._tried += 1
+        self._not_paying = None
         there = torch.arange(proposal.tokens.shape[1]) < proposal.counts[:, None]
         survival = (proposal.confidence.cpu().double() * there).cumprod(1).numpy()
         for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
