@@ -164,6 +164,7 @@ class EngineConfig:
     scheduler: how many tokens of a block are verified (pipeline/decoding/scheduler.py): global, early_stop,
     asynchronous, threshold (of survival: `threshold`) or fixed. rule: coupled or ratio, which wants any scheduler but
     global. step_cost: a JSON file (absolute path) to keep measured step costs in; '' measures in every process.
+    trace: a folder (absolute path) for a record of every step, see pipeline/decoding/trace.py; '' keeps none.
     skip_drafts: draft only for requests where it is expected to pay (pipeline/decoding/worth.py), with schedulers that
     weigh costs. threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
     """
@@ -176,9 +177,15 @@ class EngineConfig:
     threshold: float = 0.5
     rule: str = "coupled"
     step_cost: str = ""
+    trace: str = ""
     skip_drafts: bool = True
     threads: int = 2
     prepack: bool = True
+
+
+def deciding(engine: EngineConfig) -> dict[str, Any]:
+    """An engine's settings but for where it keeps what it noted, which decides on nothing."""
+    return {k: v for k, v in to_plain(engine).items() if k not in ("step_cost", "trace")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,11 +486,13 @@ def _check_values(config: Any) -> None:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
     if not 0 < config.engine.threshold <= 1:
         raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
-    if config.engine.step_cost and not Path(config.engine.step_cost).is_absolute():
-        raise ConfigError(
-            f"engine.step_cost={config.engine.step_cost!r} is relative to a working directory that differs between "
-            f"processes. Use an absolute path: {str(Path(config.engine.step_cost).absolute())!r}."
-        )
+    for name in ("step_cost", "trace"):
+        place = getattr(config.engine, name)
+        if place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"engine.{name}={place!r} is relative to a working directory that differs between processes. Use an "
+                f"absolute path: {str(Path(place).absolute())!r}."
+            )
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "

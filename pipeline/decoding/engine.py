@@ -10,6 +10,7 @@ stop). Plain decoding is the same engine with the `none` proposer, so a baseline
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
 import logging
@@ -20,9 +21,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.decoding.attention import Segment
 from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.held import HeldCommits
+from pipeline.decoding.plan import StepPlan, plan_step
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, TokenLogprob
@@ -30,6 +31,7 @@ from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost
 from pipeline.decoding.text import TextStream
+from pipeline.decoding.trace import StepRecord, StepTrace
 from pipeline.decoding.verification import Verification
 from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
@@ -84,6 +86,9 @@ class Engine:
         self.proposer: Proposer = proposer or NoneProposer()
         self.step_cost = step_cost
         self.on_round: Callable[[RoundTrace], None] | None = None
+        self.trace = StepTrace(config.trace) if config.trace else None
+        if self.trace is not None:
+            atexit.register(self.trace.write)
         self.runner = TargetRunner(
             target, config.max_requests, config.max_context, self.proposer.layer_ids, pack=config.prepack
         )
@@ -224,24 +229,29 @@ class Engine:
             self._held.hand_over(self.proposer)
         began = time.perf_counter()
         proposal = self.proposer.propose(drafting) if drafting else None
+        proposed = time.perf_counter()
         lengths = self._schedule(decoding, proposal)
         # Choosing lengths reads the confidences, so that on a GPU the draft has finished here.
         drafted = time.perf_counter()
-        segments, tokens, logit_rows, verifying, chunks = self._flatten(decoding, proposal, lengths)
-        taps, logits = self.runner.step(segments, tokens, logit_rows)
+        plan = plan_step(decoding, self._running, proposal, lengths, self.config.prefill_chunk)
+        taps, logits = self.runner.step(plan.segments, plan.tokens, plan.logit_rows)
         self.runner.wait()
         ended = time.perf_counter()
         if decoding and self.proposer.block_size and self.step_cost is not None:
             if proposal is not None:
                 self.step_cost.observe_draft(len(drafting), drafted - began)
-            if not chunks:  # reading prompts costs otherwise
-                self.step_cost.observe(len(tokens), self._mean_context(decoding), ended - drafted)
+            if not plan.chunks:  # reading prompts costs otherwise
+                self.step_cost.observe(len(plan.tokens), self._mean_context(decoding), ended - drafted)
         for s in plain:
             s.metrics.skipped += self.proposer.block_size > 0
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += ended - drafted
-        events += self._postprocess(decoding, verifying, chunks, proposal, lengths, taps, logits)
+        events += self._postprocess(plan, taps, logits)
+        if self.trace is not None:
+            times = (began, proposed, drafted, ended, time.perf_counter())
+            prefill = sum(c.rows.stop - c.rows.start for c in plan.chunks)
+            self.trace.add(StepRecord(times, len(plan.tokens), prefill, plan.outcome))
         return events
 
     def _reap(self) -> list[StepEvent]:
@@ -294,100 +304,30 @@ class Engine:
     def _mean_context(decoding: list[Sequence]) -> int:
         return sum(len(s.tokens) for s in decoding) // len(decoding)
 
-    def _flatten(
-        self, decoding: list[Sequence], proposal: Proposal | None, lengths: list[int]
-    ) -> tuple[list[Segment], list[int], list[int], list[tuple[Sequence, int]], list[Commit]]:
-        segments: list[Segment] = []
-        tokens: list[int] = []
-        logit_rows: list[int] = []
-        verifying: list[tuple[Sequence, int]] = []
-        chunks: list[Commit] = []
-        drafts: list[list[int]] = [] if proposal is None else proposal.tokens.tolist()
-        drafts += [[]] * (len(decoding) - len(drafts))
-        for s, draft, length in zip(decoding, drafts, lengths, strict=True):
-            first = len(tokens)
-            segments.append(Segment(s.slot, s.computed, length + 1))
-            tokens.append(s.tokens[-1])
-            tokens += draft[:length]
-            logit_rows += range(first, first + length + 1)
-            verifying.append((s, first))
-        budget = self.config.prefill_chunk
-        for s in self._running:
-            if s.prefilled or budget <= 0:
-                continue
-            count = min(budget, s.prompt_length - s.computed)
-            budget -= count
-            first = len(tokens)
-            segments.append(Segment(s.slot, s.computed, count))
-            tokens += s.tokens[s.computed : s.computed + count]
-            chunks.append(Commit(s, s.computed, slice(first, first + count)))
-            if s.computed + count == s.prompt_length:
-                logit_rows.append(first + count - 1)
-                verifying.append((s, -1))
-        return segments, tokens, logit_rows, verifying, chunks
-
-    def _postprocess(
-        self,
-        decoding: list[Sequence],
-        verifying: list[tuple[Sequence, int]],
-        chunks: list[Commit],
-        proposal: Proposal | None,
-        lengths: list[int],
-        taps: torch.Tensor | None,
-        logits: torch.Tensor,
-    ) -> list[StepEvent]:
-        for c in chunks:
+    def _postprocess(self, plan: StepPlan, taps: torch.Tensor | None, logits: torch.Tensor) -> list[StepEvent]:
+        for c in plan.chunks:
             c.sequence.computed += c.rows.stop - c.rows.start
-        commits = list(chunks)
+        commits, proposal, drafted = list(plan.chunks), plan.proposal, plan.drafted
         events: list[StepEvent] = []
-        if verifying:
-            step = Verification([s for s, _ in verifying], proposal, lengths, logits, self.rule)
-            result = step.result
-            accepted, following, finite = (x.tolist() for x in (result.accepted, result.next_token, result.finite))
-            now = time.perf_counter()
-            drafted = 0 if proposal is None else len(proposal.tokens)
-            emitted: list[tuple[Sequence, list[int], str | None, list[TokenLogprob] | None]] = []
-            for i, (s, first) in enumerate(verifying):
-                length = lengths[i] if i < len(lengths) else 0
-                if not finite[i]:
-                    s.failure = (
-                        f"the target's logits at position {len(s.tokens)} are not finite (after {len(s.output)} "
-                        f"tokens, step {s.metrics.target_steps}). Check the target's weights and dtype."
-                    )
-                    emitted.append((s, [], "error", None))
-                    continue
-                draft = proposal.tokens[i, : accepted[i]].tolist() if proposal is not None and i < drafted else []
-                if first >= 0:
-                    commits.append(Commit(s, s.computed, slice(first, first + accepted[i] + 1), length, accepted[i]))
-                    s.computed += accepted[i] + 1
-                    s.metrics.drafted += int(proposal.counts[i]) if proposal is not None and i < drafted else 0
-                try:
-                    new, reason = self._take(s, [*draft, following[i]])
-                    said = step.logprobs(i, new)
-                except Exception as e:  # one request's text must not end the others'
-                    log.exception("Request %s failed", s.request.id)
-                    s.failure = f"{type(e).__name__} after {len(s.output)} tokens: {e}"
-                    emitted.append((s, [], "error", None))
-                    continue
-                if s.logprobs is not None and said is not None:
-                    s.logprobs += said
-                if first >= 0:
-                    s.metrics.target_steps += 1
-                    s.metrics.decoded += len(new)
-                    s.metrics.record_round(length, accepted[i], len(new))
-                else:
-                    s.metrics.ttft = now - s.admitted
-                emitted.append((s, new, reason, said))
+        if plan.verifying:
+            step = Verification([s for s, _ in plan.verifying], proposal, plan.lengths, logits, self.rule)
+            accepted, following, finite = (
+                t.tolist() for t in (step.result.accepted, step.result.next_token, step.result.finite)
+            )
+            emitted = [
+                self._emit(plan, step, i, accepted[i], following[i] if finite[i] else None, commits)
+                for i in range(len(plan.verifying))
+            ]
             self._commit(commits, taps, hold=proposal is None)
             if proposal is not None and self._skips_drafts:
-                self._worth.observe(decoding[:drafted], proposal, lengths, accepted)
+                self._worth.observe(plan.decoding[:drafted], proposal, plan.lengths, accepted)
             if self.on_round is not None and proposal is not None:
                 self.on_round(
                     RoundTrace(
-                        [s.request.id for s in decoding[:drafted]],
+                        [s.request.id for s in plan.decoding[:drafted]],
                         None if proposal.raw_confidence is None else proposal.raw_confidence.cpu(),
-                        torch.tensor(lengths[:drafted]),
-                        result.accepted[:drafted].cpu(),
+                        torch.tensor(plan.lengths[:drafted]),
+                        step.result.accepted[:drafted].cpu(),
                         torch.tensor([len(new) for _, new, _, _ in emitted[:drafted]]),
                     )
                 )
@@ -399,6 +339,44 @@ class Engine:
         else:
             self._commit(commits, taps, hold=proposal is None)
         return events
+
+    def _emit(
+        self, plan: StepPlan, step: Verification, i: int, accepted: int, following: int | None, commits: list[Commit]
+    ) -> tuple[Sequence, list[int], str | None, list[TokenLogprob] | None]:
+        """What request `i` of those verified emits, why it ends if it does, and log-probabilities if it asked; its
+        accepted positions are added to `commits`. following: the token after them; None: logits that are not finite."""
+        s, first = plan.verifying[i]
+        if following is None:
+            s.failure = (
+                f"the target's logits at position {len(s.tokens)} are not finite (after {len(s.output)} tokens, step "
+                f"{s.metrics.target_steps}). Check the target's weights and dtype."
+            )
+            return s, [], "error", None
+        draft: list[int] = []
+        if plan.proposal is not None and i < plan.drafted:
+            draft = plan.proposal.tokens[i, :accepted].tolist()
+            s.metrics.drafted += int(plan.proposal.counts[i])
+        length = plan.lengths[i] if first >= 0 else 0
+        if first >= 0:
+            commits.append(Commit(s, s.computed, slice(first, first + accepted + 1), length, accepted))
+            s.computed += accepted + 1
+        try:
+            new, reason = self._take(s, [*draft, following])
+            said = step.logprobs(i, new)
+        except Exception as e:  # one request's text must not end the others'
+            log.exception("Request %s failed", s.request.id)
+            s.failure = f"{type(e).__name__} after {len(s.output)} tokens: {e}"
+            return s, [], "error", None
+        if s.logprobs is not None and said is not None:
+            s.logprobs += said
+        if first >= 0:
+            s.metrics.target_steps += 1
+            s.metrics.decoded += len(new)
+            s.metrics.record_round(length, accepted, len(new))
+            plan.outcome.append((s.request.id, length, accepted, len(new)))
+        else:
+            s.metrics.ttft = time.perf_counter() - s.admitted
+        return s, new, reason, said
 
     def _commit(self, commits: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
         if hold and self._skips_drafts:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pipeline import artifact
-from pipeline.config import EngineConfig, ParityConfig, TargetConfig, to_plain
+from pipeline.config import EngineConfig, ParityConfig, TargetConfig, deciding, to_plain
 from pipeline.corpus.build import read_heldout_prompts, read_rows
 from pipeline.corpus.conversations import with_system_prompt
 from pipeline.corpus.rows import ChatFormat, TokenRow
@@ -98,7 +98,7 @@ def check_parity(
     }
     if features_dir is not None:
         inputs["features"] = artifact.load(features_dir, "features", verify=False).digest
-    plain = {"target": to_plain(target), "engine": to_plain(engine), "parity": to_plain(parity)}
+    plain = {"target": to_plain(target), "engine": deciding(engine), "parity": to_plain(parity)}
     identity = load_identity(target, cache_dir).as_dict()
     if (done := artifact.current(out, "parity", config=plain, inputs=inputs, target=identity)) is not None:
         return done

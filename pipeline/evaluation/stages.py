@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline import artifact
-from pipeline.config import BenchmarkConfig, EngineConfig, TargetConfig, to_plain
+from pipeline.config import BenchmarkConfig, EngineConfig, TargetConfig, deciding, to_plain
 from pipeline.corpus.build import read_rows
 from pipeline.decoding import Engine
 from pipeline.decoding.step_cost import device_name
@@ -254,6 +254,4 @@ def _inputs(draft_dir: Path, corpus_dir: Path) -> dict[str, str]:
 def _settings(target: TargetConfig, engine: EngineConfig, benchmark: BenchmarkConfig) -> dict[str, Any]:
     # Which target it is follows from the draft's digest; what it decodes in does not.
     decoding = {"dtype": target.dtype, "device": target.device}
-    # Where step costs are kept decides on nothing; a report has the table it was made with.
-    settings = {k: v for k, v in to_plain(engine).items() if k != "step_cost"}
-    return {"target": decoding, "engine": settings, "benchmark": to_plain(benchmark)}
+    return {"target": decoding, "engine": deciding(engine), "benchmark": to_plain(benchmark)}
