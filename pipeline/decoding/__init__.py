@@ -2,6 +2,7 @@
 
 from pipeline.decoding.engine import Engine, QueueFull, RoundTrace
 from pipeline.decoding.proposers import make_proposer
+from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.step_cost import StepCost
@@ -13,6 +14,7 @@ __all__ = [
     "Request",
     "RequestMetrics",
     "RoundTrace",
+    "SeveralDrafts",
     "StepCost",
     "StepEvent",
     "make_proposer",

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -26,6 +26,7 @@ from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.plan import StepPlan, plan_step
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
+from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, TokenLogprob
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
@@ -127,6 +128,29 @@ class Engine:
         self.proposer = proposer
         self._worth = self._worths.setdefault(proposer, DraftWorth())
 
+    def change_drafts(
+        self, add: Mapping[str, Proposer] | None = None, *, default: str, remove: Iterable[str] = ()
+    ) -> None:
+        """Takes drafts in and out between two steps, while requests run, of an engine made with `SeveralDrafts`.
+
+        Requests that run keep their draft to their end; those that come take `default` or the one they name.
+
+        Raises:
+            DraftlineError: an engine with one draft, or waiting requests that name one to be removed.
+            ConfigError: see `SeveralDrafts.change`.
+        """
+        drafts = self.proposer
+        if not isinstance(drafts, SeveralDrafts):
+            raise DraftlineError(
+                "This engine has one draft; make it with SeveralDrafts to change drafts while it runs."
+            )
+        gone = set(remove)
+        if waiting := [s.request.id for s in self._queue if s.request.draft in gone]:
+            raise DraftlineError(f"Requests that wait name a draft to be removed: {', '.join(waiting[:5])}.")
+        self._held.hand_over(drafts)  # their taps are of the layers up to now
+        drafts.change(add or {}, default, gone)
+        self.runner.layer_ids = drafts.layer_ids
+
     def profile(self) -> StepCost:
         """The step cost table of the file `config.step_cost` where it fits; else it is measured and kept there.
 
@@ -158,13 +182,17 @@ class Engine:
                 f"engine.scheduler={self.scheduler.name} would not follow the target's distribution (the schedule sees "
                 "the tokens it decides on). Use engine.scheduler=asynchronous or early_stop, or engine.rule=coupled."
             )
-        drawn = getattr(self.proposer, "rule", self.rule)
+        drawn = getattr(self.proposer, "rule", None) or self.rule
         if request.temperature > 0 and drawn != self.rule:
             raise DraftlineError(
                 f"Request {request.id}: temperature {request.temperature}, but the draft draws its tokens for the "
                 f"{drawn} rule and the engine verifies by the {self.rule} rule. Make the proposer with "
                 f"rule={self.rule!r}."
             )
+        if isinstance(self.proposer, SeveralDrafts):
+            self.proposer.check(request.draft)
+        elif request.draft is not None:
+            raise DraftlineError(f"Request {request.id}: draft is {request.draft!r}, but this engine has one, unnamed.")
         if len(self._queue) >= self.config.max_queue:
             raise QueueFull(
                 f"Request {request.id}: {len(self._queue)} requests are waiting, the most allowed "

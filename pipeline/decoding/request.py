@@ -32,6 +32,7 @@ class Request:
             unless `ignore_eos`.
         stop: strings that end the text: it ends with the token that completes one of them, wherever in a block that is
             (the string itself is among its tokens; TextStream cuts it off what is shown).
+        draft: name of the draft, where an engine has several (None: its default).
         max_draft: most draft tokens verified per round for this request (None: the draft's block size; 0: none, plain
             decoding).
     """
@@ -52,6 +53,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     max_draft: int | None = None
+    draft: str | None = None
     id: str = dataclasses.field(default_factory=lambda: f"request-{next(_ids)}")
 
     def check(self, vocab_size: int, max_context: int) -> None:
@@ -124,6 +126,7 @@ class RequestMetrics:
     draft.
     """
 
+    draft: str = ""
     prompt_tokens: int = 0
     target_steps: int = 0
     decoded: int = 0

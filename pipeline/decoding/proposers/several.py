@@ -1,0 +1,153 @@
+"""Several drafts at once: every request keeps the one it was admitted with, so drafts come and go between two steps.
+
+A canary, a draft per tenant, a rollback: requests name a draft or take the default. A draft that is taken out goes on
+for the requests it has, and is let go with the last of them.
+
+Letters: B requests, K block size, V target vocabulary, Vd draft vocabulary, T rows of a step, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
+from pipeline.decoding.request import Sequence
+from pipeline.errors import ConfigError, DraftlineError, nearest
+
+
+class SeveralDrafts:
+    """A proposer that hands every request to its own draft.
+
+    Args:
+        drafts: proposers by name, made for the same engine (slots, capacity, rule).
+        default: of requests that name none.
+        vocabulary: V.
+    Raises:
+        ConfigError: no such default, or drafts that draw for different verification rules.
+    """
+
+    name = "several"
+
+    def __init__(self, drafts: Mapping[str, Proposer], default: str, vocabulary: int) -> None:
+        self._drafts: dict[str, Proposer] = {}
+        self._leaving: dict[str, Proposer] = {}
+        self._pinned: dict[str, tuple[str, Proposer]] = {}
+        self._vocabulary = vocabulary
+        self.default = default
+        self.change(drafts, default)
+
+    @property
+    def names(self) -> list[str]:
+        """Drafts that requests may ask for."""
+        return list(self._drafts)
+
+    @property
+    def resident(self) -> list[Proposer]:
+        """Those, and the ones that only have requests to finish."""
+        return [*self._drafts.values(), *self._leaving.values()]
+
+    @property
+    def block_size(self) -> int:
+        return max(p.block_size for p in self.resident)
+
+    @property
+    def rule(self) -> str | None:
+        """What the drafts draw for; None if it is all the same to them."""
+        return next((p.rule for p in self.resident if hasattr(p, "rule")), None)
+
+    def change(self, add: Mapping[str, Proposer], default: str, remove: Iterable[str] = ()) -> None:
+        """Takes drafts in and out (through `Engine.change_drafts`, which knows what requests are due).
+
+        Raises:
+            ConfigError: a name that is taken, is not there or would be the default and removed; another rule. Then
+                nothing has changed.
+        """
+        remove = set(remove)
+        after = {n: p for n, p in self._drafts.items() if n not in remove} | dict(add)
+        for name in add:
+            if name in self._drafts or name in self._leaving:
+                raise ConfigError(f"There is a draft {name!r} already; add this one by another name.")
+        for name in remove - set(self._drafts):
+            raise ConfigError(f"There is no draft {name!r} to remove.{nearest(name, self.names)}")
+        if default not in after:
+            raise ConfigError(f"The default draft {default!r} is not one of {', '.join(after) or 'any'}.")
+        rules = {p.rule for p in [*after.values(), *self.resident] if hasattr(p, "rule")}
+        if len(rules) > 1:
+            raise ConfigError(f"These drafts draw for different rules ({', '.join(sorted(rules))}); make all for one.")
+        used = {name for name, _ in self._pinned.values()}
+        self._leaving |= {n: p for n, p in self._drafts.items() if n in remove and n in used}
+        self._drafts, self.default = after, default
+        # Until the next change: a draft that leaves meanwhile must not move the columns of taps on their way.
+        self.layer_ids = sorted({i for p in self.resident for i in p.layer_ids})
+
+    def check(self, draft: str | None) -> None:
+        """Raises DraftlineError for a name that no request may ask for."""
+        if draft is not None and draft not in self._drafts:
+            hint = nearest(draft, self.names)
+            raise DraftlineError(f"There is no draft {draft!r}; there are {', '.join(self.names)}.{hint}")
+
+    def admit(self, sequence: Sequence) -> None:
+        name = sequence.request.draft or self.default
+        self._pinned[sequence.request.id] = (name, self._drafts[name])
+        sequence.metrics.draft = name
+        self._drafts[name].admit(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        name, proposer = self._pinned.pop(sequence.request.id)
+        proposer.release(sequence)
+        if all(name != other for other, _ in self._pinned.values()):
+            self._leaving.pop(name, None)
+
+    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+        for proposer in self.resident:
+            mine = [c for c in commits if self._pinned[c.sequence.request.id][1] is proposer]
+            proposer.commit(mine, _of_layers(taps, self.layer_ids, proposer.layer_ids))
+
+    def propose(self, sequences: list[Sequence]) -> Proposal:
+        parts: list[tuple[list[int], Proposal]] = []
+        for proposer in self.resident:
+            rows = [i for i, s in enumerate(sequences) if self._pinned[s.request.id][1] is proposer]
+            if rows:
+                parts.append((rows, proposer.propose([sequences[i] for i in rows])))
+        return parts[0][1] if len(parts) == 1 else _together(parts, len(sequences), self._vocabulary)
+
+
+def _of_layers(taps: torch.Tensor | None, layers: list[int], wanted: list[int]) -> torch.Tensor | None:
+    """The columns [T, len(wanted) * D] of taps [T, len(layers) * D]."""
+    if taps is None or layers == wanted:
+        return taps
+    if not wanted:
+        return None
+    at = torch.tensor([layers.index(i) for i in wanted], device=taps.device)
+    return taps.unflatten(1, (len(layers), -1))[:, at].flatten(1)
+
+
+def _together(parts: list[tuple[list[int], Proposal]], batch: int, vocabulary: int) -> Proposal:
+    """One proposal of B requests: rows in their order, blocks filled up to the longest K, and logits, where tokens were
+    drawn from some, over the whole target vocabulary (a row without any is a certain one)."""
+    first = parts[0][1].tokens
+    block = max(p.tokens.shape[1] for _, p in parts)
+    out = Proposal(
+        torch.zeros(batch, block, dtype=torch.int64, device=first.device),
+        torch.zeros(batch, dtype=torch.int64),
+        torch.zeros(batch, block, device=first.device),
+    )
+    if all(p.raw_confidence is not None for _, p in parts):
+        out.raw_confidence = torch.zeros_like(out.confidence)
+    if any(p.logits is not None for _, p in parts):
+        out.logits = torch.full((batch, block, vocabulary), float("-inf"), device=first.device)
+    for rows, p in parts:
+        count = p.tokens.shape[1]
+        out.tokens[rows, :count] = p.tokens.to(first.device)
+        out.counts[rows] = p.counts
+        out.confidence[rows, :count] = p.confidence.to(first.device)
+        if out.raw_confidence is not None and p.raw_confidence is not None:
+            out.raw_confidence[rows, :count] = p.raw_confidence
+        if out.logits is not None and p.logits is not None:
+            whole = out.logits.new_full((len(rows), count, vocabulary), float("-inf"))
+            columns = torch.arange(vocabulary, device=first.device) if p.d2t is None else p.d2t
+            whole[..., columns] = p.logits
+            out.logits[rows, :count] = whole
+    return out
