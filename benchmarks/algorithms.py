@@ -3,8 +3,9 @@
 python benchmarks/algorithms.py --steps 500 --seeds 3 --json algorithms.json
 
 Same target (SmolLM2-135M-Instruct), corpus, features, steps, seeds, anchors, objective, layer, taps, draft vocabulary
-and tokens per block; each starts from the target's last layer, DSpark's Markov head from bigrams (part of what it is; a
-fourth side starts it cold). Every draft then decodes the same held-out prompts through the engine, whole blocks
+and tokens per block; each starts as `trainer.warm_start.layers=auto` has it: the block drafters from the features in
+closed form, Eagle3 from the target's last layer, DSpark's Markov head from bigrams (part of what it is; a fourth side
+starts it cold). `--start target` starts all from the target's last layer. Every draft then decodes the same held-out prompts through the engine, whole blocks
 verified, greedily and at temperature 1 (ratio rule); tau is tokens per target step, bonus included. Intervals are 95 %,
 bootstrapped over prompts and seeds, paired.
 """
@@ -42,11 +43,13 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained_draft(side: str, seed: int, steps: int, target: Any, corpus: Path, train: list[Any]) -> Draft:
+def trained_draft(
+    side: str, seed: int, steps: int, target: Any, corpus: Path, train: list[Any], start: str = "auto"
+) -> Draft:
     """A draft of a side, trained."""
-    warm = WarmStartConfig(layers="target", markov="cold" not in side)
+    warm = WarmStartConfig(layers=start, markov="cold" not in side)
     config = TrainerConfig(
-        lr=2e-3,
+        lr=1e-3,
         num_anchors=32,
         sequences_per_step=2,
         autocast="bfloat16",
@@ -102,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--start", default="auto", help="trainer.warm_start.layers")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--cache", default=".cache/draftline")
     parser.add_argument("--threads", type=int, default=2)
@@ -124,7 +128,7 @@ def main() -> None:
     counts: dict[tuple[str, float], list[np.ndarray]] = {}
     for seed in range(args.seeds):
         for side in sides:
-            draft = trained_draft(side, seed, args.steps, plain, corpus, train)
+            draft = trained_draft(side, seed, args.steps, plain, corpus, train, args.start)
             for temperature in (0.0, 1.0):
                 found = lengths(engine, draft, prompts, args.max_new_tokens, temperature)
                 counts.setdefault((side, temperature), []).append(found)
