@@ -11,10 +11,11 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from pipeline.corpus.regeneration import (
 )
 from pipeline.corpus.rows import ChatFormat
 from pipeline.entry import StageRecord, run
-from pipeline.errors import DraftlineError
-from pipeline.features.extract import num_gpus
+from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.features.extract import TRIES, num_gpus
 from pipeline.registry.recorder import ARTIFACT, identity_tags
 from pipeline.target import load_tokenizer
 from pipeline.target.loading import load_identity
@@ -61,6 +62,16 @@ class RegenerationActor:
         write_json(self.parts / f"chunk-{chunk:05d}.json", answered)
         tokens = sum(r["response_tokens"] for r in answered)
         return {"chunk": np.array([chunk]), "tokens": np.array([tokens])}
+
+
+def _follow(answered: Iterable[dict[str, Any]], count: int) -> None:
+    """Waits for chunks, with progress."""
+    began, tokens = time.monotonic(), 0
+    for n, row in enumerate(answered, start=1):
+        tokens += row["tokens"]
+        spent = time.monotonic() - began
+        left = spent / n * (count - n)
+        print(f"regenerate: chunk {n}/{count}, {tokens} tokens, {tokens / spent:.0f}/s, {left:.0f} s left", flush=True)
 
 
 def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = lambda: None) -> dict[str, Any]:
@@ -90,7 +101,11 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
         "prompts": {"file": Path(ask.prompts).name, "sha256": sha256_file(Path(ask.prompts)), "rows": len(rows)},
         "quarantined": len(quarantine),
     }
-    manifest = read_provenance(out) if out.is_file() else {}
+    manifest: dict[str, Any] = {}
+    if out.is_file():
+        # What was interrupted between its two files, or edited, is made again.
+        with contextlib.suppress(ArtifactError):
+            manifest = read_provenance(out)
     if manifest and all(manifest.get(k) == v for k, v in info.items()):
         print(f"regenerate: skipped, prompts and settings unchanged ({out})", flush=True)
         return manifest
@@ -114,17 +129,17 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
             num_cpus=1,
             num_gpus=num_gpus(target),
             compute=ray.data.ActorPoolStrategy(size=ask.actors),
+            max_task_retries=TRIES - 1,
             fn_constructor_args=(target, engine, settings, str(config.cache), str(parts)),
         )
-        began, tokens = time.monotonic(), 0
-        for n, row in enumerate(answered.iter_rows(), start=1):
-            tokens += row["tokens"]
-            spent = time.monotonic() - began
-            left = spent / n * (len(chunks) - n)
-            print(
-                f"regenerate: chunk {n}/{len(chunks)}, {tokens} tokens, {tokens / spent:.0f}/s, {left:.0f} s left",
-                flush=True,
-            )
+        try:
+            _follow(answered.iter_rows(), len(chunks))
+        except ray.exceptions.RayActorError as e:
+            raise DraftlineError(
+                f"An actor died {TRIES} times on the same prompts (the last: {' '.join(str(e).split())[:300]}). "
+                f"The usual cause is memory: lower corpus.regenerate.concurrency (now {ask.concurrency}) or "
+                f"corpus.regenerate.actors (now {ask.actors})."
+            ) from None
     done = [r for n in range(total) for r in json.loads((parts / f"chunk-{n:05d}.json").read_text())]
     manifest = write_conversations(out, done, info)
     for part in parts.iterdir():

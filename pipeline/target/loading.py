@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Rotary base, norms and layer kinds are in the config: with another one the same weights are another model. These
 # entries are not: where it came from, who wrote it, and the dtype that target.dtype overrides.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+_TEMPLATES = Path(__file__).parent / "templates"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -106,8 +107,8 @@ class Target:
 
     @cached_property
     def unused_token(self) -> int:
-        """A token id that no text of the target contains: the highest embedding row outside its special eos/bos,
-        preferring padded rows, then reserved special tokens that the chat template does not write.
+        """A token id that no text of the target contains: the highest padded embedding row, or else the lowest special
+        token that is neither eos nor bos nor written by the chat template.
 
         Raises:
             ConfigError: there is none.
@@ -141,9 +142,14 @@ def load_tokenizer(config: TargetConfig, cache_dir: Path) -> Any:
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} has no tokenizer that transformers can load: {_first_line(e)}") from None
     if config.chat_template:
-        file = Path(config.chat_template)
+        own = _TEMPLATES / f"{config.chat_template}.jinja"
+        file = own if own.is_file() else Path(config.chat_template)
         if not file.is_file():
-            raise DraftlineError(f"target.chat_template={config.chat_template} is not a file.")
+            shipped = ", ".join(sorted(f.stem for f in _TEMPLATES.glob("*.jinja")))
+            raise DraftlineError(
+                f"target.chat_template={config.chat_template} is neither a file nor one of the templates that come "
+                f"with draftline ({shipped})."
+            )
         tokenizer.chat_template = file.read_text()
     return tokenizer
 

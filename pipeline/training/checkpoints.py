@@ -105,8 +105,8 @@ class Resume:
         path, _ = engine.load_checkpoint(str(self._shards), tag=self._tag)
         if path is None:
             raise ArtifactError(
-                f"The training checkpoint {self._folder} is incomplete. Delete that folder: training goes on from the "
-                "one before it."
+                f"The training checkpoint {self._folder} is incomplete, and Ray Train can't go back to the one before "
+                f"it. Delete {self._folder.parent} to train from the start."
             )
         if average is not None:
             average.load(self._folder)

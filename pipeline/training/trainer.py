@@ -32,16 +32,16 @@ class Sink(Protocol):
 
 def stage_config(config: PipelineConfig) -> dict[str, Any]:
     """The settings that decide what training produces (where and on how many workers it runs, and how often it reports,
-    do not; nor do microbatches, unless they weigh something)."""
-    trainer = to_plain(config.trainer)
+    do not; nor do what bounds memory, and microbatches unless they weigh something)."""
     target: dict[str, Any] = {"dtype": config.target.dtype}  # what the borrowed matrices are in
-    for name in ("checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu", "workers"):
-        trainer.pop(name)
+    where = {"checkpoint_every", "log_every", "max_failures", "threads_per_worker", "use_gpu", "workers", "chunk_rows"}
+    trainer = {k: v for k, v in to_plain(config.trainer).items() if k not in where}
     if config.trainer.normalise == "tokens":
         trainer.pop("accumulate")
     plain = {"trainer": trainer, "draft": to_plain(config.draft), "deepspeed": config.deepspeed, "target": target}
     if config.features.mode == "stream":
         plain["features"] = extract.stage_config(config.features, config.target, "train")
+        plain["features"].pop("shard_rows")
     return plain
 
 
@@ -82,6 +82,11 @@ def train(
         inputs["features"] = features.digest
     if former_dir is not None:
         inputs["former"] = artifact.load(former_dir, "draft", verify=False).digest
+    if config.target.dtype == "float16":
+        raise ConfigError(
+            "target.dtype=float16: gradients of the vocabulary loss would be lost in its range. Train with "
+            "target.dtype=bfloat16 (or float32)."
+        )
     config = _with_layers(config, features_dir, cache_dir)
     plain = stage_config(config)
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
@@ -185,8 +190,9 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
-        cause = _user_error(e)
-        raise DraftlineError(f"Training failed: {cause}") from (None if cause else e)
+        if (cause := _user_error(e)) is None:
+            raise
+        raise DraftlineError(f"Training failed: {cause}") from None
 
 
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:
@@ -208,10 +214,10 @@ class _Reports(UserCallback):
             print(f"train: the metrics of step {metrics[0]['step']} could not be recorded: {e}", flush=True)
 
 
-def _user_error(e: BaseException) -> str:
-    """The DraftlineError that a worker raised, else the failure's own words."""
+def _user_error(e: BaseException) -> str | None:
+    """What the DraftlineError that a worker raised says; None where it was another failure."""
     for text in (str(e), *(str(f) for f in getattr(e, "worker_failures", {}).values())):
         for line in reversed(text.splitlines()):
             if "Error: " in line and line.startswith("pipeline.errors."):
                 return line.split("Error: ", 1)[1]
-    return str(e)
+    return None

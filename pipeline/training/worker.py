@@ -199,7 +199,8 @@ def train_worker(plan: dict[str, Any]) -> None:
         else:
             ray.train.report(summary)
     if first >= config.steps:
-        _publish(p, draft, identity, config, {})
+        reported = History.read(Path(p.history)) if rank == 0 else []
+        _publish(p, draft, identity, config, reported[-1] if reported else {})
 
 
 def peak_memory(device: torch.device) -> float:

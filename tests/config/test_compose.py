@@ -51,6 +51,19 @@ def test_deepspeed_settings_pass_through_as_they_are() -> None:
     assert compose(["deepspeed=zero3"]).deepspeed == {"zero_optimization": {"stage": 3}}
 
 
+def test_what_bounds_memory_or_says_where_to_run_makes_no_other_features_or_draft() -> None:
+    from pipeline.features.extract import stage_config as of_features
+    from pipeline.training.trainer import stage_config as of_training
+
+    base = compose(["features=stream"])
+    memory = ["features.batch_tokens=77", "features.gpus_per_actor=2", "features.shard_rows=9", "trainer.chunk_rows=5"]
+    less = compose(["features=stream", *memory, "trainer.workers=3"])
+    assert of_training(less) == of_training(base)
+    other = compose(["features.batch_tokens=77", "features.actors=5"])
+    assert of_features(other.features, other.target, "train") == of_features(compose([]).features, base.target, "train")
+    assert of_training(compose(["features=stream", "trainer.lr=0.5"])) != of_training(base)
+
+
 def test_values_survive_being_plain() -> None:
     from pipeline.config import from_plain
 

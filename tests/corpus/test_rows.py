@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from pipeline.corpus.conversations import Conversation, Message, parse_conversation
 from pipeline.corpus.rows import ChatFormat, RowError, TemplateError, TokenRow, tokenize
 from pipeline.errors import DraftlineError
+from pipeline.target import loading
 from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template
 
 END = "<|im_end|>"
@@ -55,6 +56,18 @@ def test_both_ways_of_marking_give_the_same_row(bpe) -> None:
     by_prefix, by_spans = (tokenize(talk, with_template(bpe, t)) for t in (CHATML, CHATML_SPANS))
     assert by_prefix.sample_id == by_spans.sample_id
     assert by_prefix.prompt_length == by_spans.prompt_length
+
+
+def test_qwen3_s_template_without_thinking_marks_answers_behind_their_empty_thought(bpe) -> None:
+    template = Path(loading.__file__).parent / "templates" / "qwen3_no_think.jinja"
+    tokenizer = with_template(bpe, template.read_text())
+    row = tokenize(conversation("Hi", "Hello", "More", "Yes", system="Speak."), tokenizer)
+    assert spoken(row, tokenizer) == ["Hello" + END, "Yes" + END]
+    thought = "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(row.input_ids) == (
+        f"<|im_start|>system\nSpeak.{END}\n<|im_start|>user\nHi{END}\n<|im_start|>assistant\n{thought}Hello{END}\n"
+        f"<|im_start|>user\nMore{END}\n<|im_start|>assistant\n{thought}Yes{END}\n"
+    )
 
 
 def test_a_user_turn_after_the_last_answer_is_left_out(tokenizer) -> None:

@@ -68,8 +68,8 @@ def trained(places: Places, tmp_path: Path) -> Trained:
     return Trained(places, store(load_target(TARGET, places.cache), places, tmp_path / "features"), tmp_path)
 
 
-def draft_of(places: Places, out: Path, **kind: Any) -> Path:
-    target = load_target(TARGET, places.cache)
+def draft_of(places: Places, out: Path, like: TargetConfig = TARGET, **kind: Any) -> Path:
+    target = load_target(like, places.cache)
     save_draft(
         out,
         small_draft(target, vocabulary=0, **kind),
@@ -90,6 +90,14 @@ def test_a_draft_that_is_served_as_it_was_trained_passes(trained: Trained, kind:
     assert {"prompts", "features", "target tokens", "draft logits", "sampled acceptance 1"} <= names
     assert content["positions"][0]["sampled"]["slots"] > 50
     require_parity(trained.root / "parity", artifact.load(draft, "draft").digest)
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_draft_of_a_16_bit_target_passes_too(places: Places, tmp_path: Path, kind: str) -> None:
+    low = dataclasses.replace(TARGET, dtype="bfloat16")
+    features = store(load_target(low, places.cache), places, tmp_path / "features")
+    draft = draft_of(places, tmp_path / "draft", low, **ASKED[kind])
+    assert failed(Trained(places, features, tmp_path).check(draft, low)) == set()
 
 
 @pytest.mark.parametrize(("kind", "proposer"), [("vanilla", DSparkProposer), ("eagle3", Eagle3Proposer)])

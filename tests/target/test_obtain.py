@@ -144,8 +144,10 @@ def test_a_chat_template_file_replaces_the_tokenizer_s_and_changes_the_identity(
     identity = load_identity(config, cache_dir)
     assert identity.tokenizer_digest != tiny.identity.tokenizer_digest
     assert identity.weight_digest == tiny.identity.weight_digest
-    with pytest.raises(DraftlineError, match="not a file"):
+    with pytest.raises(DraftlineError, match="neither a file nor one of the templates .* .qwen3_no_think"):
         load_tokenizer(TargetConfig(path="tiny", chat_template=str(tmp_path / "none")), cache_dir)
+    shipped = load_tokenizer(TargetConfig(path="tiny", chat_template="qwen3_no_think"), cache_dir)
+    assert "<think>" in shipped.chat_template
 
 
 @pytest.mark.slow
