@@ -39,7 +39,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "dspark": {"algorithm": "dspark", "markov_rank": 128},
     "dflash": {"algorithm": "dflash", **PLAIN},
     "eagle3": {"algorithm": "eagle3", **PLAIN},
-    "dspark, cold Markov": {"algorithm": "dspark", "markov_rank": 128},
+    "dspark cold Markov": {"algorithm": "dspark", "markov_rank": 128},
 }
 
 
@@ -124,7 +124,10 @@ def main() -> None:
     config = EngineConfig(max_requests=8, max_context=512, rule="ratio", scheduler="fixed", threads=args.threads)
     engine = Engine(load_target(TargetConfig(), cache), config)
     plain = load_target(TargetConfig(), cache)  # the engine takes the other one over
-    sides = [s for s in SIDES if s in args.sides.split(",")] if args.sides else list(SIDES)
+    asked = [s.strip() for s in args.sides.split(",")]
+    if unknown := sorted(set(asked) - set(SIDES)):
+        parser.error(f"--sides {unknown[0]}: there are {', '.join(SIDES)}.")
+    sides = [s for s in SIDES if s in asked]
     counts: dict[tuple[str, float], list[np.ndarray]] = {}
     for seed in range(args.seeds):
         for side in sides:
@@ -139,7 +142,7 @@ def main() -> None:
                 )
     report: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "tau": {}, "ratio": {}}
     stacked = {k: np.stack(v) for k, v in counts.items()}
-    print(f"\n{'side':<22}{'temperature':>12}{'tau':>8}{'95 %':>18}{'each seed':>24}{'parameters':>12}")
+    print(f"\n{'side':<22}{'temperature':>12}{'tau':>8}{'95 %':>18}{'each seed':>24}")
     for (side, temperature), c in stacked.items():
         mean, low, high = interval(c)
         each = [round(tau(s), 3) for s in c]

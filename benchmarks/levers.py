@@ -53,13 +53,13 @@ BASE: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
     "target layers": {"warm": {"layers": "target"}},
-    "target layers, lr 2e-3": {"warm": {"layers": "target"}, "trainer": {"lr": 2e-3}},
+    "target layers and lr 2e-3": {"warm": {"layers": "target"}, "trainer": {"lr": 2e-3}},
     "cold layers": {"warm": {"layers": "none"}},
     "cold markov": {"warm": {"markov": False}},
     "rank 64": {"draft": {"markov_rank": 64}},
     "ce alone": {"trainer": {"ce": 1.0, "kl": 0.0}},
     "kl alone": {"trainer": {"ce": 0.0, "kl": 1.0}},
-    "ce 0.1, tv 0.9": {"trainer": {"ce": 0.1, "kl": 0.0, "tv": 0.9}},
+    "ce 0.1 and tv 0.9": {"trainer": {"ce": 0.1, "kl": 0.0, "tv": 0.9}},
     "lr 2e-3": {"trainer": {"lr": 2e-3}},
     "4 x 40 anchors": {"trainer": {"num_anchors": 40, "sequences_per_step": 4}},
     "2 layers": {"draft": {"num_layers": 2}},
@@ -113,6 +113,8 @@ def main() -> None:
     target = load_target(TargetConfig(dtype="bfloat16"), Path(args.cache))
     corpus = corpus_of(args.source, args.rows, target, Path(args.cache), "levers-corpus")
     names = [v.strip() for v in args.variants.split(",") if v.strip()] or list(VARIANTS)
+    if unknown := sorted(set(names) - set(VARIANTS)):
+        parser.error(f"--variants {unknown[0]}: there are {', '.join(VARIANTS)}.")
     results: dict[str, Any] = {}
     cached: dict[str, tuple[list[FeatureRow], list[FeatureRow]]] = {}
     print(

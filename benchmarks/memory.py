@@ -21,11 +21,13 @@ import sys
 import threading
 from pathlib import Path
 
-from infra.local.cluster import MARK
-from pipeline.artifact import write_json
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from infra.local.cluster import MARK  # noqa: E402
+from pipeline.artifact import write_json  # noqa: E402
 
 KINDS = ("Anon", "Shmem", "File")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def shares(root: int) -> dict[int, tuple[str, list[float]]]:

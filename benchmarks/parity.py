@@ -48,7 +48,7 @@ def main() -> None:
     target = load_target(TargetConfig(), cache)
     results: dict[str, Any] = {}
     print(f"{'draft':<10}{'decoding':<10}{'position':>9}{'slots':>7}{'training':>10}{'engine':>8}  within its error")
-    for side in [s for s in SIDES if "," not in s]:
+    for side in [s for s in SIDES if " " not in s]:
         draft = trained_draft(side, 0, args.steps, target, corpus, train)
         config = EngineConfig(max_requests=1, max_context=512, rule="ratio", scheduler="fixed", threads=args.threads)
         engine = Engine(load_target(TargetConfig(), cache), config)

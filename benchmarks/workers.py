@@ -18,11 +18,14 @@ import argparse
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infra.local.cluster import KEEP_FREED
 from pipeline.artifact import write_json

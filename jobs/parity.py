@@ -38,9 +38,19 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     )
 
 
+def require(config: PipelineConfig, manifest: Manifest) -> None:
+    """Says why a draft failed, also one that was checked before, and ends with status 4."""
+    from pipeline.evaluation.parity import ParityError, require_parity
+
+    try:
+        require_parity(config.run_dir / "parity", manifest.inputs["draft"])
+    except ParityError as e:
+        print(f"parity: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
+
+
 def main(config: PipelineConfig) -> None:
-    if not stage(config).info["passed"]:
-        raise SystemExit(FAILED)
+    require(config, stage(config))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def main(config: PipelineConfig) -> None:
             extract.stage(config, parent)
         train.stage(config, parent)
         calibrate.stage(config, parent)
-        if not parity.stage(config, parent).info["passed"]:
-            raise SystemExit(parity.FAILED)
+        parity.require(config, parity.stage(config, parent))
         evaluate.stage(config, parent)
         version = register.stage(config, parent)
         decision = promote.stage(config, parent)

@@ -482,6 +482,12 @@ def _check_values(config: Any) -> None:
     if not any(get(f"trainer.{name}") for name in objectives):
         names = ", ".join(f"trainer.{name}" for name in objectives)
         raise ConfigError(f"{names} are all 0: nothing would train the draft's tokens.")
+    if not 0 <= get("corpus.heldout_fraction") < 1:
+        raise ConfigError(f"corpus.heldout_fraction={get('corpus.heldout_fraction')} must be 0 or more and below 1.")
+    if not 0 < get("corpus.regenerate.top_p") <= 1:
+        raise ConfigError(f"corpus.regenerate.top_p={get('corpus.regenerate.top_p')} must be above 0 and at most 1.")
+    if get("target.device") not in ("cpu", "cuda", "auto") and not get("target.device").startswith("cuda:"):
+        raise ConfigError(f"target.device={get('target.device')!r} is not one of cpu, cuda, cuda:<number>, auto.")
     for name in ("loss_share", "extract_utilisation", "train_utilisation"):
         if not 0 < get(f"plan.{name}") <= 1:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")

@@ -217,6 +217,7 @@ def summarise(
             **totals(tokens[0], seconds[0], tokens[1], seconds[1], config.bootstrap, config.seed),
             "same_text": sum(a.token_ids == b.token_ids for a, b in zip(mine, base, strict=True)),
             "prompts": len(mine),
+            "timed": len(usable),  # the others ended at their first token, which prefill gives
             "positions": positions(summed([m.offered for m in metrics]), summed([m.accepted_at for m in metrics])),
             "lengths": dict(sorted(Counter(n for m in metrics for n in m.lengths).items())),
             "per_prompt": [

@@ -115,7 +115,7 @@ def evaluate_draft(
             "speedup_high": main["high"],
             "tau": main["tau"],
             "accept_rate": main["accept_rate"],
-            "prompts": main["prompts"],
+            "prompts": main["timed"],
             "speedup_totals": main["totals"],
             # The coupled rule is what serves by default; the better of two noisy measurements would flatter.
             "speedup_t1": sampled["speedup"],

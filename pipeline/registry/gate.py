@@ -128,7 +128,7 @@ def decide(
     if champion_target is not None:
         checks += _same_target(candidate, champion_target)
     if comparison is not None:
-        checks.append(_over_champion(candidate, comparison, policy))
+        checks += _over_champion(candidate, comparison, policy)
     passed = all(c.passed for c in checks)
     return GateDecision("promote" if passed else "refuse", tuple(checks))
 
@@ -143,7 +143,7 @@ def _same_target(candidate: dict[str, Any], champion: Mapping[str, str]) -> list
     return checks
 
 
-def _over_champion(candidate: dict[str, Any], comparison: dict[str, Any], policy: GatePolicy) -> Check:
+def _over_champion(candidate: dict[str, Any], comparison: dict[str, Any], policy: GatePolicy) -> list[Check]:
     measured = comparison["challenger"]["draft_digest"]
     if measured != _field(candidate, "draft_digest"):
         raise DraftlineError(
@@ -155,10 +155,15 @@ def _over_champion(candidate: dict[str, Any], comparison: dict[str, Any], policy
     if not low >= bound and high >= bound:
         loss = f"{policy.max_regression:.0%}"
         remedy = f"{prompts} prompts can't tell whether it loses over {loss}: raise benchmark.prompts, evaluate again."
-    return Check(
-        "over_champion_low", low, f">= {bound:g}", low >= bound,
-        f"{ratio:.3f} [{low:.3f}, {high:.3f}] times the champion's tokens/s, side by side on {prompts} prompts", remedy,
-    )  # fmt: skip
+    enough = "Promote again with benchmark.prompts set to as many."
+    return [
+        Check("compared_prompts", prompts, f">= {policy.min_prompts}", prompts >= policy.min_prompts, "", enough),
+        Check(
+            "over_champion_low", low, f">= {bound:g}", low >= bound,
+            f"{ratio:.3f} [{low:.3f}, {high:.3f}] times the champion's tokens/s, side by side on {prompts} prompts",
+            remedy,
+        ),
+    ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

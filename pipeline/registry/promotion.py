@@ -120,6 +120,11 @@ def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy, co
     challenger = _by_alias(recorder, name, CHALLENGER)
     if challenger is None:
         raise DraftlineError(f"{name} has no challenger. Register a draft first (the register stage).")
+    if back := challenger.tags.get("rolled_back_to"):
+        raise DraftlineError(
+            f"Version {challenger.version} of {name} was champion and was rolled back (to version {back}); it is not "
+            "promoted again by itself. Register another draft, or delete the version's tag rolled_back_to."
+        )
     champion = _by_alias(recorder, name, CHAMPION)
     report = stored_report(recorder, challenger)
     comparison, target = None, None

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -78,6 +78,9 @@ class HandleBackend:
             async for item in response:
                 yield item
             ended = True
+        except RayTaskError as e:  # raised in the replica: asking again would raise it again
+            ended = True
+            yield ApiError(500, f"The target's replica failed: {type(e.cause).__name__}.", code="internal").item()
         except _UNAVAILABLE as e:
             ended = True
             yield _unavailable(e).item()

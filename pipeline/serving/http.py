@@ -37,6 +37,10 @@ def build(backend: Backend) -> FastAPI:
         headers = {"Retry-After": "1"} if e.status in (429, 503) else None
         return JSONResponse(e.body(), e.status, headers)
 
+    @api.exception_handler(Exception)
+    async def failed(_: Request, e: Exception) -> Response:
+        return JSONResponse(ApiError(500, f"The server failed: {type(e).__name__}.", code="internal").body(), 500)
+
     @api.exception_handler(HTTPException)
     async def unknown_route(request: Request, e: HTTPException) -> Response:
         text = f"{request.method} {request.url.path}: {e.detail}."
@@ -78,8 +82,12 @@ def _model(name: str, known: dict[str, Any]) -> dict[str, Any]:
 async def _answer(backend: Backend, http: Request, kind: type[ChatRequest | CompletionRequest]) -> Response:
     try:
         body = json.loads(await http.body())
-    except ValueError as e:
-        raise ApiError(400, f"The body is not JSON: {e}.") from None
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start : e.end]
+        raise ApiError(400, f"The body holds {half!r}, half of a character: cut texts between characters.") from None
+    except (ValueError, RecursionError) as e:
+        raise ApiError(400, f"The body is not JSON that can be read: {e}.") from None
     wanted = parse(kind, body)
     items = backend.generate(wanted.job())
     try:

@@ -84,7 +84,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
 
@@ -163,7 +163,8 @@ class ChatRequest(Sampled):
             job["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
             job["logprobs"] = self.top_logprobs or 0
-        job["messages"] = [(m.role, m.text()) for m in self.messages]
+        roles = {"developer": "system"}  # OpenAI's newer name for it
+        job["messages"] = [(roles.get(m.role, m.role), m.text()) for m in self.messages]
         return job
 
 
@@ -219,6 +220,10 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
     for token in request.logit_bias or {}:
         if not token.isdecimal():
             raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            400, "stream_options is set, but stream is not true; set it to true.", "stream_options", "invalid_value"
+        )
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise ApiError(
             400,

@@ -228,6 +228,17 @@ def test_wrong_paths_and_bodies_have_the_same_shape(path, body, status):
     assert "message" in json.load(e.value)["error"]
 
 
+def test_text_that_is_no_text_and_nesting_without_end_are_bad_requests():
+    with serving(FakeEngine()) as (url, _):
+        deep = b"[" * 100_000
+        half = json.dumps({**ASK, "messages": [{"role": "user", "content": "hi \ud83d"}]}).encode()
+        for body, words in ((half, "half of a character"), (deep, "not JSON")):
+            with pytest.raises(urllib.error.HTTPError) as e:
+                urllib.request.urlopen(f"{url}/v1/chat/completions", body, timeout=10)
+            assert e.value.code == 400
+            assert words in json.load(e.value)["error"]["message"]
+
+
 def test_a_full_queue_is_429_and_a_draining_server_503():
     engine = FakeEngine("x" * 200, per_step=1, delay=0.02, max_queue=1)
     with serving(engine) as (url, replica):

@@ -39,6 +39,11 @@ def test_all_fields_arrive():
         assert parse(ChatRequest, {**CHAT, "speculation": said}).job()["max_draft"] == most
 
 
+def test_a_developer_speaks_as_the_system():
+    messages = [{"role": "developer", "content": "Be brief."}, *CHAT["messages"]]
+    assert parse(ChatRequest, {**CHAT, "messages": messages}).job()["messages"][0] == ("system", "Be brief.")
+
+
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert parse(ChatRequest, {**CHAT, "messages": [{"role": "user", "content": parts}]}).job()["messages"] == [
@@ -56,6 +61,7 @@ def test_prompts_are_a_text_or_token_ids(prompt):
     ("change", "param", "value"),
     [
         ({"n": 17}, "n", "17"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
         ({"speculation": "on"}, "speculation", "'on'"),
         ({"speculation": {"max_tokens": 0}}, "speculation.max_tokens", "0"),
         ({"temperature": 3}, "temperature", "3"),
