@@ -1,8 +1,8 @@
 """Attention of a step's new tokens over a paged cache of keys and values, every request over its own pages.
 
 The tokens of all requests are one ragged row of queries. A request's position p lies in cell
-page_table[b, p // page_size] * page_size + p % page_size; the new tokens' keys and values are there already. This module
-holds the definition and the torch reference; on CUDA the work is done by `ragged_paged_attention_triton`.
+page_table[b, p // page_size] * page_size + p % page_size; the new tokens' keys and values are there already. This
+module holds the definition and the torch reference; on CUDA the work is done by `ragged_paged_attention_triton`.
 
 Letters: T queries of the step, B requests, H query heads, Hkv KV heads, d and dv dims of a key and of a value,
 P pages that a request's row of the table has room for, n_b = context_b + count_b positions of request b.

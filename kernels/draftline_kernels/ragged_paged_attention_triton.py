@@ -27,8 +27,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _request_of(tile, cu_q, batch, TILE: tl.constexpr):
-    """The request whose tiles hold `tile`: request b's begin at cu_q[b] // TILE + b, which leaves it at least as many as
-    its queries fill, and depends on no other request's count."""
+    """The request whose tiles hold `tile`: request b's begin at cu_q[b] // TILE + b, which leaves each request at least
+    as many as its queries fill, whatever the counts: the host need not know them."""
     low = 0
     high = batch
     while low < high:
@@ -205,7 +205,8 @@ def shapes(groups: int, dim: int, value_dim: int, itemsize: int, queries: int) -
     """
     padded, value_padded = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     wide = max(padded, value_padded) * itemsize
-    rows = min(triton.next_power_of_2(queries * groups), 128, 32768 // wide)
+    # float32 products have no tensor cores: more rows than 32 spill registers.
+    rows = min(triton.next_power_of_2(queries * groups), 128 if itemsize == 2 else 32, 32768 // wide)
     rows = max(rows, triton.next_power_of_2(groups), 16)
     return {
         "ROWS": rows,
@@ -214,7 +215,7 @@ def shapes(groups: int, dim: int, value_dim: int, itemsize: int, queries: int) -
         "VALUE_DIM": value_dim,
         "PADDED": padded,
         "VALUE_PADDED": value_padded,
-        "num_warps": 8 if rows > 64 else 4,
+        "num_warps": 8 if rows > (64 if itemsize == 2 else 16) else 4,
         "num_stages": 2,
     }
 

@@ -77,7 +77,7 @@ def _markov(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, s
     )
 
 
-_STRIDES = tuple(f"{x}_{y}" for x in "kv" for y in ("head", "cell")) + ("q_token", "q_head", "table_row")
+_STRIDES = ("q_token", "q_head", "k_head", "k_cell", "v_head", "v_cell", "table_row")
 _COUNTED = ("tokens", "batch", "pages", "cells", "heads", "splits")
 
 

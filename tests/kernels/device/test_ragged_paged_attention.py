@@ -42,11 +42,20 @@ def test_heads_and_dims(device: torch.device, heads: int, kv_heads: int, dim: in
     torch.testing.assert_close(run(device, case).double(), exact(case), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [0, 1, 33])
-def test_a_chunk_of_several_tiles(device: torch.device, window: int) -> None:
-    """More queries than a program takes: each tile's positions begin and end where its own queries' do."""
-    case = batch_of(((70, 150), (2, 1)), heads=8, kv_heads=1, window=window, page_size=16)
-    torch.testing.assert_close(run(device, case, 2), reference(**case), rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize(("window", "splits"), [(0, 2), (1, 1), (33, 2)])
+def test_a_chunk_of_several_tiles(device: torch.device, window: int, splits: int) -> None:
+    """More queries than a program takes: each tile's positions begin and end where its own queries' do, and some
+    queries see nothing of the positions that are read first."""
+    case = batch_of(((90, 70), (2, 1)), heads=8, kv_heads=1, window=window, page_size=16)
+    torch.testing.assert_close(run(device, case, splits), reference(**case), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", [127, 128, 129, 257, 385])
+def test_splits_cover_every_position(device: torch.device, positions: int) -> None:
+    """Around whole tiles of 128 positions, in two and in more splits than there are tiles."""
+    case = batch_of(((positions - 2, 2),), page_size=16)
+    for splits in (2, 5):
+        torch.testing.assert_close(run(device, case, splits), reference(**case), rtol=2e-5, atol=2e-5)
 
 
 def test_strides(device: torch.device) -> None:
