@@ -22,6 +22,9 @@ from torch import Tensor
 _SPAN = 256
 """Positions that a split has at least: with fewer, partials would cost as much as keys."""
 _MOST_SPLITS = 64
+_QUERIES = 8
+"""Queries that a tile has room for at least, where its rows allow: a block to verify is read for once, though most
+requests of its step have a single query."""
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -194,11 +197,11 @@ def _combine(
 
 
 def shapes(groups: int, dim: int, value_dim: int, itemsize: int, queries: int) -> dict[str, int]:
-    """Sizes of a program of `_attend`: 16 KiB of keys at a time, and rows for a usual request's queries.
+    """Sizes of a program of `_attend`: 16 KiB of keys at a time, and rows for the queries of most requests.
 
     Args:
         groups: query heads per KV head. dim, value_dim: d and dv. itemsize: bytes of a number.
-        queries: a request's usual number of queries.
+        queries: a request's mean number of queries.
 
     Returns:
         The constants by name, num_warps and num_stages among them.
@@ -206,7 +209,7 @@ def shapes(groups: int, dim: int, value_dim: int, itemsize: int, queries: int) -
     padded, value_padded = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     wide = max(padded, value_padded) * itemsize
     # float32 products have no tensor cores: more rows than 32 spill registers.
-    rows = min(triton.next_power_of_2(queries * groups), 128 if itemsize == 2 else 32, 32768 // wide)
+    rows = min(triton.next_power_of_2(max(queries, _QUERIES) * groups), 128 if itemsize == 2 else 32, 32768 // wide)
     rows = max(rows, triton.next_power_of_2(groups), 16)
     return {
         "ROWS": rows,

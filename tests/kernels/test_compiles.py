@@ -105,7 +105,7 @@ _RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
 _ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
 _COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
 CASES: dict[str, tuple[Any, ...]] = {
-    **{f"attend {d}": _attend(d, 128, 4, 8, _TARGET) for d in ("fp32", "fp16", "bf16")},
+    **{f"attend {d}": _attend(d, 128, 4, 8, _TARGET) for d in _LOGITS},
     "attend prefill": _attend("bf16", 128, 4, 512, _TARGET),
     "attend prefill fp32": _attend("fp32", 64, 7, 512, _TARGET),
     "attend block": _attend("bf16", 80, 5, 7, _DRAFT),
