@@ -8,7 +8,8 @@ highest resident set (VmHWM, reset before) over what it held with the inputs bui
 likewise.
 
 speed: needs a CUDA device. Medians over `--repeats` runs with the second-level cache flushed before each; the share is
-of the bandwidth (read + write) of a copy timed in the same run, counting only the bytes that must move.
+of the bandwidth (read + write) of a copy timed in the same run, counting only the bytes that must move. Attention is
+timed against SDPA and FlexAttention too, which get keys and values gathered beforehand: no pages to follow.
 """
 
 from __future__ import annotations
@@ -30,13 +31,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from draftline_kernels import RowStats, Sampling, markov_block, proposal_stream, verify, vocab_loss
+from draftline_kernels import (
+    RowStats,
+    Sampling,
+    markov_block,
+    proposal_stream,
+    ragged_paged_attention,
+    verify,
+    vocab_loss,
+)
 from draftline_kernels.markov_block import reference as reference_block
+from draftline_kernels.ragged_paged_attention import reference as reference_attention
 from draftline_kernels.verify import reference as reference_verify
 from draftline_kernels.vocab_loss import RowTargets, reference_, row_losses_
 
 VOCABULARY, HIDDEN, RANK, SLOTS = 151_936, 1024, 256, 7
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 _MIB = 1 << 20
 
 
@@ -229,6 +242,46 @@ def block_case(dtype: torch.dtype, batch: int, device: str) -> tuple[dict[str, A
     return inputs, (SLOTS * VOCABULARY * RANK + base.numel()) * base.element_size()
 
 
+def attention_case(
+    dtype: torch.dtype, batch: int, past: int, count: int, device: str
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]], int]:
+    """Arguments of `ragged_paged_attention` over shuffled pages, other attentions of the same over keys and values that
+    are gathered already, and the bytes that must move: keys and values once, queries and results."""
+    g = torch.Generator(device).manual_seed(0)
+    pages = -(-(past + count) // PAGE)
+    table = torch.randperm(batch * pages, generator=g, device=device).view(batch, pages).to(torch.int32)
+    k, v = (torch.randn(KV_HEADS, batch * pages * PAGE, DIM, generator=g, device=device, dtype=dtype) for _ in range(2))
+    q = torch.randn(batch * count, HEADS, DIM, generator=g, device=device, dtype=dtype)
+    inputs = {
+        "q": q,
+        "k_cells": k,
+        "v_cells": v,
+        "page_table": table,
+        "cu_q": torch.arange(batch + 1, dtype=torch.int32, device=device) * count,
+        "context": torch.full((batch,), past, dtype=torch.int32, device=device),
+        "page_size": PAGE,
+        "scale": DIM**-0.5,
+    }
+    cells = (table.long()[:, :, None] * PAGE + torch.arange(PAGE, device=device)).flatten(1)[:, : past + count]
+    keys, values = (cache[:, cells].transpose(0, 1).contiguous() for cache in (k, v))
+    queries = q.view(batch, count, HEADS, DIM).transpose(1, 2).contiguous()
+    size = (2 * q.numel() + 2 * keys.numel()) * q.element_size()
+    seen = create_block_mask(lambda b, h, i, j: j <= i + past, None, None, count, past + count, device=device)
+    flex = torch.compile(flex_attention)
+    gathered = {
+        "SDPA": partial(
+            F.scaled_dot_product_attention,
+            queries,
+            keys,
+            values,
+            attn_mask=causal_lower_right(count, past + count),
+            enable_gqa=True,
+        ),
+        "FlexAttention": partial(flex, queries, keys, values, block_mask=seen, enable_gqa=True),
+    }
+    return inputs, gathered, size
+
+
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Times every kernel on the GPU; prints the table."""
     clock = Clock(args.repeats)
@@ -240,18 +293,31 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{'kernel':<44}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'reference':>11}{'compiled':>10}")
     results = []
 
-    def row(name: str, size: int, kernel: float, reference: float, compiled: float | str) -> None:
+    def row(
+        name: str,
+        size: int,
+        kernel: float,
+        reference: float,
+        compiled: float | str,
+        others: dict[str, float | str] | None = None,
+    ) -> None:
         rate = size / kernel / 1e6
         shown = compiled if isinstance(compiled, str) else f"{compiled:.3f}"
         print(f"{name:<44}{kernel:>9.3f}{rate:>8.0f}{rate / bandwidth:>8.0%} {reference:>11.3f}{shown:>10}", flush=True)
         entry = {"kernel": name, "ms": kernel, "bytes": size, "gb_per_s": rate, "of_copy": rate / bandwidth}
-        results.append({**entry, "reference_ms": reference, "compiled_ms": compiled})
+        results.append({**entry, "reference_ms": reference, "compiled_ms": compiled, "others_ms": others or {}})
+        for other, spent in (others or {}).items():
+            print(f"  {other:<42}{spent if isinstance(spent, str) else format(spent, '.3f'):>9}", flush=True)
 
-    def compiled(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float | str:
+    def compiled(
+        call: Callable[[], Any],
+        before: Callable[[], Any] = lambda: None,
+        what: str = "torch.compile of the reference",
+    ) -> float | str:
         try:
             return clock(call, before)
         except Exception as error:  # the compiler's own failures are a result too
-            print(f"  torch.compile of the reference: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+            print(f"  {what}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
             return "fails"
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -287,6 +353,18 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
                 clock(partial(markov_block, **inputs)),
                 clock(partial(reference_block, **plain)),
                 compiled(partial(quick_block, **plain)),
+            )
+        for batch, past, count in ((64, 4096, SLOTS + 1), (1, 131_072, SLOTS + 1), (4, 4096, 512)):
+            inputs, gathered, size = attention_case(dtype, batch, past, count, "cuda")
+            plain = {"window": 0, "softcap": 0.0, "causal": True, **inputs}
+            quick_attention = torch.compile(reference_attention)
+            row(
+                f"attention B {batch}, {past} + {count}, {kind}",
+                size,
+                clock(partial(ragged_paged_attention, **inputs)),
+                clock(partial(reference_attention, **plain)),
+                compiled(partial(quick_attention, **plain)),
+                {name: compiled(call, what=name) for name, call in gathered.items()},
             )
     return {"copy_gb_per_s": bandwidth, "kernels": results}
 

@@ -1,11 +1,12 @@
-"""draftline's kernels and their torch references: noise, sampling, verification, the sequential head, the vocabulary
-loss. Depends on torch (and, on CUDA, triton) only."""
+"""draftline's kernels and their torch references: noise, sampling, verification, the sequential head, attention over
+pages, the vocabulary loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
 from .adjust import Adjustment, adjust_
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
+from .ragged_paged_attention import ragged_paged_attention
 from .sampling import BLOCK, STREAMS, Sampling, draw, proposal_stream, transform
 from .verify import VerifyResult, verify
 from .vocab_loss import RowStats, vocab_loss
@@ -24,6 +25,7 @@ __all__ = [
     "gumbel",
     "markov_block",
     "proposal_stream",
+    "ragged_paged_attention",
     "transform",
     "uniform",
     "verify",

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from draftline_kernels import (  # noqa: E402
     markov_block_triton,
+    ragged_paged_attention_triton,
     residual_triton,
     sampling_triton,
     verify_triton,
@@ -76,10 +77,48 @@ def _markov(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, s
     )
 
 
+_STRIDES = ("q_token", "q_head", "k_head", "k_cell", "v_head", "v_cell", "table_row")
+_COUNTED = ("tokens", "batch", "pages", "cells", "heads", "splits")
+
+
+def _attend(
+    dtype: str, dim: int, groups: int, queries: int, flags: dict[str, Any], value_dim: int = 0
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """Attention over pages with the sizes that its launch would have, dims of tensors dense."""
+    itemsize = 4 if dtype == "fp32" else 2
+    sizes = ragged_paged_attention_triton.shapes(groups, dim, value_dim or dim, itemsize, queries)
+    options = {n: sizes.pop(n) for n in ("num_warps", "num_stages")}
+    types = dict.fromkeys(("q", "keys", "values"), f"*{dtype}") | {"sums": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("page_table", "cu_q", "context"), "*i32") | dict.fromkeys(_STRIDES, "i64")
+    types |= dict.fromkeys(_COUNTED, "i32") | {"out": "*fp32" if flags["SPLIT"] else f"*{dtype}"}
+    dense = dict.fromkeys(("q_dim", "k_dim", "v_dim", "table_page"), 1)
+    constants = {"GROUPS": groups, "PAGE": 16, "SPAN": 256, **dense, **flags, **sizes}
+    return ragged_paged_attention_triton._attend, types, constants, options
+
+
+_TARGET = {"WINDOW": 0, "SOFTCAP": 0.0, "CAUSAL": True, "SPLIT": False}
+_DRAFT = {**_TARGET, "CAUSAL": False, "SPLIT": True}
+_GEMMA = {"WINDOW": 1024, "SOFTCAP": 50.0, "CAUSAL": True, "SPLIT": True}
+_COMBINED = {"partials": "*fp32", "sums": "*fp32", "cu_q": "*i32", "out": "*bf16"}
+_COMBINED |= dict.fromkeys(("batch", "heads", "splits"), "i32")
 _RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
 _ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
 _COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = {
+    **{f"attend {d}": _attend(d, 128, 4, 8, _TARGET) for d in _LOGITS},
+    "attend prefill": _attend("bf16", 128, 4, 512, _TARGET),
+    "attend prefill fp32": _attend("fp32", 64, 7, 512, _TARGET),
+    "attend block": _attend("bf16", 80, 5, 7, _DRAFT),
+    "attend block fp32": _attend("fp32", 256, 1, 7, {**_DRAFT, "WINDOW": 128}),
+    "attend gemma": _attend("bf16", 256, 2, 8, _GEMMA),
+    "attend two dims": _attend("bf16", 192, 8, 64, _GEMMA, value_dim=128),
+    "attend 512": _attend("bf16", 512, 8, 8, _TARGET),
+    "combine splits": (
+        ragged_paged_attention_triton._combine,
+        _COMBINED,
+        {"VALUE_DIM": 256, "VALUE_PADDED": 256, "SPLITS": 64},
+        {"num_warps": 4},
+    ),
     **{f"stats {d}": _verify(sampling_triton.stats, d, GREEDY=False) for d in _LOGITS},
     "stats greedy": _verify(sampling_triton.stats, "bf16", GREEDY=True),
     "select": _verify(sampling_triton.select, "bf16"),
@@ -108,9 +147,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("capability", [90, 80])
 def test_compiles(name: str, capability: int) -> None:
-    kernel, signature, constants = CASES[name]
+    kernel, signature, constants, *launch = CASES[name]
+    options = launch[0] if launch else {"num_warps": 8}
     signature = {n: signature.get(n, "constexpr") for n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 0
     assert compiled.metadata.shared < 100_000, "bytes of shared memory a program takes"
