@@ -136,7 +136,8 @@ class Engine:
         Requests that run keep their draft to their end; those that come take `default` or the one they name.
 
         Raises:
-            DraftlineError: an engine with one draft, or waiting requests that name one to be removed.
+            DraftlineError: an engine with one draft, waiting requests that name one to be removed, or a scheduler that
+                weighs step costs in an engine that has not measured any and has requests.
             ConfigError: see `SeveralDrafts.change`.
         """
         drafts = self.proposer
@@ -147,6 +148,9 @@ class Engine:
         gone = set(remove)
         if waiting := [s.request.id for s in self._queue if s.request.draft in gone]:
             raise DraftlineError(f"Requests that wait name a draft to be removed: {', '.join(waiting[:5])}.")
+        weighs = self.step_cost is None and self.scheduler.weighs_cost
+        if weighs and self._running and any(p.block_size for p in (add or {}).values()):
+            raise DraftlineError("Step costs are not known yet and requests run: call engine.profile() before they do.")
         self._held.hand_over(drafts)  # their taps are of the layers up to now
         drafts.change(add or {}, default, gone)
         self.runner.layer_ids = drafts.layer_ids
@@ -193,6 +197,8 @@ class Engine:
             self.proposer.check(request.draft)
         elif request.draft is not None:
             raise DraftlineError(f"Request {request.id}: draft is {request.draft!r}, but this engine has one, unnamed.")
+        if any(s.request.id == request.id for s in (*self._queue, *self._running)):
+            raise DraftlineError(f"Request {request.id}: another request with this id is not finished.")
         if len(self._queue) >= self.config.max_queue:
             raise QueueFull(
                 f"Request {request.id}: {len(self._queue)} requests are waiting, the most allowed "
@@ -271,7 +277,7 @@ class Engine:
             if not plan.chunks:  # reading prompts costs otherwise
                 self.step_cost.observe(len(plan.tokens), self._mean_context(decoding), ended - drafted)
         for s in plain:
-            s.metrics.skipped += self.proposer.block_size > 0
+            s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += ended - drafted
@@ -307,7 +313,8 @@ class Engine:
     def _whom_to_draft_for(self, decoding: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
         if self._skips_drafts and decoding and self.step_cost is not None:
             return self._worth.choose(decoding, self.step_cost, self._mean_context(decoding))
-        return (decoding, []) if self.proposer.block_size else ([], decoding)
+        drafted = [s for s in decoding if self.proposer.block_size and s.draft_limit > 0]
+        return drafted, [s for s in decoding if not self.proposer.block_size or s.draft_limit <= 0]
 
     def _schedule(self, decoding: list[Sequence], proposal: Proposal | None) -> list[int]:
         """Lengths of all that decode; of those without a proposal, which come last, 0."""
@@ -383,7 +390,7 @@ class Engine:
         draft: list[int] = []
         if plan.proposal is not None and i < plan.drafted:
             draft = plan.proposal.tokens[i, :accepted].tolist()
-            s.metrics.drafted += int(plan.proposal.counts[i])
+            s.metrics.drafted += min(int(plan.proposal.counts[i]), s.draft_limit)
         length = plan.lengths[i] if first >= 0 else 0
         if first >= 0:
             commits.append(Commit(s, s.computed, slice(first, first + accepted + 1), length, accepted))

@@ -117,7 +117,9 @@ class TargetRunner:
             "target": identity.id,
             "target_config": identity.config_digest,
         }
-        return kept(Path(config.step_cost), made_for, (grid[-1], contexts[-1]), measured)
+        cost = kept(Path(config.step_cost), made_for, (grid[-1], contexts[-1]), measured)
+        cost.hardware = str(made_for["hardware"])
+        return cost
 
     def time_step(self, tokens: int, context: int, per_request: int) -> float:
         """Seconds of a step over `tokens` tokens of ceil(tokens / per_request) requests at `context` tokens each.

@@ -73,7 +73,7 @@ class _Record:
 
 
 class DraftWorth:
-    """Chooses whom to draft for, from the rounds so far. One object per draft.
+    """Chooses whom to draft for, from the rounds so far. One object per proposer.
 
     Attributes:
         trying: the last choice drafts to learn, not to gain. Its draft is spent whatever is verified, and the rounds to
@@ -85,6 +85,7 @@ class DraftWorth:
         self._records: weakref.WeakKeyDictionary[Sequence, _Record] = weakref.WeakKeyDictionary()
         # Of all texts: what a new one starts from, and the pauses of the whole batch.
         self._all = _Record(collections.deque(maxlen=4 * WINDOW))
+        self._of_draft: dict[str, _Record] = {}  # the same of each draft, where an engine has several
         self._tried = 0
         self._not_paying: tuple[int, ...] | None = None
 
@@ -118,6 +119,8 @@ class DraftWorth:
         for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
             self._record(s).add(row, length, kept, 0.8)
             self._all.add(row, length, kept, 0.98)
+            pool = self._of_draft.setdefault(s.metrics.draft, _Record(collections.deque(maxlen=4 * WINDOW)))
+            pool.add(row, length, kept, 0.98)
 
     def _record(self, sequence: Sequence) -> _Record:
         return self._records.setdefault(sequence, _Record(collections.deque(maxlen=WINDOW)))
@@ -153,8 +156,12 @@ class DraftWorth:
         for s, record in zip(able, records, strict=True):
             rounds = list(record.rounds)
             if len(rounds) < BLOCKS:
-                rounds += list(self._all.rounds)[len(rounds) - BLOCKS :]
-            survival = np.stack(rounds)[:, : s.draft_limit] * record.reliability(prior)
+                others = self._of_draft.get(s.metrics.draft, self._all).rounds
+                rounds += list(others)[len(rounds) - BLOCKS :]
+            survival = np.zeros((len(rounds), max(map(len, rounds))))  # drafts may have blocks of several sizes
+            for row, seen in zip(survival, rounds, strict=True):
+                row[: len(seen)] = seen
+            survival = survival[:, : s.draft_limit] * record.reliability(prior)
             np.minimum(survival, 1.0, out=survival)
             values.append(survival.ravel())
             weights.append(np.full(survival.size, 1 / len(rounds)))

@@ -218,7 +218,7 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
         raise ApiError(400, f"{name} is {_cut(first['input'])}; it {what}.", name, "invalid_value") from None
     _check_stop(request)
     for token in request.logit_bias or {}:
-        if not token.isdecimal():
+        if not token.isdecimal() or len(token) > 10:
             raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
     if request.stream_options is not None and not request.stream:
         raise ApiError(

@@ -153,9 +153,10 @@ class TargetReplica:
 
         try:
             try:
-                for sample in samples:
-                    going.add(sample.id)
-                    await asyncio.wrap_future(self._loop.submit(sample, tell))
+                going.update(r.id for r in samples)
+                # All at once: one after the other, each would wait for a step of the engine.
+                for taken in [self._loop.submit(r, tell) for r in samples]:
+                    await asyncio.wrap_future(taken)
             except QueueFull as e:
                 yield ApiError(429, str(e), code="queue_full").item()
                 return

@@ -57,7 +57,7 @@ def test_what_bounds_memory_or_says_where_to_run_makes_no_other_features_or_draf
 
     base = compose(["features=stream"])
     memory = ["features.batch_tokens=77", "features.gpus_per_actor=2", "features.shard_rows=9", "trainer.chunk_rows=5"]
-    less = compose(["features=stream", *memory, "trainer.workers=3"])
+    less = compose(["features=stream", *memory, "trainer.workers=4"])
     assert of_training(less) == of_training(base)
     other = compose(["features.batch_tokens=77", "features.actors=5"])
     assert of_features(other.features, other.target, "train") == of_features(compose([]).features, base.target, "train")

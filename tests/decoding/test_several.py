@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, Request, SeveralDrafts, make_proposer
+from pipeline.decoding import Engine, Request, SeveralDrafts, StepCost, make_proposer
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
@@ -96,6 +96,34 @@ def test_a_draft_is_swapped_between_two_steps_and_no_text_changes(cache_dir: Pat
     assert all(c.metrics.drafted for c in swapped.values())
     assert drafts.names == ["v2"] and len(drafts.resident) == 1, "the old one left with its last request"
     assert engine.runner.layer_ids == [0, 1, 2]
+
+
+def test_drafts_with_blocks_of_several_sizes_are_weighed_together(cache_dir: Path) -> None:  # noqa: F811
+    target = fresh(cache_dir)
+    sizes = {f"b{n}": proposer(target, "dspark", block_size=n) for n in (2, 5)}
+    drafts = SeveralDrafts(sizes, "b2", target.vocab_size)
+    config = EngineConfig(max_requests=5, max_context=512, threads=1)
+    engine = Engine(target, config, drafts, StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]))
+    for name in ("b2", "b5", None):
+        done = engine.generate([Request(p, LONG, draft=name) for p in prompt_ids(target)])
+        assert all(c.finish_reason in ("stop", "length") for c in done)
+    texts = [engine.generate([Request(p, LONG, max_draft=0)])[0] for p in prompt_ids(target)]
+    assert [c.token_ids for c in texts] == [c.token_ids for c in done]
+    assert not any(c.metrics.drafted for c in texts)
+
+
+def test_a_draft_that_is_to_be_weighed_waits_for_step_costs(tiny: Target) -> None:  # noqa: F811
+    drafts = SeveralDrafts({"plain": make_proposer("none")}, "plain", tiny.vocab_size)
+    engine = Engine(tiny, EngineConfig(max_requests=5, max_context=512, threads=1), drafts)
+    engine.submit(Request(prompt_ids(tiny)[0], 8))
+    engine.step()
+    with pytest.raises(DraftlineError, match="call engine.profile"):
+        engine.change_drafts({"ngram": make_proposer("ngram")}, default="ngram")
+    while engine.has_work:
+        engine.step()
+    engine.change_drafts({"ngram": make_proposer("ngram")}, default="ngram")
+    engine.step_cost = StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]])
+    assert engine.generate([Request(prompt_ids(tiny)[0], 8)])[0].metrics.draft == "ngram"
 
 
 def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:  # noqa: F811
