@@ -122,8 +122,8 @@ class RequestMetrics:
     scheduler sent to the target, `accepted` those that the target confirmed. Position 0 of the lists is the token
     right after the anchor; `offered[k]` counts rounds in which position k was verified after all before it were
     accepted, so `accepted_at[k] / offered[k]` is the conditional acceptance. Times are wall seconds; in a batch,
-    `draft_seconds` and `target_seconds` are those of the shared steps. `skipped` counts decoding steps without a
-    draft.
+    `draft_seconds` and `target_seconds` are those of the shared steps. `skipped` counts decoding steps that
+    had room for a draft and none was made.
     """
 
     draft: str = ""

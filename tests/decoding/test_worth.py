@@ -264,7 +264,9 @@ def test_a_bad_draft_is_asked_less_and_less(
     assert texts == plainly
     steps = sum(m.target_steps for m in metrics)
     assert len(proposer.calls) < 0.15 * steps
-    assert sum(m.skipped for m in metrics) == steps - sum(proposer.calls)
+    plain = steps - sum(proposer.calls)
+    # The step for a text's last token has no room for a draft.
+    assert plain - len(metrics) <= sum(m.skipped for m in metrics) <= plain
     always = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: False)
     assert decode(tiny, always, rule, scheduler=scheduler, skip_drafts=False)[0] == plainly
     assert sum(always.calls) == steps
