@@ -269,7 +269,7 @@ def test_a_bad_draft_is_asked_less_and_less(
     assert plain - len(metrics) <= sum(m.skipped for m in metrics) <= plain
     always = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: False)
     assert decode(tiny, always, rule, scheduler=scheduler, skip_drafts=False)[0] == plainly
-    assert sum(always.calls) == steps
+    assert steps - len(metrics) <= sum(always.calls) <= steps
 
 
 def test_a_good_draft_is_always_asked(tiny: Target, plainly: list[list[int]]) -> None:  # noqa: F811
