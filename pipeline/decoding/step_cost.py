@@ -87,7 +87,7 @@ class StepCost:
     def observe_draft(self, requests: int, seconds: float) -> None:
         """Takes in what drafting for so many requests took. First use is dearer than what follows, so that the lesser
         of the first two counts; after them a single one moves the mean by no more than a tenth."""
-        self.draft = seconds if self.draft == 0 else self.draft + 0.05 * (seconds - self.draft)
+        self.draft = seconds if self.draft == 0 else self.draft + 0.05 * min(seconds - self.draft, self.draft)
         old, times = self.drafting.get(requests, (seconds, 0))
         new = min(old, seconds) if times < 2 else old + 0.1 * min(seconds - old, old)
         self.drafting[requests] = new, times + 1
