@@ -140,6 +140,12 @@ def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridg
     const = const_axis * math.sqrt((rank + amplitude**2) / size) / amplitude
     mask = _seen(draft, torch.tensor(c.mask_token_id))
     answering = fit.subspace @ (fit.subspace.T @ fit.token_const)
+    if float(mask @ mask) == 0.0:
+        raise ConfigError(
+            f"trainer.warm_start.layers=features needs a mask token with an embedding; that of {c.mask_token_id} is "
+            "all zeros. Set draft.mask_token_id to another token that no text has, or use "
+            "trainer.warm_start.layers=target."
+        )
     if c.sample_from_anchor:
         asking = fit.token_const - mask * (mask @ fit.token_const) / (mask @ mask)
     else:

@@ -10,6 +10,8 @@ from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.errors import ConfigError
 from pipeline.target.families import Family
 
+_W2 = "markov_head.markov_w2.weight"
+
 
 @torch.no_grad()
 def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None:
@@ -63,8 +65,9 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
 def from_former(draft: Draft, former: Draft) -> list[str]:
     """Copies a former draft's weights into a draft of the same target; returns the names of those that it lacks.
 
-    A DSpark draft may start from a DFlash one (its heads then start as they are), and either from one of another block
-    size: slots share their weights. Rows of the Markov head's W2 go by token, so the vocabularies may differ.
+    A DSpark draft may start from a DFlash one of its slot layout (its heads then start as they are), and either from
+    one of another block size: slots share their weights. Heads go over whole or not at all. Rows of the Markov head's
+    W2 go by token, so the vocabularies may differ; a token that the former has not starts without a bias.
     Calibration is not taken over: it belongs to the weights that it was fitted on.
 
     Raises:
@@ -72,7 +75,8 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
     """
     c, f = draft.config, former.config
     same = ["target_layer_ids", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm"]
-    same += ["layer_family", "rope_fraction", "values_are_keys"]
+    same += ["layer_family", "rope_theta", "rope_fraction", "values_are_keys"]
+    same += [] if "eagle3" in (c.algorithm, f.algorithm) else ["sample_from_anchor", "mask_token_id"]
     same += ["norm_before_residual"] if "eagle3" in (c.algorithm, f.algorithm) else []
     differing = [f"{n} is {getattr(f, n)} there, {getattr(c, n)} here" for n in same if getattr(f, n) != getattr(c, n)]
     if (c.algorithm == "eagle3") != (f.algorithm == "eagle3"):
@@ -84,18 +88,42 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
         )
     theirs = dict(former.named_parameters())
     lacking = []
+    heads = _heads_that_fit(draft, former)
     for name, weight in draft.named_parameters():
         given = theirs.get(name)
-        if name == "markov_head.markov_w2.weight" and given is not None and given.shape[1] == weight.shape[1]:
+        head = name.split(".")[0]
+        if head in ("markov_head", "confidence_head") and head not in heads:
+            lacking.append(name)
+        elif name == _W2 and given is not None:
             place = torch.full((int(draft.embed.shape[0]),), -1, dtype=torch.int64)
             place[former.d2t.cpu()] = torch.arange(len(former.d2t))
             rows = place[draft.d2t.cpu()]
+            weight.zero_()  # what stands there belongs to another W1
             weight[rows >= 0] = given[rows[rows >= 0]].to(weight.dtype)
         elif given is not None and given.shape == weight.shape:
             weight.copy_(given)
         else:
             lacking.append(name)
     return lacking
+
+
+def _heads_that_fit(draft: Draft, former: Draft) -> set[str]:
+    """Heads that mean the same in both: each goes over whole or not at all, and a confidence that reads the Markov
+    head's codes not without them."""
+    mine, theirs = dict(draft.named_parameters()), dict(former.named_parameters())
+
+    def alike(head: str) -> bool:
+        names = [n for n in mine if n.startswith(f"{head}.")]
+        first = {n: int(n == _W2) for n in names}  # W2 has a row per token of the vocabulary
+        return all(n in theirs and theirs[n].shape[first[n] :] == mine[n].shape[first[n] :] for n in names)
+
+    c, f = draft.config, former.config
+    markov = c.markov_head_type == f.markov_head_type and alike("markov_head")
+    reads = c.has_markov and c.confidence_head_with_markov
+    confidence = c.confidence_head_with_markov == f.confidence_head_with_markov and alike("confidence_head")
+    return {
+        n for n, fits in (("markov_head", markov), ("confidence_head", confidence and (markov or not reads))) if fits
+    }
 
 
 @torch.no_grad()

@@ -69,8 +69,9 @@ def build_draft(
         layers_from_features(draft, target.family, samples(features, trainer.seed))
     if trainer.warm_start.markov and full.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
-    if former is not None:
-        from_former(draft, load_draft(former, target))
+    lacking = from_former(draft, load_draft(former, target)) if former is not None else []
+    if lacking:
+        print(f"train: the former draft gives no {', '.join(lacking)}; they start as without it", flush=True)
     return draft
 
 

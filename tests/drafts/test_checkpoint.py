@@ -135,7 +135,6 @@ def test_a_dspark_draft_starts_from_a_dflash_draft(tiny: Target) -> None:
 
 def test_a_markov_head_goes_over_token_by_token(tiny: Target) -> None:
     former, draft = small_draft(tiny, vocabulary=60, seed=1), small_draft(tiny, vocabulary=0, seed=2)
-    before = draft.markov_head.markov_w2.weight.clone()  # type: ignore[union-attr]
     former.temperatures.fill_(2.0)
     assert from_former(draft, former) == []
     head, theirs = draft.markov_head, former.markov_head
@@ -144,8 +143,21 @@ def test_a_markov_head_goes_over_token_by_token(tiny: Target) -> None:
     assert torch.equal(head.markov_w2.weight[former.d2t], theirs.markov_w2.weight)
     others = torch.ones(tiny.vocab_size, dtype=torch.bool)
     others[former.d2t] = False
-    assert torch.equal(head.markov_w2.weight[others], before[others])
+    assert not head.markov_w2.weight[others].any(), "what stood there belonged to another W1"
     assert torch.equal(draft.temperatures, torch.ones(4)), "calibration belongs to the former's weights"
+
+
+def test_heads_go_over_whole_or_not_at_all(tiny: Target) -> None:
+    former, draft = small_draft(tiny, seed=1, markov_head_type="rnn"), small_draft(tiny, seed=2)
+    before = {n: t.clone() for n, t in draft.named_parameters() if "head" in n}
+    assert set(from_former(draft, former)) == set(before), "codes of another kind, and the confidence that reads them"
+    assert all(torch.equal(t, before[n]) for n, t in draft.named_parameters() if "head" in n)
+
+
+def test_a_former_draft_of_the_other_slot_layout_is_refused(tiny: Target) -> None:
+    plain = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
+    with pytest.raises(ConfigError, match="sample_from_anchor is False there, True here"):
+        from_former(small_draft(tiny), small_draft(tiny, sample_from_anchor=False, **plain))
 
 
 def test_a_former_draft_that_has_nothing_to_give_is_refused_field_by_field(tiny: Target) -> None:
