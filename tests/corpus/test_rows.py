@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.corpus.rows import ChatFormat, RowError, TemplateError, TokenRow, 
 from pipeline.errors import DraftlineError
 from pipeline.target import loading
 from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template
+from tests.serving.fakes import byte_tokenizer
 
 END = "<|im_end|>"
 HEADER = "<|im_start|>system\nYou are terse.<|im_end|>\n"
@@ -58,9 +60,10 @@ def test_both_ways_of_marking_give_the_same_row(bpe) -> None:
     assert by_prefix.prompt_length == by_spans.prompt_length
 
 
-def test_qwen3_s_template_without_thinking_marks_answers_behind_their_empty_thought(bpe) -> None:
+def test_qwen3_s_template_without_thinking_marks_answers_behind_their_empty_thought() -> None:
     template = Path(loading.__file__).parent / "templates" / "qwen3_no_think.jinja"
-    tokenizer = with_template(bpe, template.read_text())
+    tokenizer = copy.deepcopy(byte_tokenizer())  # as in Qwen3's own, no token joins the thought's end and a letter
+    tokenizer.chat_template = template.read_text()
     row = tokenize(conversation("Hi", "Hello", "More", "Yes", system="Speak."), tokenizer)
     assert spoken(row, tokenizer) == ["Hello" + END, "Yes" + END]
     thought = "<think>\n\n</think>\n\n"

@@ -120,7 +120,7 @@ def test_completions_and_usage(api):
 
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
-    [({"n": 2}, 400, "n"), ({"model": "gpt"}, 404, "model"), ({"max_tokens": 10_000}, 400, "max_tokens")],
+    [({"n": 17}, 400, "n"), ({"model": "gpt"}, 404, "model"), ({"max_tokens": 10_000}, 400, "max_tokens")],
 )
 def test_refusals_cross_the_cluster_with_their_status(api, fields, status, param):
     with pytest.raises(openai.APIStatusError) as e:
