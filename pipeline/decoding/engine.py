@@ -425,14 +425,16 @@ class Engine:
         for token in new:
             taken.append(token)
             s.tokens.append(token)
+            ended = token in s.stop_ids
+            full = len(s.tokens) - s.prompt_length >= s.request.max_new_tokens
             if s.text is not None:
                 s.text.push([token])
-            if token in s.stop_ids or (s.text is not None and s.text.stopped):
-                return taken, "stop"
-            if len(s.tokens) - s.prompt_length >= s.request.max_new_tokens:
-                if s.text is not None:
+                if ended or full:
                     s.text.finish()
-                return taken, "stop" if s.text is not None and s.text.stopped else "length"
+                if s.text.stopped:
+                    return taken, "stop"
+            if ended or full:
+                return taken, "stop" if ended else "length"
         return taken, None
 
     def _finish(
