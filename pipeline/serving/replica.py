@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from pipeline.errors import DraftlineError
 from pipeline.serving.engine_loop import EngineLoop
 from pipeline.serving.protocol import ApiError, unknown_model
 from pipeline.target import load_target
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -170,14 +173,19 @@ class TargetReplica:
             while going:
                 event = await events.get()
                 choice = choices[event.request_id]
-                piece = choice.text.push(event.token_ids)
+                try:
+                    said = self._said(choice, event)
+                except Exception as e:  # the text of this answer alone
+                    log.exception("The text of request %s failed", event.request_id)
+                    cause = f"Request {event.request_id}: its text failed: {type(e).__name__}: {e}"
+                    going.discard(event.request_id)
+                    self._loop.cancel(event.request_id, cause)
+                    yield ApiError(500, cause, code="error").item()
+                    return
+                if said is not None:
+                    yield said
                 if event.finished is not None:
                     going.discard(event.request_id)
-                    piece += choice.text.finish()
-                said = None if event.logprobs is None else [self._logprob(entry) for entry in event.logprobs]
-                if piece or said:
-                    yield {"kind": "text", "index": choice.index, "text": piece, "logprobs": said}
-                if event.finished is not None:
                     item = self._done(event.finished, request, choice.index)
                     yield item
                     if item["kind"] == "error":
@@ -185,6 +193,16 @@ class TargetReplica:
         finally:
             for request_id in going:
                 self._loop.cancel(request_id)
+
+    def _said(self, choice: _Choice, event: StepEvent) -> dict[str, Any] | None:
+        """The `text` item of an event; None where it has nothing to show yet."""
+        piece = choice.text.push(event.token_ids)
+        if event.finished is not None:
+            piece += choice.text.finish()
+        logprobs = None if event.logprobs is None else [self._logprob(entry) for entry in event.logprobs]
+        return (
+            {"kind": "text", "index": choice.index, "text": piece, "logprobs": logprobs} if piece or logprobs else None
+        )
 
     def _request(self, job: dict[str, Any]) -> Request:
         if self._draining:

@@ -130,3 +130,23 @@ def test_a_request_whose_text_fails_ends_alone(
     assert len(PROMPTS) == len(done) and not engine.has_work
     again = engine.generate([Request(prompt_ids(tiny)[1], LONG)])
     assert again[0].token_ids == texts[1], "its slot serves the next request"
+
+
+def test_a_request_that_its_owner_gives_up_for_a_fault_is_an_error_with_that_cause(
+    tiny: Target,  # noqa: F811
+    texts: list[list[int]],
+) -> None:
+    engine = engine_of(tiny, "dspark")
+    requests = [Request(p, LONG) for p in prompt_ids(tiny)]
+    for r in requests:
+        engine.submit(r)
+    engine.step()
+    assert engine.cancel(requests[0].id, "its listener failed: OSError: gone")
+    assert engine.cancel(requests[1].id)
+    done = {}
+    while engine.has_work:
+        done |= {e.request_id: e.finished for e in engine.step() if e.finished}
+    assert done[requests[0].id].finish_reason == "error"
+    assert done[requests[0].id].error == f"Request {requests[0].id}: its listener failed: OSError: gone"
+    assert (done[requests[1].id].finish_reason, done[requests[1].id].error) == ("cancelled", None)
+    assert [done[r.id].token_ids for r in requests[2:]] == texts[2:]

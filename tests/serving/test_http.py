@@ -274,6 +274,33 @@ def test_a_client_that_hangs_up_frees_the_engine(stream):
         until(lambda: engine.cancelled and not engine.running, 3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_text_fails_is_an_error_with_its_cause_and_the_others_go_on(stream):
+    engine = FakeEngine("x" * 40, per_step=2, delay=0.01)
+    with serving(engine) as (url, replica), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        api = client(url)
+        inner, calls = replica._text, 0
+
+        def broken(ids):
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise ValueError("no such byte")
+            return inner(ids)
+
+        replica._text = broken
+        failing = pool.submit(lambda: list(api.chat.completions.create(**ASK, n=2, stream=stream)))
+        until(lambda: engine.running)
+        replica._text = inner
+        good = api.chat.completions.create(**ASK)
+        with pytest.raises(openai.APIError, match=r"Request request-\d+/\d: .* ValueError: no such byte") as e:
+            failing.result()
+        until(lambda: not engine.running)
+    assert good.choices[0].message.content == "x" * 40
+    assert getattr(e.value, "status_code", 500) == 500 and e.value.code == "error"
+    assert len(engine.cancelled) == 2 and len(engine.failures) == 1, "both choices end, one with the cause"
+
+
 def test_an_engine_that_dies_fails_its_requests_and_its_health():
     engine = FakeEngine("x" * 250, per_step=1, delay=0.02)
     with serving(engine) as (url, replica):
