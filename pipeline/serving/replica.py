@@ -24,6 +24,7 @@ from pipeline.decoding.request import Completion, Request, StepEvent, TokenLogpr
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.serving.engine_loop import EngineLoop
+from pipeline.serving.pieces import TokenPieces
 from pipeline.serving.protocol import ApiError, unknown_model
 from pipeline.target import load_target
 
@@ -82,6 +83,7 @@ class TargetReplica:
         system_prompt: str | None = None,
     ) -> None:
         self._tokenizer = engine.target.tokenizer
+        self._pieces = TokenPieces(self._tokenizer)
         self._text: Callable[[list[int]], str] = engine.target.text
         self._id: str = engine.target.identity.id
         self._context: int = engine.config.max_context
@@ -269,9 +271,8 @@ class TargetReplica:
         return {**self._token(entry.token_id), "logprob": entry.logprob, "top_logprobs": top}
 
     def _token(self, token_id: int) -> dict[str, Any]:
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-        # A token may hold a part of a character, of which the tokenizer tells no bytes.
-        return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode())}
+        text, said = self._pieces.of(token_id)
+        return {"token": text, "bytes": None if said is None else list(said)}
 
     def _done(self, done: Completion, request: Request, index: int) -> dict[str, Any]:
         if done.finish_reason not in ("stop", "length"):

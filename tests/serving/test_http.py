@@ -158,7 +158,8 @@ def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them
         plain = api.chat.completions.create(**ASK)
     said = answer.choices[0].logprobs.content
     assert [(t.token, t.bytes, t.logprob) for t in said[:1]] == [("a", [97], -0.5)]
-    assert [t.bytes for t in said[1:]] == [None, None], "half a character has no bytes that the tokenizer tells"
+    assert [(t.token, t.bytes) for t in said[1:]] == [("\\xc3", [0xC3]), ("\\xa9", [0xA9])], "halves of a character"
+    assert bytes(b for t in said for b in t.bytes).decode() == answer.choices[0].message.content
     assert [(t.token, t.logprob) for t in said[0].top_logprobs] == [("a", -0.5), ("b", -1.5)]
     streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert streamed == said
@@ -166,14 +167,18 @@ def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them
 
 
 def test_completions_tell_log_probabilities_in_their_own_form():
-    ask = {"model": "fake/target", "prompt": "x", "logprobs": 1}
-    with serving(FakeEngine("abc", per_step=2)) as (url, _):
+    ask = {"model": "fake/target", "prompt": "x"}
+    with serving(FakeEngine("aéc", per_step=2)) as (url, _):
         api = client(url)
-        whole = api.completions.create(**ask).choices[0].logprobs
-        parts = [c.choices[0].logprobs for c in api.completions.create(**ask, stream=True) if c.choices[0].logprobs]
-    assert (whole.tokens, whole.token_logprobs, whole.text_offset) == (["a", "b", "c"], [-0.5] * 3, [0, 1, 2])
-    assert whole.top_logprobs == [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}]
-    assert [o for p in parts for o in p.text_offset] == [0, 1, 2]
+        whole = api.completions.create(**ask, logprobs=1).choices[0].logprobs
+        stream = api.completions.create(**ask, logprobs=1, stream=True)
+        parts = [c.choices[0].logprobs for c in stream if c.choices[0].logprobs]
+        alone = api.completions.create(**ask, logprobs=0).choices[0].logprobs
+    assert (whole.tokens, whole.token_logprobs) == (["a", "\\xc3", "\\xa9", "c"], [-0.5] * 4)
+    assert whole.text_offset == [0, 1, 1, 2], "where the text has them: é is one character"
+    assert whole.top_logprobs == alone.top_logprobs == [{t: -0.5} for t in whole.tokens], "always with the token itself"
+    assert [o for p in parts for o in p.text_offset] == whole.text_offset
+    assert [t for p in parts for t in p.tokens] == whole.tokens
 
 
 def test_a_request_says_how_much_is_drafted_for_it():
