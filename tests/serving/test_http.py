@@ -150,6 +150,15 @@ def test_several_choices_have_seeds_that_count_up(stream):
     assert usage.completion_tokens == 3 * len("Hi, 日本".encode())
 
 
+def test_choices_that_do_not_all_fit_in_the_queue_are_refused_together():
+    engine = FakeEngine("x" * 200, per_step=1, delay=0.01, max_queue=2)
+    with serving(engine) as (url, _):
+        with pytest.raises(openai.RateLimitError):
+            client(url).chat.completions.create(**ASK, n=3)
+        until(lambda: not engine.running)
+    assert len(engine.cancelled) == 2
+
+
 def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them():
     with serving(FakeEngine("aé", per_step=2)) as (url, _):
         api = client(url)
