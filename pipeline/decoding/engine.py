@@ -210,11 +210,11 @@ class Engine:
         sequence.metrics.prompt_tokens = len(request.prompt_ids)
         self._queue.append(sequence)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request at the next step; returns whether it was known."""
+    def cancel(self, request_id: str, failure: str = "") -> bool:
+        """Ends a request at the next step, as cancelled, or with the error `failure`; returns whether it was known."""
         for sequence in [*self._queue, *self._running]:
             if sequence.request.id == request_id:
-                sequence.cancelled = True
+                sequence.cancelled, sequence.failure = True, sequence.failure or failure
                 return True
         return False
 
@@ -294,7 +294,7 @@ class Engine:
             if sequence.cancelled:
                 if sequence in self._queue:
                     self._queue.remove(sequence)
-                events.append(self._finish(sequence, [], "cancelled"))
+                events.append(self._finish(sequence, [], "error" if sequence.failure else "cancelled"))
         return events
 
     def _admit(self) -> None:
@@ -425,14 +425,16 @@ class Engine:
         for token in new:
             taken.append(token)
             s.tokens.append(token)
+            ended = token in s.stop_ids
+            full = len(s.tokens) - s.prompt_length >= s.request.max_new_tokens
             if s.text is not None:
                 s.text.push([token])
-            if token in s.stop_ids or (s.text is not None and s.text.stopped):
-                return taken, "stop"
-            if len(s.tokens) - s.prompt_length >= s.request.max_new_tokens:
-                if s.text is not None:
+                if ended or full:
                     s.text.finish()
-                return taken, "stop" if s.text is not None and s.text.stopped else "length"
+                if s.text.stopped:
+                    return taken, "stop"
+            if ended or full:
+                return taken, "stop" if ended else "length"
         return taken, None
 
     def _finish(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"
+_MOST_WAITING = 8
+"""Tokens after which text is no longer taken for a character that is still to be completed."""
+_TAIL = 4
+"""Tokens that may yet be: a character has at most as many bytes."""
 
 
 class TextStream:
@@ -12,7 +16,8 @@ class TextStream:
 
     Text is held back while its last character may be incomplete (a character's bytes can span tokens) and while its
     end could still become a stop string. The pieces joined are the decoding of all tokens, cut before the first stop
-    string.
+    string. Tokens are looked at one by one, however many come together, so that two streams over the same tokens always
+    agree; what one of them costs does not grow with the text.
 
     Args:
         decode: token ids -> text, special tokens left out.
@@ -38,15 +43,33 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens; returns the text that is certain now. After a stop string (`stopped`) nothing more comes."""
+        return "".join(self._push(token) for token in token_ids)
+
+    def _push(self, token: int) -> str:
         if self.stopped:
             return ""
-        self._ids += token_ids
+        self._ids.append(token)
         before = self._decode(self._ids[self._start : self._shown])
         now = self._decode(self._ids[self._start :])
-        if now.endswith(_BROKEN) or len(now) <= len(before):
+        waiting = len(self._ids) - self._shown
+        if now.endswith(_BROKEN):
+            return self._broken(before, now) if waiting > _MOST_WAITING else ""
+        if len(now) <= len(before):
+            if now == before and waiting > _MOST_WAITING:  # special tokens, which never become text
+                del self._ids[self._shown :]
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return self._release(now[len(before) :], final=False)
+
+    def _broken(self, before: str, now: str) -> str:
+        """Releases bytes that never became characters, all but the last tokens."""
+        end = len(self._ids) - _TAIL
+        head = self._decode(self._ids[self._start : end])
+        # Text follows that did not become one with it, so that it stays as it is.
+        if not (len(before) < len(head) < len(now) and now.startswith(head)):
+            return ""
+        self._start, self._shown = self._shown, end
+        return self._release(head[len(before) :], final=False)
 
     def finish(self) -> str:
         """The rest of the text, once no more tokens come; bytes that never became a character are U+FFFD."""

@@ -25,7 +25,7 @@ class StepEngine(Protocol):
     @property
     def has_work(self) -> bool: ...
     def submit(self, request: Request) -> None: ...
-    def cancel(self, request_id: str) -> bool: ...
+    def cancel(self, request_id: str, failure: str = "") -> bool: ...
     def step(self) -> list[StepEvent]: ...
 
 
@@ -62,7 +62,8 @@ class EngineLoop:
         """Hands a request to the engine.
 
         Args:
-            listener: called in the engine's thread with each event of this request; it must not block.
+            listener: called in the engine's thread with each event of this request; it must not block. One that raises
+                is not called again, and its request ends as an error with that cause.
         Returns:
             a future that is done when the engine has the request, or holds the engine's refusal (DraftlineError,
             QueueFull).
@@ -87,9 +88,10 @@ class EngineLoop:
         self._post(do)
         return accepted
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request at the next step; its listener still gets the completion. Unknown ids are let pass."""
-        self._post(lambda: self._cancel(request_id))
+    def cancel(self, request_id: str, failure: str = "") -> None:
+        """Ends a request at the next step, with the error `failure` if there is one; its listener still gets the
+        completion. Unknown ids are let pass."""
+        self._post(lambda: self._cancel(request_id, failure))
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the thread; requests in flight end as cancelled."""
@@ -98,8 +100,8 @@ class EngineLoop:
             self._changed.notify()
         self._thread.join(timeout)
 
-    def _cancel(self, request_id: str) -> None:
-        self._engine.cancel(request_id)
+    def _cancel(self, request_id: str, failure: str) -> None:
+        self._engine.cancel(request_id, failure)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._changed:
@@ -148,8 +150,8 @@ class EngineLoop:
             return
         try:
             listener(event)
-        except Exception:  # one listener's fault must not end the others' requests
-            log.exception("The listener of request %s failed; the request is cancelled", event.request_id)
+        except Exception as e:  # one listener's fault must not end the others' requests
+            log.exception("The listener of request %s failed, and with it the request", event.request_id)
             self._listeners.pop(event.request_id, None)
             if event.finished is None:
-                self._engine.cancel(event.request_id)
+                self._engine.cancel(event.request_id, f"its listener failed: {type(e).__name__}: {e}")

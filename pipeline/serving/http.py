@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import json
 import time
 import uuid
@@ -17,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from pipeline.serving.pieces import TextOffsets
 from pipeline.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse, unknown_model
 
 
@@ -159,7 +159,7 @@ def _until_gone(receive: Receive) -> Receive:
 
 
 async def _events(items: AsyncIterator[dict[str, Any]], shape: _Shape, usage: bool, count: int) -> AsyncIterator[str]:
-    offsets = [0] * count  # where in the text the next token's log-probability stands
+    offsets = [TextOffsets() for _ in range(count)]
     done: list[dict[str, Any]] = []
     if shape.chat:
         for i in range(count):
@@ -169,7 +169,6 @@ async def _events(items: AsyncIterator[dict[str, Any]], shape: _Shape, usage: bo
             i = _checked(item)["index"]
             if item["kind"] == "text":
                 said = shape.logprobs(item["logprobs"], offsets[i])
-                offsets[i] += sum(len(entry["token"]) for entry in item["logprobs"] or [])
                 yield _sse(shape.chunk(i, {"content": item["text"]}, logprobs=said, usage=usage))
                 continue
             done.append(item)
@@ -226,7 +225,7 @@ class _Shape:
                 {
                     "index": i,
                     **({"message": {"role": "assistant", "content": c.text}} if self.chat else {"text": c.text}),
-                    "logprobs": self.logprobs(c.logprobs),
+                    "logprobs": self.logprobs(c.logprobs, TextOffsets()),
                     "finish_reason": c.done["finish_reason"],
                     "stop_reason": c.done["stop_reason"],
                 }
@@ -259,22 +258,22 @@ class _Shape:
         extra = {"usage": _usage(done), "draftline": _worth(done)}
         return {**self._head, "object": self._chunk_kind, "choices": [], **extra}
 
-    def logprobs(self, entries: list[dict[str, Any]] | None, offset: int = 0) -> dict[str, Any] | None:
+    def logprobs(self, entries: list[dict[str, Any]] | None, offsets: TextOffsets) -> dict[str, Any] | None:
         """What tokens' entries (see TargetReplica.generate) become.
 
         Args:
-            offset: of the first token in the text, which the completions endpoint tells.
+            offsets: of the choice's text, which the completions endpoint tells; goes on with these tokens.
         """
         if entries is None:
             return None
         if self.chat:
             return {"content": entries, "refusal": None}
-        offsets = itertools.accumulate((len(e["token"]) for e in entries), initial=offset)
         return {
             "tokens": [e["token"] for e in entries],
             "token_logprobs": [e["logprob"] for e in entries],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in entries],
-            "text_offset": list(offsets)[:-1],
+            # By text, as the API has it, with the token itself; of two tokens with one text the likelier counts.
+            "top_logprobs": [{t["token"]: t["logprob"] for t in [e, *reversed(e["top_logprobs"])]} for e in entries],
+            "text_offset": [offsets.of(e) for e in entries],
         }
 
     @property

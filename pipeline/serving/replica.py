@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,8 +24,11 @@ from pipeline.decoding.request import Completion, Request, StepEvent, TokenLogpr
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.serving.engine_loop import EngineLoop
+from pipeline.serving.pieces import TokenPieces
 from pipeline.serving.protocol import ApiError, unknown_model
 from pipeline.target import load_target
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -79,6 +83,7 @@ class TargetReplica:
         system_prompt: str | None = None,
     ) -> None:
         self._tokenizer = engine.target.tokenizer
+        self._pieces = TokenPieces(self._tokenizer)
         self._text: Callable[[list[int]], str] = engine.target.text
         self._id: str = engine.target.identity.id
         self._context: int = engine.config.max_context
@@ -170,14 +175,19 @@ class TargetReplica:
             while going:
                 event = await events.get()
                 choice = choices[event.request_id]
-                piece = choice.text.push(event.token_ids)
+                try:
+                    said = self._said(choice, event)
+                except Exception as e:  # the text of this answer alone
+                    log.exception("The text of request %s failed", event.request_id)
+                    cause = f"Request {event.request_id}: its text failed: {type(e).__name__}: {e}"
+                    going.discard(event.request_id)
+                    self._loop.cancel(event.request_id, cause)
+                    yield ApiError(500, cause, code="error").item()
+                    return
+                if said is not None:
+                    yield said
                 if event.finished is not None:
                     going.discard(event.request_id)
-                    piece += choice.text.finish()
-                said = None if event.logprobs is None else [self._logprob(entry) for entry in event.logprobs]
-                if piece or said:
-                    yield {"kind": "text", "index": choice.index, "text": piece, "logprobs": said}
-                if event.finished is not None:
                     item = self._done(event.finished, request, choice.index)
                     yield item
                     if item["kind"] == "error":
@@ -185,6 +195,16 @@ class TargetReplica:
         finally:
             for request_id in going:
                 self._loop.cancel(request_id)
+
+    def _said(self, choice: _Choice, event: StepEvent) -> dict[str, Any] | None:
+        """The `text` item of an event; None where it has nothing to show yet."""
+        piece = choice.text.push(event.token_ids)
+        if event.finished is not None:
+            piece += choice.text.finish()
+        logprobs = None if event.logprobs is None else [self._logprob(entry) for entry in event.logprobs]
+        return (
+            {"kind": "text", "index": choice.index, "text": piece, "logprobs": logprobs} if piece or logprobs else None
+        )
 
     def _request(self, job: dict[str, Any]) -> Request:
         if self._draining:
@@ -251,9 +271,8 @@ class TargetReplica:
         return {**self._token(entry.token_id), "logprob": entry.logprob, "top_logprobs": top}
 
     def _token(self, token_id: int) -> dict[str, Any]:
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-        # A token may hold a part of a character, of which the tokenizer tells no bytes.
-        return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode())}
+        text, said = self._pieces.of(token_id)
+        return {"token": text, "bytes": None if said is None else list(said)}
 
     def _done(self, done: Completion, request: Request, index: int) -> dict[str, Any]:
         if done.finish_reason not in ("stop", "length"):

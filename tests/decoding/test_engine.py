@@ -150,6 +150,41 @@ def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, 
     assert len({t for t in known if len(t) == 1}) > 5, "the blocks differ"
 
 
+@pytest.mark.parametrize("settings", [{"scheduler": "fixed"}, {"skip_drafts": False}, {}])
+@pytest.mark.parametrize("name", ["ngram", *KINDS])
+def test_a_request_that_takes_no_draft_is_never_drafted_for(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+    name: str,
+    settings: dict[str, Any],
+) -> None:
+    proposer = proposer_for(tiny, name)
+    engine = engine_for(tiny, draft, "none", **settings)
+    engine.set_proposer(proposer)
+    asked: list[str] = []
+    inner = proposer.propose
+
+    def watch(sequences: list[Any]) -> Any:
+        asked.extend(s.request.id for s in sequences)
+        return inner(sequences)
+
+    proposer.propose = watch
+    limits = [0, 1, 0, None, 2]
+    prompts = prompt_ids(tiny)
+    done = engine.generate(
+        [Request(p, 40, max_draft=n, id=f"{i}") for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+    )
+    assert [d.token_ids for d in done] == [e[:40] for e in expected]
+    for completion, limit in zip(done, limits, strict=True):
+        metrics = completion.metrics
+        assert max(metrics.lengths) <= (99 if limit is None else limit)
+        if limit == 0:
+            assert completion.request_id not in asked
+            assert (metrics.drafted, metrics.tau) == (0, 1.0)
+    assert asked
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_16_bit_target_decodes_with_every_draft(cache_dir: Path, name: str, temperature: float) -> None:  # noqa: F811

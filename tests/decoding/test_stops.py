@@ -58,10 +58,37 @@ def test_a_stop_string_ends_the_text_at_its_last_token(tiny: Target, texts: list
         assert completion.metrics.accepted <= completion.metrics.decoded
 
 
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_sampled_text_stops_where_plain_decodings_does(tiny: Target, name: str) -> None:  # noqa: F811
+    asked = [Request(p, LONG, 0.9, seed=i, stop=("e", "a", "th")) for i, p in enumerate(prompt_ids(tiny))]
+    plain = engine_of(tiny, "none").generate(asked)
+    done = engine_of(tiny, name).generate(asked)
+    assert [(d.token_ids, d.stop_reason) for d in done] == [(p.token_ids, p.stop_reason) for p in plain]
+    assert sum(p.stop_reason is not None for p in plain) > len(plain) // 2
+
+
 def test_a_stop_string_in_the_last_token_is_a_stop_and_no_length(tiny: Target, texts: list[list[int]]) -> None:  # noqa: F811
     stop, ends = stops_in(tiny, texts[0])
     (done,) = engine_of(tiny, "ngram").generate([Request(prompt_ids(tiny)[0], ends, stop=(stop,))])
     assert (done.token_ids, done.finish_reason) == (texts[0][:ends], "stop")
+
+
+def test_a_stop_string_that_waits_for_the_rest_of_a_character_is_found_where_a_stop_token_comes_first(
+    tiny: Target,  # noqa: F811
+    texts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the server would cut the text there and the completion not say why."""
+    token = texts[0][9]
+    ends = texts[0].index(token)
+
+    def text(ids: list[int]) -> str:
+        return "STOP\ufffd" if ids else ""
+
+    monkeypatch.setattr(tiny, "text", text)
+    request = Request(prompt_ids(tiny)[0], LONG, stop_ids=(token,), stop=("STOP",))
+    (done,) = engine_of(tiny, "none").generate([request])
+    assert (len(done.token_ids), done.finish_reason, done.stop_reason) == (ends + 1, "stop", "STOP")
 
 
 def test_which_stop_token_ended_a_text_is_told(tiny: Target, texts: list[list[int]]) -> None:  # noqa: F811
@@ -103,3 +130,23 @@ def test_a_request_whose_text_fails_ends_alone(
     assert len(PROMPTS) == len(done) and not engine.has_work
     again = engine.generate([Request(prompt_ids(tiny)[1], LONG)])
     assert again[0].token_ids == texts[1], "its slot serves the next request"
+
+
+def test_a_request_that_its_owner_gives_up_for_a_fault_is_an_error_with_that_cause(
+    tiny: Target,  # noqa: F811
+    texts: list[list[int]],
+) -> None:
+    engine = engine_of(tiny, "dspark")
+    requests = [Request(p, LONG) for p in prompt_ids(tiny)]
+    for r in requests:
+        engine.submit(r)
+    engine.step()
+    assert engine.cancel(requests[0].id, "its listener failed: OSError: gone")
+    assert engine.cancel(requests[1].id)
+    done = {}
+    while engine.has_work:
+        done |= {e.request_id: e.finished for e in engine.step() if e.finished}
+    assert done[requests[0].id].finish_reason == "error"
+    assert done[requests[0].id].error == f"Request {requests[0].id}: its listener failed: OSError: gone"
+    assert (done[requests[1].id].finish_reason, done[requests[1].id].error) == ("cancelled", None)
+    assert [done[r.id].token_ids for r in requests[2:]] == texts[2:]

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request
 from pipeline.decoding.trace import PHASES, StepRecord, StepTrace
+from pipeline.errors import DraftlineError
 from pipeline.target import Target
 from tests.decoding.test_engine import prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
@@ -45,11 +48,51 @@ def test_an_engine_writes_what_its_steps_did(tiny: Target, tmp_path: Path) -> No
     assert sum(e["dur"] for e in inside) <= sum(s["dur"] for s in steps) + len(inside)
 
 
+def record(i: int) -> StepRecord:
+    return StepRecord((i, i + 0.1, i + 0.2, i + 0.3, i + 0.4), 2, 0, [("a", 1, 1, 2)])
+
+
 def test_a_trace_keeps_the_latest_steps_and_is_written_as_it_goes(tmp_path: Path) -> None:
     trace = StepTrace(tmp_path, most=3, every=5)
+    assert spans(trace.path, "step") == [], "a folder that can't be written is known before anything is decoded"
     for i in range(9):
-        trace.add(StepRecord((i, i + 0.1, i + 0.2, i + 0.3, i + 0.4), 2, 0, [("a", 1, 1, 2)]))
+        trace.add(record(i))
     assert [s["ts"] for s in spans(trace.path, "step")] == [2e6, 3e6, 4e6]
     trace.write()
     assert [s["ts"] for s in spans(trace.path, "step")] == [6e6, 7e6, 8e6]
     assert [f.name for f in tmp_path.iterdir()] == [trace.path.name], "nothing is left beside it"
+
+
+def test_few_steps_are_written_too_once_some_time_has_passed(tmp_path: Path) -> None:
+    trace = StepTrace(tmp_path, seconds=0.0)
+    for i in range(3):
+        trace.add(record(i))
+        assert len(spans(trace.path, "step")) == i + 1
+
+
+def test_a_place_that_cannot_be_written_is_refused_with_its_name(tiny: Target, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("")
+    config = EngineConfig(max_requests=1, max_context=64, threads=1, trace=str(tmp_path / "file" / "steps"))
+    with pytest.raises(DraftlineError, match=r"engine.trace='.*file/steps' can't be written"):
+        Engine(tiny, config)
+
+
+def test_a_disk_that_fills_ends_the_trace_and_no_request(
+    tiny: Target,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = EngineConfig(max_requests=3, max_context=512, threads=1, trace=str(tmp_path))
+    engine = Engine(tiny, config)
+    engine.trace = StepTrace(tmp_path, every=3)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.decoding.trace.write_text", full)
+    done = engine.generate([Request(p, 20) for p in prompt_ids(tiny)])
+    assert {d.finish_reason for d in done} <= {"stop", "length"}
+    told = [r.message for r in caplog.records if "The trace of steps ends" in r.message]
+    assert len(told) == 1 and "No space left" in told[0]
+    assert spans(engine.trace.path, "step") == [], "what was there stays whole"

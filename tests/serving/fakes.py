@@ -51,7 +51,8 @@ def _logprob(token: int, most: int) -> TokenLogprob:
 class FakeEngine:
     """Answers every request with `answer`, `per_step` tokens a step, taking `delay` seconds a step.
 
-    `cancelled` lists the ids that were cancelled; `fail` makes the next step raise.
+    `cancelled` lists the ids that were cancelled, `failures` has why, where that was told; `fail` makes the next step
+    raise.
     """
 
     def __init__(self, answer: str = "Hello!", per_step: int = 3, delay: float = 0.0, max_queue: int = 8) -> None:
@@ -64,6 +65,7 @@ class FakeEngine:
         self.running: dict[str, tuple[Request, list[int]]] = {}
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
+        self.failures: dict[str, str] = {}
         self.most_at_once = 0
         self.fail: BaseException | None = None
 
@@ -78,9 +80,11 @@ class FakeEngine:
         self.requests.append(request)
         self.running[request.id] = (request, [])
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str, failure: str = "") -> bool:
         if request_id in self.running:
             self.cancelled.append(request_id)
+            if failure:
+                self.failures[request_id] = failure
         return request_id in self.running
 
     def step(self) -> list[StepEvent]:

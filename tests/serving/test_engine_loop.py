@@ -51,6 +51,7 @@ def test_a_listener_that_fails_loses_only_its_own_request():
     until(lambda: ended(good) == "stop")
     until(lambda: not engine.running)
     assert len(engine.cancelled) == 1
+    assert list(engine.failures.values()) == ["its listener failed: RuntimeError: event loop is closed"]
     loop.close()
 
 

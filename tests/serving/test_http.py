@@ -150,6 +150,15 @@ def test_several_choices_have_seeds_that_count_up(stream):
     assert usage.completion_tokens == 3 * len("Hi, 日本".encode())
 
 
+def test_choices_that_do_not_all_fit_in_the_queue_are_refused_together():
+    engine = FakeEngine("x" * 200, per_step=1, delay=0.01, max_queue=2)
+    with serving(engine) as (url, _):
+        with pytest.raises(openai.RateLimitError):
+            client(url).chat.completions.create(**ASK, n=3)
+        until(lambda: not engine.running)
+    assert len(engine.cancelled) == 2
+
+
 def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them():
     with serving(FakeEngine("aé", per_step=2)) as (url, _):
         api = client(url)
@@ -158,7 +167,8 @@ def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them
         plain = api.chat.completions.create(**ASK)
     said = answer.choices[0].logprobs.content
     assert [(t.token, t.bytes, t.logprob) for t in said[:1]] == [("a", [97], -0.5)]
-    assert [t.bytes for t in said[1:]] == [None, None], "half a character has no bytes that the tokenizer tells"
+    assert [(t.token, t.bytes) for t in said[1:]] == [("\\xc3", [0xC3]), ("\\xa9", [0xA9])], "halves of a character"
+    assert bytes(b for t in said for b in t.bytes).decode() == answer.choices[0].message.content
     assert [(t.token, t.logprob) for t in said[0].top_logprobs] == [("a", -0.5), ("b", -1.5)]
     streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert streamed == said
@@ -166,14 +176,18 @@ def test_chats_tell_log_probabilities_of_tokens_and_of_the_likeliest_beside_them
 
 
 def test_completions_tell_log_probabilities_in_their_own_form():
-    ask = {"model": "fake/target", "prompt": "x", "logprobs": 1}
-    with serving(FakeEngine("abc", per_step=2)) as (url, _):
+    ask = {"model": "fake/target", "prompt": "x"}
+    with serving(FakeEngine("aéc", per_step=2)) as (url, _):
         api = client(url)
-        whole = api.completions.create(**ask).choices[0].logprobs
-        parts = [c.choices[0].logprobs for c in api.completions.create(**ask, stream=True) if c.choices[0].logprobs]
-    assert (whole.tokens, whole.token_logprobs, whole.text_offset) == (["a", "b", "c"], [-0.5] * 3, [0, 1, 2])
-    assert whole.top_logprobs == [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}]
-    assert [o for p in parts for o in p.text_offset] == [0, 1, 2]
+        whole = api.completions.create(**ask, logprobs=1).choices[0].logprobs
+        stream = api.completions.create(**ask, logprobs=1, stream=True)
+        parts = [c.choices[0].logprobs for c in stream if c.choices[0].logprobs]
+        alone = api.completions.create(**ask, logprobs=0).choices[0].logprobs
+    assert (whole.tokens, whole.token_logprobs) == (["a", "\\xc3", "\\xa9", "c"], [-0.5] * 4)
+    assert whole.text_offset == [0, 1, 1, 2], "where the text has them: é is one character"
+    assert whole.top_logprobs == alone.top_logprobs == [{t: -0.5} for t in whole.tokens], "always with the token itself"
+    assert [o for p in parts for o in p.text_offset] == whole.text_offset
+    assert [t for p in parts for t in p.tokens] == whole.tokens
 
 
 def test_a_request_says_how_much_is_drafted_for_it():
@@ -272,6 +286,33 @@ def test_a_client_that_hangs_up_frees_the_engine(stream):
             connection.getresponse().read(10)
         connection.close()
         until(lambda: engine.cancelled and not engine.running, 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_text_fails_is_an_error_with_its_cause_and_the_others_go_on(stream):
+    engine = FakeEngine("x" * 40, per_step=2, delay=0.01)
+    with serving(engine) as (url, replica), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        api = client(url)
+        inner, calls = replica._text, 0
+
+        def broken(ids):
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise ValueError("no such byte")
+            return inner(ids)
+
+        replica._text = broken
+        failing = pool.submit(lambda: list(api.chat.completions.create(**ASK, n=2, stream=stream)))
+        until(lambda: engine.running)
+        replica._text = inner
+        good = api.chat.completions.create(**ASK)
+        with pytest.raises(openai.APIError, match=r"Request request-\d+/\d: .* ValueError: no such byte") as e:
+            failing.result()
+        until(lambda: not engine.running)
+    assert good.choices[0].message.content == "x" * 40
+    assert getattr(e.value, "status_code", 500) == 500 and e.value.code == "error"
+    assert len(engine.cancelled) == 2 and len(engine.failures) == 1, "both choices end, one with the cause"
 
 
 def test_an_engine_that_dies_fails_its_requests_and_its_health():
