@@ -162,6 +162,9 @@ class TrainerConfig:
 class EngineConfig:
     """The decoding engine. max_context in tokens per request; prefill_chunk: prompt tokens per step.
 
+    kv_gib: memory of keys and values, the target's and those of the drafts it starts with; 0: room for max_requests of
+    max_context tokens, within half of the free memory. page_size: tokens per page of it. prefix_cache: whether prompts
+    that begin as earlier texts did find their pages.
     scheduler: how many tokens of a block are verified (pipeline/decoding/scheduler.py): global, early_stop,
     asynchronous, threshold (of survival: `threshold`) or fixed. rule: coupled or ratio, which wants any scheduler but
     global. step_cost: a JSON file (absolute path) to keep measured step costs in; '' measures in every process.
@@ -174,6 +177,9 @@ class EngineConfig:
     max_context: int = 1024
     max_queue: int = 256
     prefill_chunk: int = 256
+    kv_gib: float = 0.0
+    page_size: int = 16
+    prefix_cache: bool = True
     scheduler: str = "global"
     threshold: float = 0.5
     rule: str = "coupled"
@@ -493,6 +499,11 @@ def _check_values(config: Any) -> None:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
     if not 0 < config.engine.threshold <= 1:
         raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
+    if config.engine.kv_gib < 0 or config.engine.page_size < 1:
+        raise ConfigError(
+            f"engine.kv_gib={config.engine.kv_gib} must be 0 (chosen) or more, engine.page_size="
+            f"{config.engine.page_size} 1 or more."
+        )
     for name in ("step_cost", "trace"):
         place = getattr(config.engine, name)
         if place and not Path(place).is_absolute():

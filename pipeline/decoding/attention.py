@@ -1,10 +1,10 @@
-"""Ragged attention over slot caches, plugged into transformers' AttentionInterface.
+"""Ragged attention over pages, plugged into transformers' AttentionInterface.
 
 A step flattens the new tokens of all requests into one row of T tokens. The model runs unmodified; its attention
-layers call `ragged_attention`, which stores the new keys and values and lets every request attend to its own cache,
-each layer by its own window, scale and softcap (pipeline/decoding/geometry.py).
+layers call `ragged_attention`, which stores the new keys and values and lets every request attend to its own pages,
+each layer by its own window, scale and softcap (pipeline/decoding/geometry.py). Drafts attend by the same layout.
 
-Shapes: T tokens of the step, H query heads, G = H / Hkv query heads per KV head, n cached positions, d head dim.
+Shapes: T tokens of the step, n new tokens of a request, H query heads, G = H / Hkv query heads per KV head, d head dim.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from pipeline.decoding.cache import LayeredKVCache
+from pipeline.decoding.cache import PagedKV
 from pipeline.decoding.geometry import LayerAttention, Probe
 
 NAME = "draftline_ragged"
@@ -24,164 +25,126 @@ NAME = "draftline_ragged"
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`count` consecutive new tokens of the request in `slot`, the first at absolute position `start`."""
+    """`count` consecutive new tokens of one request, the first at absolute position `start`; `pages`: its table."""
 
-    slot: int
+    pages: list[int]
     start: int
     count: int
 
 
-@dataclasses.dataclass
-class _Group:
-    """Requests that attend in one call, of slots low to high: `rows` are their tokens in the step, `cells` their
-    places in a padded [slots, longest] grid (None: one request, nothing padded).
+class _Span:
+    """A segment in the step: its rows, the cells it sees, and the masks, all made once for the layers alike.
 
-    last: int64[slots, longest], the absolute position of each cell. first: the smallest of a real one. end: one past
-    the largest.
+    Nothing but the request's own cells is read, so that what others left in theirs never matters.
     """
 
-    low: int
-    high: int
-    longest: int
-    first: int
-    end: int
-    rows: torch.Tensor
-    cells: torch.Tensor | None
-    last: torch.Tensor
-    masks: dict[tuple[int, int], torch.Tensor | None] = dataclasses.field(default_factory=dict)
+    def __init__(self, segment: Segment, first: int, size: int, causal: bool, device: torch.device) -> None:
+        self.rows = slice(first, first + segment.count)
+        self.start, self.count = segment.start, segment.count
+        self.end = segment.start + segment.count
+        self._pages, self._size, self._causal, self._device = segment.pages, size, causal, device
+        self._cells: dict[int, slice | torch.Tensor] = {}
+        self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
 
-    def begin(self, window: int) -> int:
+    def _begin(self, window: int) -> int:
         """The first position that any token here sees."""
-        return max(0, self.first - window + 1) if window else 0
+        return max(0, self.start - window + 1) if window else 0
+
+    def cells(self, window: int) -> slice | torch.Tensor:
+        """Those of positions _begin..end: a slice where its pages are consecutive, else int64[end - begin]."""
+        begin = self._begin(window)
+        if begin not in self._cells:
+            first = begin // self._size
+            pages = np.asarray(self._pages[first : -(-self.end // self._size)])
+            skip, length = begin - first * self._size, self.end - begin
+            if (np.diff(pages) == 1).all():
+                low = int(pages[0]) * self._size + skip
+                self._cells[begin] = slice(low, low + length)
+            else:
+                grid = pages[:, None] * self._size + np.arange(self._size)
+                self._cells[begin] = torch.from_numpy(grid.ravel()[skip : skip + length]).to(self._device)
+        return self._cells[begin]
 
     def mask(self, window: int, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive [slots, 1, groups * longest, end - begin], or None where every token sees all of it; made once for
-        all layers alike."""
+        """Additive [G * n, end - begin], or None where every token sees all of it."""
         key = (window, groups)
-        if key not in self.masks:
-            if self.cells is None and self.longest == 1:
-                self.masks[key] = None
+        if key not in self._masks:
+            if self.count == 1 or (not self._causal and (not window or self.end <= window)):
+                self._masks[key] = None
             else:
-                at = torch.arange(self.begin(window), self.end, device=self.last.device)
-                seen = at <= self.last[..., None]
+                own = torch.arange(self.start, self.end, device=self._device)[:, None]
+                at = torch.arange(self._begin(window), self.end, device=self._device)
+                seen = at <= own if self._causal else at >= self.start
                 if window:
-                    seen &= at > self.last[..., None] - window
-                    # Cells without a token stand at position 0; one that sees nothing has a softmax of 0/0.
-                    seen[..., 0] |= ~seen.any(-1)
-                self.masks[key] = _additive(seen, dtype).repeat(1, groups, 1)[:, None]
-        return self.masks[key]
+                    near = at > own - window
+                    seen = seen & near if self._causal else seen | near
+                mask = torch.zeros(seen.shape, dtype=dtype, device=self._device)
+                self._masks[key] = mask.masked_fill_(~seen, float("-inf")).repeat(groups, 1)
+        return self._masks[key]
 
 
 class StepLayout:
     """Where each of the T tokens of a step belongs: built once per step, used by every layer.
 
-    Requests with few new tokens (decoding) attend together over the slots they span; a long run of tokens
-    (prefill) attends by itself.
-
     Args:
         geometry: what each layer's attention asks for.
+        causal: True: a token sees the positions up to its own. False: it sees the whole context and all tokens of its
+            segment (a draft's block); a window then limits what it sees of the context only.
+    Attributes:
+        positions, cells: int64[T].
     """
 
     def __init__(
-        self,
-        segments: list[Segment],
-        cache: LayeredKVCache,
-        geometry: Sequence[LayerAttention],
-        *,
-        together_below: int = 17,
+        self, segments: list[Segment], cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool = True
     ) -> None:
         self.cache, self.geometry = cache, geometry
-        self.segments = segments
-        device = cache.device
+        size = cache.size
         positions: list[int] = []
-        slots: list[int] = []
-        for s in segments:
-            positions += range(s.start, s.start + s.count)
-            slots += [s.slot] * s.count
-        self.positions = torch.tensor(positions, device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.starts = [0]
-        for s in segments:
-            self.starts.append(self.starts[-1] + s.count)
-        together = [i for i, s in enumerate(segments) if s.count < together_below]
-        if len(together) < 2:
-            together = []
-        alone = [i for i in range(len(segments)) if i not in set(together)]
-        self._groups = [self._single(i) for i in alone]
-        if together:
-            self._groups.append(self._joint(together))
-
-    def _single(self, i: int) -> _Group:
-        s = self.segments[i]
-        rows = torch.arange(self.starts[i], self.starts[i + 1], device=self.cache.device)
-        return _Group(s.slot, s.slot + 1, s.count, s.start, s.start + s.count, rows, None, self.positions[rows][None])
-
-    def _joint(self, members: list[int]) -> _Group:
-        segments = [self.segments[i] for i in members]
-        device = self.cache.device
-        low = min(s.slot for s in segments)
-        high = max(s.slot for s in segments) + 1
-        longest = max(s.count for s in segments)
-        last = torch.zeros(high - low, longest, dtype=torch.int64, device=device)
-        rows: list[int] = []
         cells: list[int] = []
-        for i, s in zip(members, segments, strict=True):
-            last[s.slot - low, : s.count] = torch.arange(s.start, s.start + s.count, device=device)
-            rows += range(self.starts[i], self.starts[i + 1])
-            cells += [(s.slot - low) * longest + j for j in range(s.count)]
-        return _Group(
-            low,
-            high,
-            longest,
-            min(s.start for s in segments),
-            max(s.start + s.count for s in segments),
-            torch.tensor(rows, device=device),
-            torch.tensor(cells, device=device),
-            last,
-        )
+        self._spans: list[_Span] = []
+        for s in segments:
+            self._spans.append(_Span(s, len(positions), size, causal, cache.device))
+            for p in range(s.start, s.start + s.count):
+                positions.append(p)
+                cells.append(s.pages[p // size] * size + p % size)
+        self.positions = torch.tensor(positions, device=cache.device)
+        self.cells = torch.tensor(cells, device=cache.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of q [H, T, d] after storing k, v [Hkv, T, d] (unless another layer keeps them); returns
-        [T, H, d of v]."""
+        [T, H, d of v].
+
+        A request whose pages are consecutive attends to a view of them, another to a copy of its own cells.
+        """
         shape = self.geometry[layer]
         if shape.source == layer:
-            self.cache.write(layer, self.slots, self.positions, k.transpose(0, 1), v.transpose(0, 1))
+            self.cache.write(layer, self.cells, k, v)
+        # The one place where attention over pages is done: a kernel that takes page tables goes here.
         heads, tokens, dim = q.shape
-        if len(self._groups) == 1 and self._groups[0].cells is None:
-            out = self._scores(self._groups[0], shape, q.reshape(1, shape.kv_heads, -1, dim))
-            return out.view(heads, tokens, shape.value_dim).transpose(0, 1)
-        out = q.new_empty(tokens, heads, shape.value_dim)
-        by_token = q.transpose(0, 1)
-        for g in self._groups:
-            batch = g.high - g.low
-            if g.cells is None:
-                padded = by_token[g.rows][None]
+        out = q.new_empty(heads, tokens, shape.value_dim)
+        keys, values = self.cache.k[shape.source], self.cache.v[shape.source]
+        for span in self._spans:
+            cells = span.cells(shape.window)
+            if isinstance(cells, slice):
+                mine, its = keys[:, cells], values[:, cells]
             else:
-                padded = q.new_zeros(batch * g.longest, heads, dim)
-                padded[g.cells] = by_token[g.rows]
-                padded = padded.view(batch, g.longest, heads, dim)
-            folded = padded.transpose(1, 2).reshape(batch, shape.kv_heads, -1, dim)
-            result = self._scores(g, shape, folded).view(batch, heads, g.longest, shape.value_dim)
-            result = result.transpose(1, 2).reshape(-1, heads, shape.value_dim)
-            out[g.rows] = result if g.cells is None else result[g.cells]
-        return out
-
-    def _scores(self, g: _Group, shape: LayerAttention, q: torch.Tensor) -> torch.Tensor:
-        """Attention of q [slots, Hkv, groups * longest, d] over the slots' caches: [slots, Hkv, .., d of v]."""
-        here = slice(g.begin(shape.window), g.end)
-        keys = self.cache.k[shape.source][g.low : g.high, :, here]
-        values = self.cache.v[shape.source][g.low : g.high, :, here]
-        mask = g.mask(shape.window, shape.groups, q.dtype)
-        if not shape.softcap:
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=shape.scale)
-        scores = torch.tanh((q @ keys.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
-        if mask is not None:
-            scores = scores + mask
-        return scores.float().softmax(-1).to(q.dtype) @ values
+                mine, its = keys.index_select(1, cells), values.index_select(1, cells)
+            folded = q[:, span.rows].reshape(shape.kv_heads, -1, dim)
+            mask = span.mask(shape.window, shape.groups, q.dtype)
+            out[:, span.rows] = _attend(folded, mine, its, mask, shape).view(heads, span.count, shape.value_dim)
+        return out.transpose(0, 1)
 
 
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, shape: LayerAttention
+) -> torch.Tensor:
+    """q [Hkv, G * n, d], k and v [Hkv, N, d], mask [G * n, N] -> [Hkv, G * n, d of v]."""
+    if not shape.softcap:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=shape.scale)[0]
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
+    if mask is not None:
+        scores = scores + mask
+    return scores.float().softmax(-1).to(q.dtype) @ v
 
 
 def ragged_attention(

@@ -1,122 +1,105 @@
-"""KV storage of the running requests: one slot per request, contiguous per layer.
+"""Keys and values in pages, and how many pages there are room for.
 
-Shapes: slots R, KV heads H, capacity C positions, head dim d. Keys and values of a layer are [R, H, C, d]. A slot
-is free or owned by one sequence; rejected tokens need no cleaning, since a position is rewritten before it can be
-attended to (a query sees positions below its own only). Values that are not finite do: a mask doesn't keep a NaN out of
-a softmax.
+Shapes: KV heads H, cells C = pages * page size, tokens of a step T, head dim d. Keys and values of a layer are
+[H, C, d]; position p of a request is the cell `pages[p // size] * size + p % size`. Who holds which page: pages.py.
 """
 
 from __future__ import annotations
 
-import heapq
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from pipeline.errors import DraftlineError
+from pipeline.config import EngineConfig
+from pipeline.errors import ConfigError, DraftlineError
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, int, int]
+"""(KV heads, key dim, value dim) of a layer."""
+SHARE = 0.5
+"""Of the free memory, taken at most where engine.kv_gib leaves it open."""
 
 
-class SlotPool:
-    """Hands out slots 0..n-1, lowest free first, and refuses double use."""
-
-    def __init__(self, slots: int) -> None:
-        self.size = slots
-        self._free = list(range(slots))
-        self._used: set[int] = set()
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    @property
-    def used(self) -> frozenset[int]:
-        return frozenset(self._used)
-
-    def take(self) -> int:
-        """The lowest free slot. Raises IndexError when none is free."""
-        slot = heapq.heappop(self._free)
-        self._used.add(slot)
-        return slot
-
-    def give_back(self, slot: int) -> None:
-        if slot not in self._used:
-            raise AssertionError(f"slot {slot} returned but not in use")
-        self._used.remove(slot)
-        heapq.heappush(self._free, slot)
-
-
-class KVCache:
-    """Keys and values of `layers` layers for `slots` requests of up to `capacity` positions."""
-
-    def __init__(
-        self,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.k, self.v = _zeros([shape, shape], slots, capacity, dtype, device)
-        self.slots, self.capacity = slots, capacity
-
-    def write(self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores k, v [T, H, d] of one layer at (slot, position) pairs: int64[T] each."""
-        self.k[layer, slots, :, positions] = k
-        self.v[layer, slots, :, positions] = v
-
-    def clear(self, slot: int) -> None:
-        """Forgets what a slot holds."""
-        self.k[:, slot] = 0
-        self.v[:, slot] = 0
-
-
-class LayeredKVCache:
-    """Keys and values of layers that differ in KV heads and head dims, and of which some keep none.
+class PagedKV:
+    """Keys and values of layers that may differ in shape, and of which some keep none.
 
     Args:
-        shapes: per layer (KV heads, key dim, value dim), or None for a layer that reads another's.
+        shapes: per layer, None for one that reads another's. pages, size: of the pool.
     Attributes:
-        k, v: per layer that keeps its own: [R, H, C, key dim] and [R, H, C, value dim].
+        k, v: per layer that keeps its own: [H, C, key dim] and [H, C, value dim].
+    Raises:
+        DraftlineError: not enough memory.
     """
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, int, int] | None],
-        slots: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shapes: Sequence[Shape | None], pages: int, size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
         own = [(i, *shape) for i, shape in enumerate(shapes) if shape is not None]
-        keys = [(slots, heads, capacity, key) for _, heads, key, _ in own]
-        values = [(slots, heads, capacity, value) for _, heads, _, value in own]
-        made = _zeros(keys + values, slots, capacity, dtype, device)
-        self.k = {i: made[n] for n, (i, *_) in enumerate(own)}
-        self.v = {i: made[n + len(own)] for n, (i, *_) in enumerate(own)}
-        self.slots, self.capacity, self.dtype, self.device = slots, capacity, dtype, device
+        try:
+            self.k = {i: torch.zeros(h, pages * size, d, dtype=dtype, device=device) for i, h, d, _ in own}
+            self.v = {i: torch.zeros(h, pages * size, d, dtype=dtype, device=device) for i, h, _, d in own}
+        except RuntimeError as e:
+            gib = pages * page_bytes(shapes, size, dtype) / 2**30
+            raise DraftlineError(
+                f"{pages} pages of {size} tokens need {gib:.1f} GiB of keys and values, which are not there ({e}). "
+                "Lower engine.kv_gib, or engine.max_requests or engine.max_context where that is 0."
+            ) from None
 
-    def write(self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores k, v [T, H, d] of one layer at (slot, position) pairs: int64[T] each."""
-        self.k[layer][slots, :, positions] = k
-        self.v[layer][slots, :, positions] = v
-
-    def clear(self, slot: int) -> None:
-        """Forgets what a slot holds."""
-        for tensor in (*self.k.values(), *self.v.values()):
-            tensor[slot] = 0
+    def write(self, layer: int, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k, v [H, T, d] of one layer in cells int64[T]."""
+        self.k[layer].index_copy_(1, cells, k)
+        self.v[layer].index_copy_(1, cells, v)
 
 
-def _zeros(
-    shapes: Sequence[tuple[int, ...]], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-    except RuntimeError as e:
-        gib = sum(torch.Size(s).numel() for s in shapes) * dtype.itemsize / 2**30
-        raise DraftlineError(
-            f"The KV cache of {slots} requests x {capacity} tokens needs {gib:.1f} GiB, which is not there ({e}). "
-            "Lower engine.max_requests or engine.max_context."
-        ) from None
+def page_bytes(shapes: Sequence[Shape | None], size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page of `size` cells, all layers together."""
+    return size * dtype.itemsize * sum(s[0] * (s[1] + s[2]) for s in shapes if s is not None)
+
+
+def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device) -> int:
+    """How many pages the pool has: what engine.kv_gib holds; where that is 0, room for engine.max_requests requests of
+    engine.max_context tokens, as far as half of the free memory goes.
+
+    Raises ConfigError where that is none.
+    """
+    if config.page_size < 1:
+        raise ConfigError(f"engine.page_size={config.page_size} must be 1 or more.")
+    if config.kv_gib:
+        pages = int(config.kv_gib * 2**30) // bytes_per_page
+    else:
+        # One more for each: the tokens of a block stand behind the text.
+        wanted = config.max_requests * (-(-config.max_context // config.page_size) + 1)
+        free = free_memory(device)
+        pages = min(wanted, int(SHARE * free) // bytes_per_page)
+        if pages < wanted:
+            log.warning(
+                "The KV pool has %d pages of %d tokens, not the %d that engine.max_requests x engine.max_context may "
+                "need: half of the %.1f GiB of free memory holds no more. Requests wait, or are computed again, when "
+                "it is full; set engine.kv_gib to decide otherwise.",
+                pages,
+                config.page_size,
+                wanted,
+                free / 2**30,
+            )
+    if pages < 1:
+        raise ConfigError(
+            f"engine.kv_gib={config.kv_gib} holds not a single page of {config.page_size} tokens, which takes "
+            f"{bytes_per_page / 2**30:.4f} GiB."
+        )
+    return pages
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now; on CPU within the limit of the container, if it has one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, max(int(most) - int(used.read_text()), 0))
+    return free

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.plan import StepPlan, plan_step
 from pipeline.decoding.proposers import NoneProposer
@@ -31,6 +30,7 @@ from pipeline.decoding.request import Completion, Request, Sequence, StepEvent, 
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost
+from pipeline.decoding.tables import PageTables
 from pipeline.decoding.text import TextStream
 from pipeline.decoding.trace import StepRecord, StepTrace
 from pipeline.decoding.verification import Verification
@@ -90,14 +90,14 @@ class Engine:
         self.trace = StepTrace(config.trace) if config.trace else None
         if self.trace is not None:
             atexit.register(self.trace.write)
-        self.runner = TargetRunner(
-            target, config.max_requests, config.max_context, self.proposer.layer_ids, pack=config.prepack
-        )
+        draft_bytes = self.proposer.page_bytes(config.page_size)
+        self.runner = TargetRunner(target, config, self.proposer.layer_ids, draft_bytes)
+        self.proposer.attach(self.runner.pool)
+        self._tables = PageTables(self.runner.pool, keep=config.prefix_cache)
         # Kept by draft: arms of a comparison that take turns stay in what they learned, as they would when served.
         self._worths: weakref.WeakKeyDictionary[Proposer, DraftWorth] = weakref.WeakKeyDictionary()
         self._worth = self._worths.setdefault(self.proposer, DraftWorth())
         self._held = HeldCommits()
-        self._slots = SlotPool(config.max_requests)
         self._queue: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
         self._eos = frozenset(target.eos_ids)
@@ -121,9 +121,17 @@ class Engine:
         self.rule = rule
 
     def set_proposer(self, proposer: Proposer) -> None:
-        """Changes the draft, and with it the layers tapped, while no request runs (else DraftlineError)."""
+        """Changes the draft, and with it the layers tapped, while no request runs.
+
+        The former draft's keys and values are let go; the target's pages stay.
+
+        Raises DraftlineError while requests run, or when there is no memory for the new one's keys and values.
+        """
         if self.has_work:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
+        proposer.attach(self.runner.pool)
+        if proposer is not self.proposer:
+            self.proposer.detach(self.runner.pool)
         self.runner.layer_ids = list(proposer.layer_ids)
         self.proposer = proposer
         self._worth = self._worths.setdefault(proposer, DraftWorth())
@@ -175,8 +183,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-            DraftlineError: an invalid field, or sampling under a rule and scheduler that are not exact together or
-                with a draft made for the other rule.
+            DraftlineError: an invalid field, more tokens than all pages hold, or sampling under a rule and scheduler
+                that are not exact together or with a draft made for the other rule.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request.check(self.target.vocab_size, self.config.max_context)
@@ -199,6 +207,7 @@ class Engine:
             raise DraftlineError(f"Request {request.id}: draft is {request.draft!r}, but this engine has one, unnamed.")
         if any(s.request.id == request.id for s in (*self._queue, *self._running)):
             raise DraftlineError(f"Request {request.id}: another request with this id is not finished.")
+        self._check_room(request)
         if len(self._queue) >= self.config.max_queue:
             raise QueueFull(
                 f"Request {request.id}: {len(self._queue)} requests are waiting, the most allowed "
@@ -209,6 +218,16 @@ class Engine:
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
         sequence.metrics.prompt_tokens = len(request.prompt_ids)
         self._queue.append(sequence)
+
+    def _check_room(self, request: Request) -> None:
+        most = len(request.prompt_ids) + request.max_new_tokens
+        pool = self.runner.pool
+        if pool.needed(most + self.proposer.block_size) > pool.pages:
+            raise DraftlineError(
+                f"Request {request.id}: prompt_ids + max_new_tokens is {most}; with a block of "
+                f"{self.proposer.block_size} behind them they would never fit the {pool.pages} pages of {pool.size} "
+                "tokens that there are. Raise engine.kv_gib, or free memory where it is 0."
+            )
 
     def cancel(self, request_id: str, failure: str = "") -> bool:
         """Ends a request at the next step, as cancelled, or with the error `failure`; returns whether it was known."""
@@ -255,6 +274,7 @@ class Engine:
         if self._queue and not self._running and self._cost_is_missing:
             self.profile()
         self._admit()
+        events += self._reserve()
         if not self._running:
             return events
         drafting, plain = self._whom_to_draft_for([s for s in self._running if s.prefilled])
@@ -298,13 +318,45 @@ class Engine:
         return events
 
     def _admit(self) -> None:
-        while self._queue and self._slots.free:
-            sequence = self._queue.popleft()
-            sequence.slot = self._slots.take()
-            sequence.admitted = time.perf_counter()
-            sequence.metrics.queue_seconds = sequence.admitted - sequence.submitted
+        while self._queue and len(self._running) < self.config.max_requests:
+            sequence = self._queue[0]
+            if not self._tables.admit(sequence, self.proposer.tag, spare=len(self._running)):
+                return
+            self._queue.popleft()
+            if not sequence.admitted:
+                sequence.admitted = time.perf_counter()
+                sequence.metrics.queue_seconds = sequence.admitted - sequence.submitted
             self.proposer.admit(sequence)
             self._running.append(sequence)
+            # One that comes back goes before those that came after it.
+            self._running.sort(key=lambda s: s.submitted)
+
+    def _reserve(self) -> list[StepEvent]:
+        """Pages for the next step's blocks, the oldest request first; the youngest give theirs up where they lack."""
+        block = 1 + self.proposer.block_size
+        for s in list(self._running):
+            while s in self._running and s.prefilled and not self._tables.reserve(s, s.computed + block):
+                youngest = self._running[-1]
+                if (
+                    youngest is self._running[0]
+                ):  # only a draft with longer blocks than at its submission brings it here
+                    s.failure = f"its {len(s.tokens)} tokens and a block of {block} no longer fit the KV pages."
+                    return [self._finish(s, [], "error")]
+                self._preempt(youngest)
+        return []
+
+    def _preempt(self, s: Sequence) -> None:
+        """Puts a running request back, to be computed again from its tokens; what it emitted stays."""
+        log.info("Request %s gives its pages up after %d tokens", s.request.id, len(s.output))
+        self._let_go(s)
+        s.metrics.preempted += 1
+        self._queue.appendleft(s)
+
+    def _let_go(self, s: Sequence) -> None:
+        self._held.drop(s)
+        self.proposer.release(s)
+        self._tables.release(s)
+        self._running.remove(s)
 
     @property
     def _skips_drafts(self) -> bool:
@@ -367,6 +419,8 @@ class Engine:
                     )
                 )
             for s, new, reason, said in emitted:
+                if reason != "error":
+                    self._tables.settle(s)
                 if reason is not None:
                     events.append(self._finish(s, new, reason, said))
                 else:
@@ -440,13 +494,8 @@ class Engine:
     def _finish(
         self, s: Sequence, new: list[int], reason: str, logprobs: list[TokenLogprob] | None = None
     ) -> StepEvent:
-        if s.slot >= 0:
-            self._held.drop(s)
-            self.proposer.release(s)
-            if reason in ("error", "cancelled"):
-                self.runner.cache.clear(s.slot)
-            self._slots.give_back(s.slot)
-            self._running.remove(s)
+        if s in self._running:
+            self._let_go(s)
         s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
         error = f"Request {s.request.id}: {s.failure}" if reason == "error" else None
         matched: str | int | None = None if s.text is None else s.text.matched

@@ -53,20 +53,21 @@ def plan_step(
     drafts += [[]] * (len(decoding) - len(drafts))
     for s, draft, length in zip(decoding, drafts, lengths, strict=True):
         first = len(plan.tokens)
-        plan.segments.append(Segment(s.slot, s.computed, length + 1))
+        plan.segments.append(Segment(s.pages, s.computed, length + 1))
         plan.tokens += [s.tokens[-1], *draft[:length]]
         plan.logit_rows += range(first, first + length + 1)
         plan.verifying.append((s, first))
     for s in running:
         if s.prefilled or prefill <= 0:
             continue
-        count = min(prefill, s.prompt_length - s.computed)
+        count = min(prefill, s.prefill_end - s.computed)
         prefill -= count
         first = len(plan.tokens)
-        plan.segments.append(Segment(s.slot, s.computed, count))
+        plan.segments.append(Segment(s.pages, s.computed, count))
         plan.tokens += s.tokens[s.computed : s.computed + count]
         plan.chunks.append(Commit(s, s.computed, slice(first, first + count)))
-        if s.computed + count == s.prompt_length:
+        # A request that is computed again has emitted its next token already.
+        if s.computed + count == s.prefill_end and not s.output:
             plan.logit_rows.append(first + count - 1)
             plan.verifying.append((s, -1))
     return plan

@@ -123,7 +123,8 @@ class RequestMetrics:
     right after the anchor; `offered[k]` counts rounds in which position k was verified after all before it were
     accepted, so `accepted_at[k] / offered[k]` is the conditional acceptance. Times are wall seconds; in a batch,
     `draft_seconds` and `target_seconds` are those of the shared steps. `skipped` counts decoding steps that
-    had room for a draft and none was made.
+    had room for a draft and none was made, `cached` positions found in pages of earlier texts, `preempted` how often
+    it gave its pages up and was computed again.
     """
 
     draft: str = ""
@@ -134,6 +135,8 @@ class RequestMetrics:
     verified: int = 0
     accepted: int = 0
     skipped: int = 0
+    cached: int = 0
+    preempted: int = 0
     offered: list[int] = dataclasses.field(default_factory=list)
     accepted_at: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
@@ -210,16 +213,20 @@ class StepEvent:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """The engine's own state of a request: its tokens, its KV slot and how much of it is computed.
+    """The engine's own state of a request: its tokens, the pages it holds and how much of it is computed.
 
     Invariant while decoding: `computed == len(tokens) - 1`: the last token is the anchor, whose KV is not cached.
+    pages: its table, of the target's keys and the draft's. keys: of its whole pages (see pages.py). listed: how many of
+    them others may find (see tables.py).
     text: watches for stop strings, where the request has some. failure: why it can't go on, if it can't.
     """
 
     request: Request
     stop_ids: frozenset[int]
     tokens: list[int]
-    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    listed: int = 0
     computed: int = 0
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
@@ -242,8 +249,13 @@ class Sequence:
         return self.tokens[self.prompt_length :]
 
     @property
+    def prefill_end(self) -> int:
+        """Positions to compute before it decodes: its prompt's, or all before the anchor where it was preempted."""
+        return len(self.tokens) - (len(self.tokens) > self.prompt_length)
+
+    @property
     def prefilled(self) -> bool:
-        return self.computed >= self.prompt_length
+        return self.computed >= self.prefill_end
 
     @property
     def draft_limit(self) -> int:

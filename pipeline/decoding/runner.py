@@ -9,8 +9,9 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.decoding.attention import NAME, Segment, StepLayout
-from pipeline.decoding.cache import LayeredKVCache
+from pipeline.decoding.cache import PagedKV, page_bytes, pool_pages
 from pipeline.decoding.geometry import attention_geometry
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.step_cost import StepCost, device_name, kept, measure
 from pipeline.errors import DraftlineError
@@ -18,29 +19,31 @@ from pipeline.target import TapCapture, Target
 
 
 class TargetRunner:
-    """Runs the frozen target over flattened steps, with a KV slot per request.
+    """Runs the frozen target over flattened steps, its keys and values in pages.
 
     The target's module is taken over: its attention is switched to the engine's and, on CPU in fp32, its linear
     layers are replaced by prepacked ones.
 
     Args:
-        slots: most requests at once. capacity: most positions per request.
+        config: sizes, and whether linears are prepacked (CPU, fp32).
         layer_ids: tapped decoder layers (empty: no taps).
-        pack: prepack linears (CPU, fp32).
+        draft_page_bytes: what a page takes in the drafts beside the target, to size the pool.
     Attributes:
+        pool: of the pages, for the drafts' keys and values too.
         buckets: sizes in tokens that steps without prompt chunks are padded to; none, as nothing here is captured in
             CUDA graphs.
     Raises:
-        DraftlineError: a target that the engine can't run, with the reason, or a capacity beyond its positions.
+        DraftlineError: a target that the engine can't run, with the reason, or a context beyond its positions.
     """
 
     def __init__(
-        self, target: Target, slots: int, capacity: int, layer_ids: list[int] | None = None, *, pack: bool = True
+        self, target: Target, config: EngineConfig, layer_ids: list[int] | None = None, draft_page_bytes: int = 0
     ) -> None:
         limit = getattr(target.config, "max_position_embeddings", None)
-        if limit is not None and capacity > limit:
+        if limit is not None and config.max_context > limit:
             raise DraftlineError(
-                f"engine.max_context={capacity} is beyond the target's {limit} positions; set it to {limit} or less."
+                f"engine.max_context={config.max_context} is beyond the target's {limit} positions; set it to {limit} "
+                "or less."
             )
         self.target = target
         self.layer_ids = list(layer_ids or [])
@@ -49,10 +52,12 @@ class TargetRunner:
         shapes = [
             (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
         ]
-        self.cache = LayeredKVCache(shapes, slots, capacity, target.dtype, target.device)
+        each = page_bytes(shapes, config.page_size, target.dtype) + draft_page_bytes
+        self.pool = PagePool(pool_pages(config, each, target.device), config.page_size)
+        self.cache = PagedKV(shapes, self.pool.pages, self.pool.size, target.dtype, target.device)
         self.buckets: tuple[int, ...] = ()
         self.packed = 0
-        if pack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
+        if config.prepack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
             self.packed = prepack(self.family.backbone)
             head = target.model.get_output_embeddings()
             if type(head) is torch.nn.Linear:
@@ -124,13 +129,18 @@ class TargetRunner:
     def time_step(self, tokens: int, context: int, per_request: int) -> float:
         """Seconds of a step over `tokens` tokens of ceil(tokens / per_request) requests at `context` tokens each.
 
-        Uses the lowest slots and scribbles over them: for profiling while no request runs.
+        For profiling while no request runs: scribbles over the pool's pages, and what was kept in them is forgotten.
+        Where they are too few, requests share them, which costs the same.
         """
-        segments, left, slot = [], tokens, 0
-        while left:
-            count = min(left, per_request)
-            segments.append(Segment(slot, context, count))
-            left, slot = left - count, slot + 1
+        requests, each = -(-tokens // per_request), self.pool.needed(context + per_request)
+        self.pool.forget()
+        pages = self.pool.take(min(requests * each, self.pool.pages))
+        self.pool.give_back(pages)
+        pages *= -(-requests * each // len(pages))
+        segments = [
+            Segment(pages[i * each : (i + 1) * each], context, min(per_request, tokens - i * per_request))
+            for i in range(requests)
+        ]
         ids = [7 % self.target.vocab_size] * tokens
         began = time.perf_counter()
         self.step(segments, ids, list(range(tokens)))

@@ -81,13 +81,11 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
 
 
 def block_proposer(draft: Draft, engine: EngineConfig, rule: str = "coupled") -> Any:
-    """The draft as a proposer with a slot for every request of the engine."""
+    """The draft as the engine's proposer."""
     return make_proposer(
         draft.config.algorithm,
         draft,
         rule=rule,
-        slots=engine.max_requests,
-        capacity=engine.max_context,
         pack=engine.prepack,
     )
 

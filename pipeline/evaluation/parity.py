@@ -159,12 +159,12 @@ def decode(
 ) -> list[Decoded]:
     """Decodes prompts with whole blocks verified, and keeps every round."""
     proposer = block_proposer(draft, engine.config, "ratio")
-    kept: list[tuple[list[int], list[int], Proposal]] = []
+    kept: list[tuple[list[int], Proposal]] = []
     propose = proposer.propose
 
     def watched(sequences: list[Any]) -> Proposal:
         proposal = propose(sequences)
-        kept.append(([s.slot for s in sequences], [len(s.tokens) - 1 for s in sequences], proposal))
+        kept.append(([len(s.tokens) - 1 for s in sequences], proposal))
         return proposal
 
     proposer.propose = watched
@@ -185,7 +185,7 @@ def decode(
             raise DraftlineError(f"Held-out prompt {row.sample_id}: {completion.error}")
         rounds = [
             Round(at[0], p.tokens[0].cpu(), n, None if p.logits is None else p.logits[0].float().cpu())
-            for (_, at, p), n in zip(kept, accepted, strict=True)
+            for (at, p), n in zip(kept, accepted, strict=True)
         ]
         done.append(Decoded(prompt + completion.token_ids, len(prompt), rounds))
     return done

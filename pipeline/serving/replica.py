@@ -48,8 +48,6 @@ def build_engine(
     proposer = make_proposer(
         draft.config.algorithm,
         draft,
-        slots=config.max_requests,
-        capacity=config.max_context,
         rule=config.rule,
         pack=config.prepack,
     )

@@ -64,7 +64,7 @@ def proposer_for(target: Target, name: str, rule: str = "coupled") -> Any:
     """A proposer by name, with a small random draft where it needs one."""
     if name not in KINDS:
         return make_proposer(name)
-    return make_proposer(name, small_draft(target, **KINDS[name]), slots=3, capacity=512, rule=rule)
+    return make_proposer(name, small_draft(target, **KINDS[name]), rule=rule)
 
 
 def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:  # noqa: F811
@@ -74,7 +74,7 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
         config,
         step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]),
     )
-    options = {"slots": 3, "capacity": 512, "rule": rule} if name == "dspark" else {}
+    options = {"rule": rule} if name == "dspark" else {}
     engine.set_proposer(make_proposer(name, draft, **options))
     return engine
 
@@ -131,14 +131,13 @@ def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, 
     Causal schedules rest on this: were c[k] to see token k, admitting by it would pick among tokens.
     """
     kind = KINDS.get(head, {"markov_head_type": head})
-    proposer = make_proposer(
-        kind.get("algorithm", "dspark"), small_draft(tiny, **kind), slots=1, capacity=64, rule=rule, pack=False
-    )
+    proposer = make_proposer(kind.get("algorithm", "dspark"), small_draft(tiny, **kind), rule=rule, pack=False)
     engine = Engine(tiny, EngineConfig(max_requests=1, max_context=64, threads=1, rule=rule, scheduler="fixed"))
     engine.set_proposer(proposer)
     engine.submit(Request(prompt_ids(tiny)[1], max_new_tokens=20, temperature=2.0))
     engine.step()
     (sequence,) = engine._running
+    engine._reserve()
     known: dict[tuple[int, ...], float] = {}
     for seed in range(60):
         sequence.request.seed = seed
@@ -284,7 +283,7 @@ def test_a_stop_token_ends_the_text_inside_a_block(
     assert done.token_ids == expected[3][:cut] and done.finish_reason == "stop"
 
 
-def test_cancelled_requests_end_and_give_their_slot_back(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+def test_cancelled_requests_end_and_give_their_pages_back(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
     engine = engine_for(tiny, draft, "dspark")
     requests = [Request(i, max_new_tokens=100) for i in prompt_ids(tiny)]
     for r in requests:
@@ -297,7 +296,8 @@ def test_cancelled_requests_end_and_give_their_slot_back(tiny: Target, draft: DS
         finished |= {e.request_id: e.finished for e in engine.step() if e.finished}
     assert finished[requests[0].id].finish_reason == "cancelled"
     assert finished[requests[4].id].token_ids == []
-    assert engine._slots.free == 3 and not engine._slots.used
+    pool = engine.runner.pool
+    assert pool.available == pool.pages and not pool.refs.any()
 
 
 def test_not_finite_logits_fail_one_request_only(
@@ -323,7 +323,7 @@ def test_not_finite_logits_fail_one_request_only(
 
 
 @pytest.mark.parametrize("name", ["none", "dspark", "eagle3"])
-def test_the_next_request_in_a_failed_one_s_slot_is_not_failed_by_what_it_left(
+def test_the_next_request_in_a_failed_one_s_pages_is_not_failed_by_what_it_left(
     tiny: Target,  # noqa: F811
     draft: DSparkDraft,  # noqa: F811
     expected: list[list[int]],
@@ -391,9 +391,7 @@ def test_a_block_drawn_by_the_kernel_is_the_block_drawn_slot_by_slot(
     """CUDA's path through `markov_block`, here by its reference."""
     texts = []
     for fused in (False, True):
-        made = make_proposer(
-            "dspark", small_draft(tiny, markov_head_type=head), slots=3, capacity=512, rule=rule, pack=False
-        )
+        made = make_proposer("dspark", small_draft(tiny, markov_head_type=head), rule=rule, pack=False)
         made._fused = fused  # type: ignore[attr-defined]
         engine = engine_for(tiny, None, "none", rule=rule, scheduler="fixed")  # type: ignore[arg-type]
         engine.set_proposer(made)
@@ -411,7 +409,7 @@ def test_a_block_drawn_by_the_kernel_is_the_block_drawn_slot_by_slot(
 
 def test_an_engine_without_step_costs_measures_them(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
     config = EngineConfig(max_requests=1, max_context=128, threads=1, scheduler="early_stop")
-    engine = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128))
+    engine = Engine(tiny, config, make_proposer("dspark", draft))
     (done,) = engine.generate([Request(prompt_ids(tiny)[0], max_new_tokens=8)])
     assert len(done.token_ids) == 8
     assert engine.step_cost is not None and engine.step_cost.seconds(1, 64) > 0
@@ -425,8 +423,8 @@ def test_an_engine_keeps_its_step_costs(
 ) -> None:
     path = tmp_path / "costs.json"
     config = EngineConfig(max_requests=1, max_context=128, threads=1, step_cost=str(path))
-    first = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128)).profile()
-    second = Engine(tiny, config, make_proposer("dspark", draft, slots=1, capacity=128))
+    first = Engine(tiny, config, make_proposer("dspark", draft)).profile()
+    second = Engine(tiny, config, make_proposer("dspark", draft))
     monkeypatch.setattr(second.runner, "time_step", lambda *_: pytest.fail("it was measured again"))
     assert second.profile() == first
     made_for = json.loads(path.read_text())["made_for"]

@@ -20,7 +20,6 @@ from tests.drafts.samples import small_draft
 from tests.target.tiny_families import BUILDERS, ENGINE, VOCABULARY, WINDOW, tiny_target
 
 NEW = 48
-SLOTS, CAPACITY = 3, 128
 
 
 @functools.cache
@@ -47,13 +46,10 @@ def expected(name: str) -> list[list[int]]:
 
 
 def engine_for(target: Target, draft: DSparkDraft | None, name: str, **settings: Any) -> Engine:
-    config = EngineConfig(
-        **{"max_requests": SLOTS, "max_context": CAPACITY, "threads": 1, "prefill_chunk": 6, **settings}
-    )
+    config = EngineConfig(**{"max_requests": 3, "max_context": 128, "threads": 1, "prefill_chunk": 6, **settings})
     engine = Engine(target, config, step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]))
     if name != "none":
-        options: dict[str, Any] = {"slots": SLOTS, "capacity": CAPACITY} if name == "dspark" else {}
-        engine.set_proposer(make_proposer(name, draft, **options))
+        engine.set_proposer(make_proposer(name, draft))
     return engine
 
 
@@ -102,16 +98,20 @@ def test_a_step_s_taps_and_logits_are_the_plain_forward_s(name: str) -> None:
     engine = engine_for(target, None, "none")
     engine.runner.layer_ids = [0, 2]
     seen: list[torch.Tensor] = []
+
+    def mine() -> list[int] | None:
+        return next((s.pages for s in engine._running if s.request.prompt_ids == ids), None)
+
     inner = engine.runner.step
 
     def watch(segments: Any, tokens: Any, rows: Any) -> Any:
         taps, out = inner(segments, tokens, rows)
         at = 0
         for s in segments:
-            if s.slot == 1:
+            if s.pages is mine():
                 seen.append(taps[at : at + s.count])
             at += s.count
-        if segments[-1].slot == 1 and segments[-1].start + segments[-1].count == len(ids):
+        if segments[-1].pages is mine() and segments[-1].start + segments[-1].count == len(ids):
             torch.testing.assert_close(out[-1], logits[-1], atol=1e-4, rtol=1e-3)
         return taps, out
 

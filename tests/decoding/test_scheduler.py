@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.decoding.cache import SlotPool
 from pipeline.decoding.scheduler import filled, make_scheduler
 from pipeline.decoding.step_cost import StepCost, kept, measure
 from pipeline.errors import ConfigError
@@ -249,17 +248,3 @@ def test_a_file_of_step_costs_that_does_not_fit_is_said_and_replaced(
     assert kept(path, made_for, reach, lambda: other) is other
     assert says in caplog.text and str(path) in caplog.text
     assert kept(path, made_for, reach, lambda: pytest.fail("it was measured again")) == other
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.booleans(), max_size=60))
-def test_no_slot_is_lost_or_used_twice(moves: list[bool]) -> None:
-    pool, held = SlotPool(4), []
-    for take in moves:
-        if take and pool.free:
-            held.append(pool.take())
-        elif held:
-            pool.give_back(held.pop(0))
-        assert len(set(held)) == len(held) and pool.used == set(held) and pool.free == 4 - len(held)
-    with pytest.raises(AssertionError):
-        pool.give_back(99)

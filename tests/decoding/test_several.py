@@ -25,7 +25,7 @@ def proposer(target: Target, name: str, rule: str = "coupled", **changes: Any) -
     if name not in KINDS:
         return make_proposer(name)
     draft = small_draft(target, **{**KINDS[name], "target_layer_ids": LAYERS[name], **changes})
-    return make_proposer(name, draft, slots=5, capacity=512, rule=rule)
+    return make_proposer(name, draft, rule=rule)
 
 
 def engine_of(target: Target, drafts: Any, rule: str = "coupled") -> Engine:

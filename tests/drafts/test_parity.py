@@ -1,6 +1,6 @@
 """What training measured is what serving does: the training forward and the decoding proposer give the same logits.
 
-The proposer sees prompts in chunks, keeps keys in slots and drafts several requests at once; training sees whole
+The proposer sees prompts in chunks, keeps keys in pages and drafts several requests at once; training sees whole
 sequences with many anchors. Wrong context bounds, positions, slot layouts or a stale cache show up here.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers import Proposer, make_proposer
 from pipeline.decoding.proposers.base import Commit
 from pipeline.decoding.proposers.dspark import DSparkProposer
@@ -40,6 +41,14 @@ def training_logits(
     return draft.logits(hidden) + bias
 
 
+def begin(proposer: Proposer, text: list[int], number: int = 0, **options: Any) -> Sequence:
+    """A request with pages of its own that lie apart from each other and in no order."""
+    pages = [16 * j + (7 * number + 3 * j) % 16 for j in (5, 1, 3, 0, 7, 2, 6, 4)]
+    sequence = Sequence(Request(list(text), **options), frozenset(), list(text), pages)
+    proposer.admit(sequence)
+    return sequence
+
+
 def commit(proposer: Proposer, sequence: Sequence, start: int, taps: torch.Tensor) -> None:
     proposer.commit([Commit(sequence, start, slice(0, len(taps)))], taps)
 
@@ -49,14 +58,14 @@ def commit(proposer: Proposer, sequence: Sequence, start: int, taps: torch.Tenso
 def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bool, kind: dict[str, Any]) -> None:
     draft = small_draft(tiny, **kind)
     generator = torch.Generator().manual_seed(3)
-    lengths, slots = [14, 5, 9], [2, 0, 3]
-    proposer = make_proposer(draft.config.algorithm, draft, slots=4, capacity=32, rule="ratio", pack=pack)
+    lengths = [14, 5, 9]
+    proposer = make_proposer(draft.config.algorithm, draft, rule="ratio", pack=pack)
+    proposer.attach(PagePool(128, 4))
     texts, sequences = [], []
-    for length, slot in zip(lengths, slots, strict=True):
+    for number, length in enumerate(lengths):
         tokens = torch.randint(3, tiny.vocab_size, (length,), generator=generator)
         taps = torch.randn(length, 2 * tiny.hidden_size, generator=generator)
-        sequence = Sequence(Request(tokens.tolist(), temperature=1.0, seed=slot), frozenset(), tokens.tolist(), slot)
-        proposer.admit(sequence)
+        sequence = begin(proposer, tokens.tolist(), number, temperature=1.0, seed=number)
         half = length // 2
         commit(proposer, sequence, 0, taps[:half])
         commit(proposer, sequence, half, taps[half : length - 1])
@@ -76,9 +85,9 @@ def test_a_block_left_behind_in_the_cache_does_not_change_the_next_one(tiny: Tar
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(3, tiny.vocab_size, (12,), generator=generator)
     taps = torch.randn(12, 2 * tiny.hidden_size, generator=generator)
-    proposer = DSparkProposer(draft, slots=1, capacity=32, rule="ratio")
-    sequence = Sequence(Request([1, 2], temperature=1.0), frozenset(), tokens[:7].tolist(), 0)
-    proposer.admit(sequence)
+    proposer = DSparkProposer(draft, rule="ratio")
+    proposer.attach(PagePool(128, 4))
+    sequence = begin(proposer, tokens[:7].tolist(), temperature=1.0)
     commit(proposer, sequence, 0, taps[:6])
     proposer.propose([sequence])
 
@@ -96,9 +105,9 @@ def test_confidence_is_the_training_heads(tiny: Target) -> None:
     tokens = torch.randint(3, tiny.vocab_size, (8,), generator=generator)
     taps = torch.randn(8, 2 * tiny.hidden_size, generator=generator)
     draft.temperatures.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
-    proposer = DSparkProposer(draft, slots=1, capacity=32)
-    sequence = Sequence(Request(tokens.tolist()), frozenset(), tokens.tolist(), 0)
-    proposer.admit(sequence)
+    proposer = DSparkProposer(draft)
+    proposer.attach(PagePool(128, 4))
+    sequence = begin(proposer, tokens.tolist())
     commit(proposer, sequence, 0, taps[:7])
 
     proposal = proposer.propose([sequence])

@@ -117,7 +117,7 @@ def decode(
         threshold=0.1,
     )
     engine = Engine(target, config, step_cost=cost)
-    options = {"slots": 96, "capacity": 16, "rule": rule} if name in ("dspark", "eagle3") else {}
+    options = {"rule": rule} if name in ("dspark", "eagle3") else {}
     engine.set_proposer(make_proposer(name, draft, **options))
     temperature, top_k, top_p = ask
     done = engine.generate(

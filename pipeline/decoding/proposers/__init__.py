@@ -17,8 +17,7 @@ def make_proposer(name: str, draft: Any = None, **options: Any) -> Proposer:
 
     Args:
         name: none, ngram (options: block_size, longest), or a draft's algorithm: dspark, dflash, eagle3.
-        draft: what such a proposer decodes with; its options are slots and capacity (the engine's max_requests and
-            max_context), rule and pack.
+        draft: what such a proposer decodes with; its options are rule and pack.
     Raises:
         ConfigError: unknown name, or an algorithm without a draft or with another's.
     """

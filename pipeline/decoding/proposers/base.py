@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Protocol
 
 import torch
 
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.request import Sequence
 
 
@@ -60,7 +62,29 @@ class Proposer(Protocol):
     block_size: int
     layer_ids: list[int]
 
-    def admit(self, sequence: Sequence) -> None: ...
+    def page_bytes(self, size: int) -> int:
+        """What a page of `size` positions takes of the draft's own memory."""
+        ...
+
+    def attach(self, pool: PagePool) -> None:
+        """Makes room for keys and values in an engine's pages; leaves the pool of another, if it was in one.
+
+        Raises DraftlineError: not enough memory.
+        """
+        ...
+
+    def detach(self, pool: PagePool) -> None:
+        """Lets that room go, if it still is in this pool; no request is with the draft any more."""
+        ...
+
+    def tag(self, sequence: Sequence, end: int) -> Hashable | None:
+        """What a page that ends at position `end` of the request must bear (see PagePool.mark) for the draft to find
+        its own keys in it; None: it keeps none."""
+        ...
+
+    def admit(self, sequence: Sequence) -> None:
+        """A request begins, or begins again, with `computed` positions in pages that bear the draft's tags."""
+        ...
 
     def propose(self, sequences: list[Sequence]) -> Proposal: ...
 

@@ -1,21 +1,24 @@
 """Decoding with Eagle3: real pairs of the text in a cache, speculated ones behind them for the length of a block.
 
-Letters: B requests, T tokens, H query heads, Hkv KV heads, d head dim, L taps, D hidden.
+Letters: B requests, T tokens, L taps, D hidden.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 
-from pipeline.decoding.cache import KVCache
+from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.geometry import LayerAttention
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.context import DraftContext
 from pipeline.decoding.proposers.drawing import Drawing, into_dtype
 from pipeline.decoding.request import Sequence
-from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.drafts.eagle3 import AttendOne, Eagle3Draft
 
 
 class Eagle3Proposer:
@@ -26,16 +29,13 @@ class Eagle3Proposer:
 
     Args:
         draft: not modified; the proposer works on a copy whose linears may be prepacked.
-        slots, capacity: the engine's max_requests and max_context.
         rule: verification rule, which decides the noise that tokens are drawn with.
         pack: prepack linears (CPU, fp32).
     """
 
     name = "eagle3"
 
-    def __init__(
-        self, draft: Eagle3Draft, *, slots: int, capacity: int, rule: str = "coupled", pack: bool = True
-    ) -> None:
+    def __init__(self, draft: Eagle3Draft, *, rule: str = "coupled", pack: bool = True) -> None:
         shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
         self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
         into_dtype(self.draft, draft.lm_rows.dtype)
@@ -44,21 +44,34 @@ class Eagle3Proposer:
         self.layer_ids = list(c.target_layer_ids)
         self.rule = rule
         self.device = draft.embed.device
-        dtype = draft.lm_rows.dtype
-        self.cache = KVCache(1, slots, c.num_kv_heads, capacity + c.block_size, c.head_dim, dtype, self.device)
-        self._last = torch.zeros(slots, c.hidden_size, dtype=dtype, device=self.device)
+        self._dtype = draft.lm_rows.dtype
+        layer = LayerAttention(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, c.head_dim**-0.5, 0, 0.0, 0)
+        # A page's last pair holds the token after the page, which the page's own tokens don't tell.
+        self.context = DraftContext([layer], self._dtype, self.device, lambda s, end: s.tokens[end])
+        self._last: dict[Sequence, torch.Tensor] = {}
         self._lm_head = None
-        if pack and self.device.type == "cpu" and dtype == torch.float32 and available():
+        if pack and self.device.type == "cpu" and self._dtype == torch.float32 and available():
             prepack(self.draft)
             self._lm_head = PackedLinear(draft.lm_rows)
-        self._length: dict[int, int] = {}
+
+    def page_bytes(self, size: int) -> int:
+        return self.context.page_bytes(size)
+
+    def attach(self, pool: PagePool) -> None:
+        self.context.attach(pool)
+
+    def detach(self, pool: PagePool) -> None:
+        self.context.detach(pool)
+
+    def tag(self, sequence: Sequence, end: int) -> Hashable:
+        return self.context.tag(sequence, end)
 
     def admit(self, sequence: Sequence) -> None:
-        self._length[sequence.slot] = 0
+        self.context.begin(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        self._length.pop(sequence.slot, None)
-        self.cache.clear(sequence.slot)
+        self.context.end(sequence)
+        self._last.pop(sequence, None)
 
     @torch.inference_mode()
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
@@ -67,56 +80,40 @@ class Eagle3Proposer:
             return
         if taps is None:
             raise RuntimeError("the Eagle3 proposer needs taps; the engine captured none")
-        rows: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        following: list[int] = []
-        newest: list[tuple[int, int]] = []
-        for c in commits:
-            slot, text = c.sequence.slot, c.sequence.tokens
-            if self._length[slot] != c.start:
-                raise RuntimeError(f"draft context of slot {slot} ends at {self._length[slot]}, commit is at {c.start}")
+
+        def count(c: Commit) -> int:
             # A request that stopped inside its block has no token after what lies behind the stop, nor needs it.
-            count = min(c.rows.stop - c.rows.start, len(text) - 1 - c.start)
-            if count < 1:
-                continue
-            self._length[slot] += count
-            rows += range(c.rows.start, c.rows.start + count)
-            positions += range(c.start, c.start + count)
-            slots += [slot] * count
-            following += text[c.start + 1 : c.start + 1 + count]
-            newest.append((slot, len(rows) - 1))
-        if not rows:
+            return min(c.rows.stop - c.rows.start, len(c.sequence.tokens) - 1 - c.start)
+
+        following: list[int] = []
+        newest: dict[Sequence, int] = {}
+        for c in commits:
+            if count(c) > 0:
+                following += c.sequence.tokens[c.start + 1 : c.start + 1 + count(c)]
+                newest[c.sequence] = len(following) - 1
+        more = self.context.extend(commits, count)
+        if more is None:
             return
-        at = torch.tensor(positions, device=self.device)
-        g = self.draft.context(taps[torch.tensor(rows, device=taps.device)].to(self._last.dtype))
-        k, v = self.draft.context_kv(g, torch.tensor(following, device=self.device), at)
-        self.cache.write(0, torch.tensor(slots, device=self.device), at, k, v)
-        where, which = (torch.tensor(x, device=self.device) for x in zip(*newest, strict=True))
-        self._last[where] = g[which]
+        g = self.draft.context(taps[torch.tensor(more.rows, device=taps.device)].to(self._dtype))
+        k, v = self.draft.context_kv(g, torch.tensor(following, device=self.device), more.positions)
+        self.context.cache.write(0, more.cells, k.transpose(0, 1), v.transpose(0, 1))
+        self._last |= {s: g[row].clone() for s, row in newest.items()}
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> Proposal:
         drawing = Drawing(self.draft, sequences, self.rule)
-        slots = torch.tensor([s.slot for s in sequences], device=self.device)
-        positions = drawing.anchors - 1
-        g = self._last[slots]
+        starts = [len(s.tokens) - 2 for s in sequences]
+        g = torch.stack([self._last[s] for s in sequences])
         for k in range(self.block_size):
-            at = positions + k
-            g, hidden = self.draft.advance(g, drawing.previous, at, self._attend(slots, at))
+            layout = self.context.layout(sequences, [n + k for n in starts], 1, causal=True)
+            g, hidden = self.draft.advance(g, drawing.previous, layout.positions, _attend(layout))
             base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
             drawing.draw(base)
         return drawing.proposal(None)
 
-    def _attend(self, slots: torch.Tensor, at: torch.Tensor):  # type: ignore[no-untyped-def]
-        end = int(at.max()) + 1
-        seen = torch.arange(end, device=self.device) <= at[:, None]
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.cache.write(0, slots, at, k, v)
-            groups = q.shape[1] // k.shape[1]
-            keys, values = (x[0, slots, :, :end] for x in (self.cache.k, self.cache.v))
-            grid = q.unflatten(1, (-1, groups))
-            return F.scaled_dot_product_attention(grid, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)
+def _attend(layout: StepLayout) -> AttendOne:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return layout.attend(0, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
-        return attend
+    return attend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
 
@@ -16,6 +17,16 @@ class NoneProposer:
 
     def __init__(self) -> None:
         self.layer_ids: list[int] = []
+
+    def page_bytes(self, size: int) -> int:
+        return 0
+
+    def attach(self, pool: PagePool) -> None: ...
+
+    def detach(self, pool: PagePool) -> None: ...
+
+    def tag(self, sequence: Sequence, end: int) -> None:
+        return None
 
     def admit(self, sequence: Sequence) -> None: ...
 

@@ -8,10 +8,11 @@ Letters: B requests, K block size, V target vocabulary, Vd draft vocabulary, T r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 
+from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.request import Sequence
 from pipeline.errors import ConfigError, DraftlineError, nearest
@@ -21,7 +22,7 @@ class SeveralDrafts:
     """A proposer that hands every request to its own draft.
 
     Args:
-        drafts: proposers by name, made for the same engine (slots, capacity, rule).
+        drafts: proposers by name, made for the same rule.
         default: of requests that name none.
         vocabulary: V.
     Raises:
@@ -35,6 +36,7 @@ class SeveralDrafts:
         self._leaving: dict[str, Proposer] = {}
         self._pinned: dict[str, tuple[str, Proposer]] = {}
         self._vocabulary = vocabulary
+        self._pool: PagePool | None = None
         self.default = default
         self.change(drafts, default)
 
@@ -61,8 +63,9 @@ class SeveralDrafts:
         """Takes drafts in and out (through `Engine.change_drafts`, which knows what requests are due).
 
         Raises:
-            ConfigError: a name that is taken, is not there or would be the default and removed; another rule. Then
-                nothing has changed.
+            ConfigError: a name that is taken, is not there or would be the default and removed; another rule.
+            DraftlineError: no memory for the keys of a new one.
+            Either way nothing has changed.
         """
         remove = set(remove)
         after = {n: p for n, p in self._drafts.items() if n not in remove} | dict(add)
@@ -77,6 +80,10 @@ class SeveralDrafts:
         if len(rules) > 1:
             raise ConfigError(f"These drafts draw for different rules ({', '.join(sorted(rules))}); make all for one.")
         used = {name for name, _ in self._pinned.values()}
+        if self._pool is not None:
+            _attach_all(list(add.values()), self._pool)
+            for name in remove - used:
+                self._drafts[name].detach(self._pool)
         self._leaving |= {n: p for n, p in self._drafts.items() if n in remove and n in used}
         self._drafts, self.default = after, default
         # Until the next change: a draft that leaves meanwhile must not move the columns of taps on their way.
@@ -88,6 +95,22 @@ class SeveralDrafts:
             hint = nearest(draft, self.names)
             raise DraftlineError(f"There is no draft {draft!r}; there are {', '.join(self.names)}.{hint}")
 
+    def page_bytes(self, size: int) -> int:
+        return sum(p.page_bytes(size) for p in self.resident)
+
+    def attach(self, pool: PagePool) -> None:
+        _attach_all(self.resident, pool)
+        self._pool = pool
+
+    def detach(self, pool: PagePool) -> None:
+        for p in self.resident:
+            p.detach(pool)
+        if pool is self._pool:
+            self._pool = None
+
+    def tag(self, sequence: Sequence, end: int) -> Hashable | None:
+        return self._drafts[sequence.request.draft or self.default].tag(sequence, end)
+
     def admit(self, sequence: Sequence) -> None:
         name = sequence.request.draft or self.default
         self._pinned[sequence.request.id] = (name, self._drafts[name])
@@ -98,7 +121,9 @@ class SeveralDrafts:
         name, proposer = self._pinned.pop(sequence.request.id)
         proposer.release(sequence)
         if all(name != other for other, _ in self._pinned.values()):
-            self._leaving.pop(name, None)
+            gone = self._leaving.pop(name, None)
+            if gone is not None and self._pool is not None:
+                gone.detach(self._pool)
 
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
         for proposer in self.resident:
@@ -112,6 +137,16 @@ class SeveralDrafts:
             if rows:
                 parts.append((rows, proposer.propose([sequences[i] for i in rows])))
         return parts[0][1] if len(parts) == 1 else _together(parts, len(sequences), self._vocabulary)
+
+
+def _attach_all(drafts: list[Proposer], pool: PagePool) -> None:
+    try:
+        for p in drafts:
+            p.attach(pool)
+    except DraftlineError:
+        for p in drafts:
+            p.detach(pool)
+        raise
 
 
 def _of_layers(taps: torch.Tensor | None, layers: list[int], wanted: list[int]) -> torch.Tensor | None:

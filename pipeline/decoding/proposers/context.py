@@ -1,0 +1,143 @@
+"""A draft's own keys and values, in the pages that its target's are in.
+
+A request's page table serves both, so a prompt that finds its pages finds the draft's context along with the target's,
+where the page bears this draft's tag. Tags are told to the pool as a page's last position is committed.
+
+Letters: N committed positions, C cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Many
+
+import torch
+
+from pipeline.decoding.attention import Segment, StepLayout
+from pipeline.decoding.cache import PagedKV, Shape, page_bytes
+from pipeline.decoding.geometry import LayerAttention
+from pipeline.decoding.pages import PagePool
+from pipeline.decoding.proposers.base import Commit
+from pipeline.decoding.request import Sequence
+
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass
+class Extension:
+    """Positions that a context grows by: rows of the taps given, absolute positions and cells (int64[N] on the draft's
+    device), in the order of the commits."""
+
+    rows: list[int]
+    positions: torch.Tensor
+    cells: torch.Tensor
+
+
+class DraftContext:
+    """Keys and values of a draft's layers, and how far they go for each request.
+
+    Args:
+        layers: attention of each of the draft's layers.
+        tag: what a page that ends at a position of a request must have been made of, beside the tokens up to there.
+    """
+
+    def __init__(
+        self,
+        layers: Many[LayerAttention],
+        dtype: torch.dtype,
+        device: torch.device,
+        tag: Callable[[Sequence, int], Hashable] = lambda _sequence, _end: None,
+    ) -> None:
+        self.layers, self.dtype, self.device = layers, dtype, device
+        self._tag = tag
+        self._cache: PagedKV | None = None
+        self._pool: PagePool | None = None
+        self._number = -1
+        self._length: dict[Sequence, int] = {}
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        return [(a.kv_heads, a.key_dim, a.value_dim) for a in self.layers]
+
+    def page_bytes(self, size: int) -> int:
+        """What a page of `size` positions takes here."""
+        return page_bytes(self._shapes, size, self.dtype)
+
+    def attach(self, pool: PagePool) -> None:
+        """Makes room for the pool's pages; what it held in another pool is gone.
+
+        Raises DraftlineError: not enough memory.
+        """
+        if pool is self._pool:
+            return
+        if self._pool is not None:
+            self.detach(self._pool)
+        self._cache = PagedKV(self._shapes, pool.pages, pool.size, self.dtype, self.device)
+        # A new number each time: tensors made anew hold nothing of what pages were marked with before.
+        self._pool, self._number = pool, next(_numbers)
+
+    def detach(self, pool: PagePool) -> None:
+        """Lets the memory go, if it is in this pool."""
+        if pool is not self._pool:
+            return
+        pool.untag(self._number)
+        self._cache, self._pool = None, None
+        self._length.clear()
+
+    @property
+    def cache(self) -> PagedKV:
+        """The tensors. Raises RuntimeError before `attach`."""
+        if self._cache is None:
+            raise RuntimeError("the draft is not attached to a pool of pages")
+        return self._cache
+
+    def tag(self, sequence: Sequence, end: int) -> Hashable:
+        """What a page of the request must bear that ends at position `end`."""
+        return (self._number, self._tag(sequence, end))
+
+    def begin(self, sequence: Sequence) -> None:
+        """A request starts with the context that its pages bring."""
+        self._length[sequence] = sequence.computed
+
+    def end(self, sequence: Sequence) -> None:
+        """A request is gone."""
+        self._length.pop(sequence, None)
+
+    def length(self, sequence: Sequence) -> int:
+        """Positions of context."""
+        return self._length[sequence]
+
+    def extend(self, commits: list[Commit], count: Callable[[Commit], int]) -> Extension | None:
+        """Lengthens contexts by the first count(commit) positions of each; the caller writes them to the cells.
+
+        Returns None where that is none. Raises RuntimeError for a commit that doesn't go on where its request's
+        context ends.
+        """
+        size = self.cache.size
+        rows: list[int] = []
+        positions: list[int] = []
+        cells: list[int] = []
+        for c in commits:
+            s = c.sequence
+            if self._length[s] != c.start:
+                raise RuntimeError(
+                    f"draft context of request {s.request.id} ends at {self._length[s]}, commit is at {c.start}"
+                )
+            end = c.start + max(count(c), 0)
+            rows += range(c.rows.start, c.rows.start + end - c.start)
+            positions += range(c.start, end)
+            cells += [s.pages[p // size] * size + p % size for p in range(c.start, end)]
+            self._length[s] = end
+            if self._pool is not None:
+                for i in range(c.start // size, end // size):
+                    self._pool.mark(s.pages[i], self.tag(s, (i + 1) * size))
+        if not rows:
+            return None
+        return Extension(rows, torch.tensor(positions, device=self.device), torch.tensor(cells, device=self.device))
+
+    def layout(self, sequences: list[Sequence], starts: list[int], count: int, *, causal: bool) -> StepLayout:
+        """For `count` new positions of each request, from `starts` on, behind its context."""
+        segments = [Segment(s.pages, start, count) for s, start in zip(sequences, starts, strict=True)]
+        return StepLayout(segments, self.cache, self.layers, causal=causal)

@@ -1,0 +1,89 @@
+"""The page tables of the engine's requests: what each holds, takes for its next step, and leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from pipeline.decoding.pages import PagePool, chain_key
+from pipeline.decoding.request import Sequence
+
+Tag = Callable[[Sequence, int], Hashable | None]
+"""(request, end of a page in positions) -> what the page must bear for its draft to find its own keys there."""
+
+
+class PageTables:
+    """Keeps `Sequence.pages`, one table per request for the target and its draft.
+
+    Args:
+        keep: whether whole pages stay to be found by later prompts.
+    """
+
+    def __init__(self, pool: PagePool, *, keep: bool) -> None:
+        self.pool, self.keep = pool, keep
+
+    def admit(self, s: Sequence, tag: Tag, spare: int) -> bool:
+        """Gives a request pages for all that it has to read, found ones first; `s.computed` then counts what they hold.
+
+        At least one position is left to compute: its logits, or what the draft is told of it, are needed.
+
+        Args:
+            spare: pages that must be left for the others to grow.
+        Returns:
+            False, with nothing changed, while there are too few pages.
+        """
+        size = self.pool.size
+        found: list[int] = []
+        if self.keep:
+            for i in range((s.prefill_end - 1) // size):
+                page = self.pool.find(self._key(s, i), tag(s, (i + 1) * size))
+                if page is None:
+                    break
+                found.append(page)
+        for page in found:
+            self.pool.share(page)
+        missing = self.pool.needed(s.prefill_end) - len(found)
+        if missing + spare > self.pool.available:
+            self.pool.give_back(found)
+            return False
+        s.pages = found + self.pool.take(missing, found[-1] if found else None)
+        s.computed = len(found) * size
+        s.listed = len(found)
+        s.metrics.cached += s.computed
+        return True
+
+    def reserve(self, s: Sequence, positions: int) -> bool:
+        """Pages for the first `positions` positions; False, with nothing changed, when there are too few."""
+        missing = self.pool.needed(positions) - len(s.pages)
+        if missing > self.pool.available:
+            return False
+        if missing > 0:
+            s.pages += self.pool.take(missing, s.pages[-1] if s.pages else None)
+        return True
+
+    def settle(self, s: Sequence) -> None:
+        """After a step whose logits were finite: returns the pages of rejected tokens, publishes those that are whole.
+
+        Nothing is published before that: keys that are not finite must not be found by others.
+        """
+        size = self.pool.size
+        used = self.pool.needed(max(s.computed, s.prefill_end if not s.prefilled else 0))
+        self.pool.give_back(s.pages[used:])
+        del s.pages[used:]
+        if self.keep:
+            # A text that stopped inside its block has fewer tokens than were computed.
+            whole = min(s.computed, len(s.tokens)) // size
+            for i in range(s.listed, whole):
+                self.pool.publish(s.pages[i], self._key(s, i))
+            s.listed = max(s.listed, whole)
+
+    def release(self, s: Sequence) -> None:
+        """Lets go of everything a request holds."""
+        self.pool.give_back(s.pages)
+        s.pages, s.computed, s.listed = [], 0, 0
+
+    def _key(self, s: Sequence, page: int) -> bytes:
+        size = self.pool.size
+        while len(s.keys) <= page:
+            start = len(s.keys) * size
+            s.keys.append(chain_key(s.keys[-1] if s.keys else b"", s.tokens[start : start + size]))
+        return s.keys[page]
