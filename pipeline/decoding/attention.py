@@ -32,55 +32,50 @@ class Segment:
     count: int
 
 
-class _Span:
-    """A segment in the step: its rows, the cells it sees, and the masks, all made once for the layers alike.
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """What a segment's tokens see in layers of one window.
 
     Nothing but the request's own cells is read, so that what others left in theirs never matters.
+
+    Attributes:
+        low, length: of the cells of the N positions, where its pages are consecutive. cells: int64[N], where not.
+        mask: additive [G * n, N], or None where every token sees all of it.
     """
 
-    def __init__(self, segment: Segment, first: int, size: int, causal: bool, device: torch.device) -> None:
-        self.rows = slice(first, first + segment.count)
-        self.start, self.count = segment.start, segment.count
-        self.end = segment.start + segment.count
-        self._pages, self._size, self._causal, self._device = segment.pages, size, causal, device
-        self._cells: dict[int, slice | torch.Tensor] = {}
-        self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
+    low: int
+    length: int
+    cells: torch.Tensor | None
+    mask: torch.Tensor | None
 
-    def _begin(self, window: int) -> int:
-        """The first position that any token here sees."""
-        return max(0, self.start - window + 1) if window else 0
+    @classmethod
+    def of(
+        cls, s: Segment, size: int, window: int, groups: int, causal: bool, dtype: torch.dtype, device: torch.device
+    ) -> _View:
+        """The positions from the first that any token of the segment sees to its last."""
+        begin, end = max(0, s.start - window + 1) if window else 0, s.start + s.count
+        first = begin // size
+        pages = np.asarray(s.pages[first : -(-end // size)])
+        skip, length = begin - first * size, end - begin
+        cells = None
+        if (np.diff(pages) != 1).any():
+            grid = pages[:, None] * size + np.arange(size)
+            cells = torch.from_numpy(grid.ravel()[skip : skip + length]).to(device)
+        mask = None
+        if s.count > 1 and (causal or (window and end > window)):
+            own = torch.arange(s.start, end, device=device)[:, None]
+            at = torch.arange(begin, end, device=device)
+            seen = at <= own if causal else at >= s.start
+            if window:
+                near = at > own - window
+                seen = seen & near if causal else seen | near
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+            mask = mask.masked_fill_(~seen, float("-inf")).repeat(groups, 1)
+        return cls(int(pages[0]) * size + skip, length, cells, mask)
 
-    def cells(self, window: int) -> slice | torch.Tensor:
-        """Those of positions _begin..end: a slice where its pages are consecutive, else int64[end - begin]."""
-        begin = self._begin(window)
-        if begin not in self._cells:
-            first = begin // self._size
-            pages = np.asarray(self._pages[first : -(-self.end // self._size)])
-            skip, length = begin - first * self._size, self.end - begin
-            if (np.diff(pages) == 1).all():
-                low = int(pages[0]) * self._size + skip
-                self._cells[begin] = slice(low, low + length)
-            else:
-                grid = pages[:, None] * self._size + np.arange(self._size)
-                self._cells[begin] = torch.from_numpy(grid.ravel()[skip : skip + length]).to(self._device)
-        return self._cells[begin]
-
-    def mask(self, window: int, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive [G * n, end - begin], or None where every token sees all of it."""
-        key = (window, groups)
-        if key not in self._masks:
-            if self.count == 1 or (not self._causal and (not window or self.end <= window)):
-                self._masks[key] = None
-            else:
-                own = torch.arange(self.start, self.end, device=self._device)[:, None]
-                at = torch.arange(self._begin(window), self.end, device=self._device)
-                seen = at <= own if self._causal else at >= self.start
-                if window:
-                    near = at > own - window
-                    seen = seen & near if self._causal else seen | near
-                mask = torch.zeros(seen.shape, dtype=dtype, device=self._device)
-                self._masks[key] = mask.masked_fill_(~seen, float("-inf")).repeat(groups, 1)
-        return self._masks[key]
+    def take(self, cells: torch.Tensor) -> torch.Tensor:
+        """[1, Hkv, N, d] of cells [1, Hkv, C, d]: a view where the pages are consecutive, else a copy."""
+        return cells.narrow(2, self.low, self.length) if self.cells is None else cells.index_select(2, self.cells)
 
 
 class StepLayout:
@@ -98,12 +93,13 @@ class StepLayout:
         self, segments: list[Segment], cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool = True
     ) -> None:
         self.cache, self.geometry = cache, geometry
+        self._segments, self._causal = segments, causal
+        self._counts = [s.count for s in segments]
+        self._views: dict[tuple[int, int], list[_View]] = {}
         size = cache.size
         positions: list[int] = []
         cells: list[int] = []
-        self._spans: list[_Span] = []
         for s in segments:
-            self._spans.append(_Span(s, len(positions), size, causal, cache.device))
             for p in range(s.start, s.start + s.count):
                 positions.append(p)
                 cells.append(s.pages[p // size] * size + p % size)
@@ -120,27 +116,32 @@ class StepLayout:
         if shape.source == layer:
             self.cache.write(layer, self.cells, k, v)
         # The one place where attention over pages is done: a kernel that takes page tables goes here.
-        heads, tokens, dim = q.shape
-        out = q.new_empty(heads, tokens, shape.value_dim)
-        keys, values = self.cache.k[shape.source], self.cache.v[shape.source]
-        for span in self._spans:
-            cells = span.cells(shape.window)
-            if isinstance(cells, slice):
-                mine, its = keys[:, cells], values[:, cells]
-            else:
-                mine, its = keys.index_select(1, cells), values.index_select(1, cells)
-            folded = q[:, span.rows].reshape(shape.kv_heads, -1, dim)
-            mask = span.mask(shape.window, shape.groups, q.dtype)
-            out[:, span.rows] = _attend(folded, mine, its, mask, shape).view(heads, span.count, shape.value_dim)
-        return out.transpose(0, 1)
+        heads, _, dim = q.shape
+        keys, values = self.cache.k[shape.source][None], self.cache.v[shape.source][None]
+        out = []
+        for view, mine in zip(self._seen(shape, q.dtype), q.split(self._counts, 1), strict=True):
+            folded = mine.reshape(1, shape.kv_heads, -1, dim)
+            mixed = _attend(folded, view.take(keys), view.take(values), view.mask, shape)
+            out.append(mixed.reshape(heads, -1, shape.value_dim))
+        return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)
+
+    def _seen(self, shape: LayerAttention, dtype: torch.dtype) -> list[_View]:
+        """What each segment sees in such a layer; made once for all layers alike."""
+        key = (shape.window, shape.groups)
+        if key not in self._views:
+            size, device = self.cache.size, self.cache.device
+            self._views[key] = [
+                _View.of(s, size, shape.window, shape.groups, self._causal, dtype, device) for s in self._segments
+            ]
+        return self._views[key]
 
 
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, shape: LayerAttention
 ) -> torch.Tensor:
-    """q [Hkv, G * n, d], k and v [Hkv, N, d], mask [G * n, N] -> [Hkv, G * n, d of v]."""
+    """q [1, Hkv, G * n, d], k and v [1, Hkv, N, d], mask [G * n, N] -> [1, Hkv, G * n, d of v]."""
     if not shape.softcap:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=shape.scale)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
     scores = torch.tanh((q @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
     if mask is not None:
         scores = scores + mask
