@@ -120,8 +120,12 @@ class StepLayout:
         keys, values = self.cache.k[shape.source][None], self.cache.v[shape.source][None]
         out = []
         for view, mine in zip(self._seen(shape, q.dtype), q.split(self._counts, 1), strict=True):
-            folded = mine.reshape(1, shape.kv_heads, -1, dim)
-            mixed = _attend(folded, view.take(keys), view.take(values), view.mask, shape)
+            k, v = view.take(keys), view.take(values)
+            if mine.shape[1] == 1 and not shape.softcap:
+                # Heads apart: there are more of them than KV heads to spread over threads.
+                mixed = F.scaled_dot_product_attention(mine[None], k, v, scale=shape.scale, enable_gqa=True)
+            else:
+                mixed = _attend(mine.reshape(1, shape.kv_heads, -1, dim), k, v, view.mask, shape)
             out.append(mixed.reshape(heads, -1, shape.value_dim))
         return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)
 

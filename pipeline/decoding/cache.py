@@ -86,9 +86,10 @@ def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device) 
                 free / 2**30,
             )
     if pages < 1:
+        there = f"engine.kv_gib={config.kv_gib}" if config.kv_gib else "half of the free memory"
         raise ConfigError(
-            f"engine.kv_gib={config.kv_gib} holds not a single page of {config.page_size} tokens, which takes "
-            f"{bytes_per_page / 2**30:.4f} GiB."
+            f"{there} holds not a single page of {config.page_size} tokens, which takes {bytes_per_page / 2**20:.1f} "
+            "MiB of keys and values."
         )
     return pages
 

@@ -1,0 +1,453 @@
+"""Pages: none lost, none used twice, every hit holds what it stands for; and no text changes by them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import EngineConfig, TargetConfig
+from pipeline.decoding import Engine, Request, SeveralDrafts, make_proposer
+from pipeline.decoding.cache import page_bytes, pool_pages
+from pipeline.decoding.pages import PagePool, chain_key
+from pipeline.decoding.request import Sequence
+from pipeline.decoding.tables import PageTables
+from pipeline.errors import ConfigError, DraftlineError
+from pipeline.target import Target, load_target
+from tests.decoding.test_engine import KINDS, prompt_ids
+from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+from tests.drafts.samples import small_draft
+
+NAMES = ["none", "ngram", *KINDS]
+SIZE = 4
+NEW = 40
+
+# -- accounting ---------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """An engine without a target: requests come, are read in chunks, decode with blocks, are cancelled or preempted.
+
+    `cells` says of every cell which text's position was written last, `drafts` the same of the draft's; what a request
+    would attend to is compared with its own text after every move.
+    """
+
+    def __init__(self, pages: int, most: int, block: int, kind: str, seed: int) -> None:
+        self.pool = PagePool(pages, SIZE)
+        self.tables = PageTables(self.pool, keep=True)
+        self.most, self.block, self.kind = most, block, kind
+        self.random = random.Random(seed)
+        self.running: list[Sequence] = []
+        self.queue: list[Sequence] = []
+        self.cells: dict[int, tuple[int, ...]] = {}
+        self.drafts: dict[int, tuple[int, ...]] = {}
+        self.context: dict[Sequence, int] = {}
+        self.ended: list[Sequence] = []
+        self.hits = self.preempted = 0
+
+    def tag(self, s: Sequence, end: int) -> Any:
+        return None if self.kind == "none" else (7, s.tokens[end] if self.kind == "eagle3" else None)
+
+    def arrive(self, prompt: list[int], new: int) -> None:
+        if self.pool.needed(len(prompt) + new + self.block) <= self.pool.pages:
+            self.queue.append(Sequence(Request(prompt, max_new_tokens=new), frozenset(), list(prompt)))
+
+    def step(self) -> None:
+        while self.queue and len(self.running) < self.most:
+            if not self.tables.admit(self.queue[0], self.tag, spare=len(self.running)):
+                break
+            s = self.queue.pop(0)
+            self.hits += s.computed
+            self.context[s] = s.computed
+            self.running.append(s)
+            self.running.sort(key=lambda s: s.submitted)
+        for s in list(self.running):
+            while s in self.running and s.prefilled and not self.tables.reserve(s, s.computed + 1 + self.block):
+                youngest = self.running[-1]
+                assert youngest is not self.running[0], "the oldest always fits"
+                self.release(youngest)
+                self.preempted += 1
+                self.queue.insert(0, youngest)
+        self.check()
+        for s in list(self.running):
+            if not s.prefilled:
+                end = min(s.computed + 6, s.prefill_end)
+                self.write(s, s.computed, s.tokens[s.computed : end])
+                s.computed = end
+                if s.prefilled and len(s.tokens) == s.prompt_length:
+                    s.tokens.append(self.random.randrange(3))
+            else:
+                proposed = [self.random.randrange(3) for _ in range(self.block)]
+                self.write(s, s.computed, [s.tokens[-1], *proposed], draft=False)
+                accepted = self.random.randrange(self.block + 1)
+                for token in [*proposed[:accepted], self.random.randrange(3)]:
+                    if len(s.tokens) < s.prompt_length + s.request.max_new_tokens:
+                        s.tokens.append(token)
+                s.computed += accepted + 1
+            self.commit(s)
+            if s.prefilled:
+                self.tables.settle(s)
+            if len(s.tokens) >= s.prompt_length + s.request.max_new_tokens:
+                self.release(s)
+                self.ended.append(s)
+
+    def write(self, s: Sequence, start: int, tokens: list[int], draft: bool = True) -> None:
+        text = (*s.tokens[:start], *tokens)
+        for p in range(start, start + len(tokens)):
+            page = s.pages[p // SIZE]
+            assert self.pool.refs[page] == 1, "written cells are nobody else's"
+            self.cells[page * SIZE + p % SIZE] = text[: p + 1]
+
+    def commit(self, s: Sequence) -> None:
+        """The draft's context grows to what is computed, as DraftContext has it; then slots of a block lie behind."""
+        if self.kind == "none":
+            return
+        extra = self.kind == "eagle3"
+        end = min(s.computed, len(s.tokens) - extra)
+        for p in range(self.context[s], end):
+            self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] = tuple(s.tokens[: p + 1 + extra])
+        for i in range(self.context[s] // SIZE, end // SIZE):
+            self.pool.mark(s.pages[i], self.tag(s, (i + 1) * SIZE))
+        self.context[s] = end
+        for p in range(end, min(end + self.block, len(s.pages) * SIZE)):
+            self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] = (-1,)
+
+    def release(self, s: Sequence) -> None:
+        self.running.remove(s)
+        self.tables.release(s)
+        del self.context[s]
+
+    def check(self) -> None:
+        held: dict[int, int] = {}
+        for s in self.running:
+            assert len(set(s.pages)) == len(s.pages)
+            for page in s.pages:
+                held[page] = held.get(page, 0) + 1
+            for p in range(s.computed):
+                assert self.cells[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1])
+            extra = self.kind == "eagle3"
+            for p in range(self.context[s] if self.kind != "none" else 0):
+                assert self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1 + extra])
+        assert {p: int(n) for p, n in enumerate(self.pool.refs) if n} == held
+        free = int(self.pool._free.sum())
+        assert free == self.pool._free_count
+        assert free + self.pool.kept + len(held) == self.pool.pages
+        assert not {*self.pool._kept} & {*held} and not any(self.pool._free[p] for p in [*held, *self.pool._kept])
+        assert {*self.pool._key} | {*self.pool._tags} <= {*held, *self.pool._kept}
+        assert sorted(p for ps in self.pool._listed.values() for p in ps) == sorted(self.pool._key)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pages=st.integers(8, 30),
+    most=st.integers(1, 4),
+    block=st.integers(0, 5),
+    kind=st.sampled_from(["none", "dspark", "eagle3"]),
+    moves=st.lists(
+        st.tuples(st.sampled_from(["arrive", "step", "step", "step", "cancel"]), st.integers(0, 10**6)), max_size=60
+    ),
+)
+def test_pages_are_never_lost_or_used_twice(
+    pages: int, most: int, block: int, kind: str, moves: list[tuple[str, int]]
+) -> None:
+    model = Model(pages, most, block, kind, seed=len(moves))
+    for move, number in moves:
+        chance = random.Random(number)
+        if move == "arrive":
+            # Few tokens and common beginnings: many prompts find each other's pages.
+            prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0][: chance.randrange(10)] + [0] * chance.randrange(1, 8)
+            model.arrive(prompt + [chance.randrange(3) for _ in range(chance.randrange(3))], chance.randrange(1, 20))
+        elif move == "cancel" and model.running:
+            model.release(model.running[number % len(model.running)])
+        else:
+            model.step()
+        model.check()
+    for _ in range(2000):
+        if not model.running and not model.queue:
+            break
+        model.step()
+    model.check()
+    assert not model.running and not model.queue, "everyone gets to the end"
+    assert model.pool.available == model.pool.pages and not model.pool.refs.any()
+    model.pool.forget()
+    assert model.pool.kept == 0 and model.pool._free.all() and not model.pool._tags
+
+
+def test_the_model_of_the_test_above_has_hits_and_preemptions() -> None:
+    model = Model(16, 4, 3, "eagle3", 0)
+    for i in range(12):
+        model.arrive([0, 1, 2, 0, 1, 1, 2, 2, 0, i % 2, 1, 1, 2], 18)
+        model.step()
+    while model.running or model.queue:
+        model.step()
+    assert model.hits > 50 and model.preempted > 3 and len(model.ended) == 12
+
+
+def test_pages_of_a_text_lie_side_by_side_and_leave_each_other_room() -> None:
+    pool = PagePool(64, 4)
+    tables = [pool.take(3) for _ in range(4)]
+    for _ in range(10):
+        for t in tables:
+            t += pool.take(1, t[-1])
+    assert all(b == a + 1 for t in tables for a, b in zip(t, t[1:], strict=False))
+
+
+def test_the_longest_unused_page_goes_first_and_the_end_of_a_text_before_its_beginning() -> None:
+    pool = PagePool(4, 2)
+    first, second = pool.take(2), pool.take(2)
+    keys = {page: chain_key(b"", [page]) for page in (*first, *second)}
+    for page, key in keys.items():
+        pool.publish(page, key)
+    pool.give_back(first)
+    pool.give_back(second)
+    assert pool.kept == pool.available == 4
+    pool.share(pool.find(keys[first[0]], None))  # type: ignore[arg-type]
+    pool.give_back([first[0]])
+    gone = []
+    for _ in range(4):
+        pool.take(1)
+        gone += [p for p, key in keys.items() if p not in gone and pool.find(key, None) is None]
+    assert gone == [first[1], second[1], second[0], first[0]]
+    with pytest.raises(RuntimeError, match="1 pages wanted, 0 available"):
+        pool.take(1)
+    pool.give_back([0, 1, 2, 3])
+    with pytest.raises(AssertionError, match="not held"):
+        pool.give_back([2])
+
+
+def test_a_page_is_found_for_the_draft_that_wrote_it_and_its_double_is_not_kept() -> None:
+    pool = PagePool(8, 2)
+    key = chain_key(b"", [1, 2])
+    plain, drafted, again = pool.take(3)
+    for page in (plain, drafted, again):
+        pool.publish(page, key)
+    pool.mark(drafted, (1, None))
+    pool.mark(again, (1, None))
+    assert pool.find(key, None) == plain and pool.find(key, (1, None)) == drafted and pool.find(key, (2, None)) is None
+    pool.give_back([plain, drafted, again])
+    assert pool.kept == 1 and pool.find(key, (1, None)) is not None
+    pool.untag(1)
+    assert pool.find(key, (1, None)) is None and pool.find(key, None) is not None
+
+
+def test_the_pool_s_size() -> None:
+    cpu = torch.device("cpu")
+    assert pool_pages(EngineConfig(max_requests=3, max_context=100), 1000, cpu) == 3 * 8
+    assert pool_pages(EngineConfig(kv_gib=0.5), 2**20, cpu) == 512
+    few = pool_pages(EngineConfig(max_requests=1000, max_context=10**6), 2**30, cpu)
+    assert few < 1000, "within the free memory"
+    with pytest.raises(ConfigError, match=r"engine.kv_gib=0.001 holds not a single page of 16 tokens"):
+        pool_pages(EngineConfig(kv_gib=0.001), 2**30, cpu)
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+    """Some that begin alike for several pages, in the middle of one too, and one that is another's beginning."""
+    ids = prompt_ids(load_target(TargetConfig(path="tiny"), cache_dir))
+    common = (ids[2] * 3)[:50]
+    return [common + ids[0], common + ids[1], common[:40] + ids[3], common, common + ids[0] + ids[4], ids[4]]
+
+
+@pytest.fixture(scope="module")
+def expected(cache_dir: Path, prompts: list[list[int]]) -> list[list[int]]:  # noqa: F811
+    """transformers' own greedy text."""
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    out = []
+    for ids in prompts:
+        with torch.inference_mode():
+            text = target.model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)
+        out.append(text[0, len(ids) :].tolist())
+    return out
+
+
+def proposer(target: Target, name: str, rule: str = "coupled", **changes: Any) -> Any:
+    if name not in KINDS:
+        return make_proposer(name)
+    return make_proposer(name, small_draft(target, **{**KINDS[name], **changes}), rule=rule)
+
+
+def engine_of(target: Target, drafts: Any, pages: int = 0, **changes: Any) -> Engine:
+    """pages: of 16 tokens, where given."""
+    c = target.config
+    shapes = [(c.num_key_value_heads, c.head_dim, c.head_dim)] * c.num_hidden_layers
+    each = page_bytes(shapes, 16, torch.float32) + drafts.page_bytes(16)
+    options: dict[str, Any] = {
+        "max_requests": 3,
+        "max_context": 512,
+        "threads": 1,
+        "prefill_chunk": 23,
+        "scheduler": "fixed",
+    }
+    if pages:
+        options["kv_gib"] = (pages + 0.5) * each / 2**30
+    engine = Engine(target, EngineConfig(**{**options, **changes}), drafts)
+    assert pages == 0 or engine.runner.pool.pages == pages
+    return engine
+
+
+def same_rounds(a: Any, b: Any) -> bool:
+    """Whether the drafts saw the same: what was verified and accepted at every position."""
+    return all((m.lengths, m.accepted_at) == (n.lengths, n.accepted_at) for m, n in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_hit_changes_no_text_and_no_draft(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    name: str,
+) -> None:
+    found = []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), pages=100, prefix_cache=keep)
+        done = [c for i in prompts for c in engine.generate([Request(i, max_new_tokens=NEW)])]
+        done += engine.generate([Request(i, max_new_tokens=NEW) for i in prompts])
+        assert [c.token_ids for c in done] == expected * 2
+        found.append([c.metrics for c in done])
+        assert engine.runner.pool.available == 100 and not engine.runner.pool.refs.any()
+    assert not any(m.cached for m in found[0])
+    # 50 tokens alike are three whole pages; of a prompt met again at least its last token is computed.
+    assert [m.cached for m in found[1][:6]] == [0, 48, 32, 48, len(prompts[0]) // 16 * 16, 0]
+    assert [m.cached for m in found[1][6:]] == [(len(i) - 1) // 16 * 16 for i in prompts]
+    if name != "ngram":  # its confidences and tries are of all texts so far
+        assert same_rounds(*found)
+
+
+def test_a_conversation_goes_on_where_it_ended(tiny: Target, prompts: list[list[int]]) -> None:  # noqa: F811
+    """What was said is found as well as what was asked."""
+    engine = engine_of(tiny, proposer(tiny, "dspark"))
+    (first,) = engine.generate([Request(prompts[0], max_new_tokens=NEW, ignore_eos=True)])
+    text = prompts[0] + first.token_ids
+    (second,) = engine.generate([Request([*text, 5, 6], max_new_tokens=4)])
+    # The last token's keys were never computed.
+    assert second.metrics.cached == (len(text) - 1) // 16 * 16
+
+
+def test_eagle3_s_pages_are_found_by_the_token_behind_them_too(cache_dir: Path, prompts: list[list[int]]) -> None:  # noqa: F811
+    """Two texts share their first page and part with the token after it: the pair there is not the same."""
+    page = prompts[0][:16]
+    texts = [page + [7] * 20, page + [9] * 20, page + [9] * 20 + [4, 4]]
+    rounds, cached = [], []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, "eagle3"), prefix_cache=keep)
+        done = [engine.generate([Request(t, max_new_tokens=NEW, ignore_eos=True)])[0].metrics for t in texts]
+        rounds.append(done)
+        cached.append([m.cached for m in done])
+    assert same_rounds(*rounds)
+    assert cached == [[0, 0, 0], [0, 0, 32]]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pool_that_runs_out_changes_no_text(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    name: str,
+    keep: bool,
+) -> None:
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    engine = engine_of(target, proposer(target, name), pages=15, prefix_cache=keep)
+    gave_up: list[str] = []
+    inner = engine._preempt
+
+    def preempt(s: Sequence) -> None:
+        assert s is not engine._running[0], "the oldest stays"
+        gave_up.append(s.request.id)
+        inner(s)
+
+    engine._preempt = preempt  # type: ignore[method-assign]
+    events: dict[str, list[int]] = {}
+    asked = [Request(i, max_new_tokens=NEW, logprobs=1, id=f"{n}") for n, i in enumerate(prompts)]
+    done = engine.generate(asked, lambda e: events.setdefault(e.request_id, []).extend(e.token_ids))
+    assert [c.token_ids for c in done] == expected
+    assert [events[r.id] for r in asked] == expected, "nothing is said twice"
+    assert sum(c.metrics.preempted for c in done) == len(gave_up) > 0
+    for c in done:
+        assert c.logprobs is not None and [p.token_id for p in c.logprobs] == c.token_ids
+        assert c.metrics.decoded == len(c.token_ids) - 1 and c.metrics.ttft > 0
+    assert engine.runner.pool.available == 15 and not engine.runner.pool.refs.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_gives_one_text_whatever_the_pool(cache_dir: Path, prompts: list[list[int]], name: str) -> None:  # noqa: F811
+    texts, preempted, cached = [], [], []
+    for pages, keep in ((0, False), (0, True), (15, True), (13, False)):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
+        asked = [
+            Request(i, NEW, temperature=0.9, top_p=0.95, seed=n, frequency_penalty=0.3, ignore_eos=True)
+            for n, i in enumerate(prompts)
+        ]
+        done = engine.generate(asked)
+        texts.append([c.token_ids for c in done])
+        preempted.append(sum(c.metrics.preempted for c in done))
+        cached.append(sum(c.metrics.cached for c in done))
+    assert all(t == texts[0] for t in texts)
+    assert preempted[:2] == [0, 0] and min(preempted[2:]) > 0
+    assert cached[0] == cached[3] == 0 and min(cached[1:3]) > 0
+
+
+def test_what_can_never_fit_is_refused_with_the_remedy(tiny: Target) -> None:  # noqa: F811
+    engine = engine_of(tiny, proposer(tiny, "dspark"), pages=4)
+    engine.submit(Request([5] * 20, max_new_tokens=40))
+    with pytest.raises(DraftlineError, match=r"prompt_ids \+ max_new_tokens is 61; .* 4 pages .*Raise engine.kv_gib"):
+        engine.submit(Request([5] * 20, max_new_tokens=41))
+    while engine.has_work:
+        engine.step()
+
+
+def test_a_failed_request_s_pages_are_found_by_nobody(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    engine = engine_of(target, proposer(target, "dspark"))
+    poison = target.family.embed_tokens.register_forward_hook(lambda _module, _given, out: out * float("nan"))
+    (failed,) = engine.generate([Request(prompts[4], max_new_tokens=4)])
+    poison.remove()
+    assert failed.finish_reason == "error" and engine.runner.pool.kept == 0
+    done = engine.generate([Request(i, max_new_tokens=NEW) for i in prompts])
+    assert [c.token_ids for c in done] == expected
+
+
+def test_a_new_draft_gets_pages_of_its_own_and_plain_decoding_takes_anyone_s(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    drafts = SeveralDrafts({"v1": proposer(target, "dspark")}, "v1", target.vocab_size)
+    engine = engine_of(target, drafts)
+
+    def ask(draft: str | None = None) -> Any:
+        (done,) = engine.generate([Request(prompts[0], max_new_tokens=NEW, draft=draft)])
+        assert done.token_ids == expected[0]
+        return done.metrics
+
+    whole = (len(prompts[0]) - 1) // 16 * 16
+    old = ask()
+    assert (old.cached, ask().cached) == (0, whole)
+    engine.change_drafts({"v2": proposer(target, "dflash", seed=5), "plain": proposer(target, "ngram")}, default="v2")
+    new = ask()
+    assert new.cached == 0, "the other draft's keys are not its own"
+    again = ask()
+    assert again.cached == whole and same_rounds([new], [again])
+    assert ask("v1").cached == whole and same_rounds([old], [ask("v1")])
+    assert ask("plain").cached == whole
+    engine.change_drafts(default="v2", remove=["v1"])
+    assert len({t[0] for tags in engine.runner.pool._tags.values() for t in tags}) == 1, "v1's are gone"
+    fresh = load_target(TargetConfig(path="tiny"), cache_dir)
+    (alone,) = engine_of(fresh, proposer(fresh, "dflash", seed=5)).generate([Request(prompts[0], max_new_tokens=NEW)])
+    assert same_rounds([alone.metrics], [again])
