@@ -43,7 +43,7 @@ def ratio(mine: list[float], base: list[float], args: argparse.Namespace) -> dic
 
 def make_engine(target: Target, context: int, args: argparse.Namespace) -> Engine:
     """One request at a time."""
-    return Engine(target, EngineConfig(max_requests=1, max_context=context, threads=args.threads))
+    return Engine(target, EngineConfig(max_requests=1, max_context=context, threads=args.threads, prefix_cache=False))
 
 
 def timed(engine: Engine, request: Request) -> tuple[int, float]:

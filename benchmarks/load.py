@@ -169,7 +169,11 @@ def main() -> None:
     prompts = mixed_prompts(target, max(levels), args.seed)
     room = 2 * max(map(len, prompts)) + args.max_new_tokens + 64
     config = EngineConfig(
-        max_requests=max(levels), max_context=max(512, room), max_queue=2 * max(levels), threads=args.threads
+        max_requests=max(levels),
+        max_context=max(512, room),
+        max_queue=2 * max(levels),
+        threads=args.threads,
+        prefix_cache=False,
     )
     made = proposers(arms, drafts, config) if drafts else {a.key: make_proposer(a.proposer) for a in arms}
     engine = Engine(target, config)

@@ -234,7 +234,8 @@ def _prepare(
             "more. Raise corpus.heldout_fraction or engine.max_context, or give more conversations."
         )
     picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
-    return Engine(loaded, engine), drafts, picked
+    # Arms decode the same prompts in turn: none is to find what another computed.
+    return Engine(loaded, dataclasses.replace(engine, prefix_cache=False)), drafts, picked
 
 
 def _measure_calibration(

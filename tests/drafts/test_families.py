@@ -10,7 +10,6 @@ import torch
 from transformers import Gemma4TextConfig, LlamaConfig
 
 from pipeline.config import TrainerConfig, WarmStartConfig
-from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers import make_proposer
 from pipeline.drafts.config import DraftConfig, resolve, rope_theta_of
 from pipeline.drafts.dspark import DSparkDraft
@@ -19,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.target import Target, features_of
 from pipeline.training import start
 from tests.drafts.samples import small_draft
-from tests.drafts.test_parity import begin, commit, training_logits
+from tests.drafts.test_parity import all_held, begin, commit, training_logits
 from tests.target.tiny_families import BUILDERS, tiny_target
 from tests.training.test_step import EAGLE3, KINDS, check_against_plain
 
@@ -63,7 +62,7 @@ def test_a_decoded_block_has_the_training_forwards_logits(name: str, kind: dict[
     tokens = torch.randint(3, 90, (15,), generator=torch.Generator().manual_seed(3))
     (taps,), _ = features_of(target, draft.config.target_layer_ids, tokens[None], [15])
     proposer = make_proposer(draft.config.algorithm, draft, rule="ratio", pack=pack)
-    proposer.attach(PagePool(128, 4))
+    proposer.attach(all_held())
     sequence = begin(proposer, tokens.tolist(), temperature=1.0, seed=4)
     commit(proposer, sequence, 0, taps[:6])
     commit(proposer, sequence, 6, taps[6:14])

@@ -41,6 +41,13 @@ def training_logits(
     return draft.logits(hidden) + bias
 
 
+def all_held() -> PagePool:
+    """A pool whose pages are all somebody's, as the requests below take theirs where they like."""
+    pool = PagePool(128, 4)
+    pool.take(128)
+    return pool
+
+
 def begin(proposer: Proposer, text: list[int], number: int = 0, **options: Any) -> Sequence:
     """A request with pages of its own that lie apart from each other and in no order."""
     pages = [16 * j + (7 * number + 3 * j) % 16 for j in (5, 1, 3, 0, 7, 2, 6, 4)]
@@ -60,7 +67,7 @@ def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bo
     generator = torch.Generator().manual_seed(3)
     lengths = [14, 5, 9]
     proposer = make_proposer(draft.config.algorithm, draft, rule="ratio", pack=pack)
-    proposer.attach(PagePool(128, 4))
+    proposer.attach(all_held())
     texts, sequences = [], []
     for number, length in enumerate(lengths):
         tokens = torch.randint(3, tiny.vocab_size, (length,), generator=generator)
@@ -86,7 +93,7 @@ def test_a_block_left_behind_in_the_cache_does_not_change_the_next_one(tiny: Tar
     tokens = torch.randint(3, tiny.vocab_size, (12,), generator=generator)
     taps = torch.randn(12, 2 * tiny.hidden_size, generator=generator)
     proposer = DSparkProposer(draft, rule="ratio")
-    proposer.attach(PagePool(128, 4))
+    proposer.attach(all_held())
     sequence = begin(proposer, tokens[:7].tolist(), temperature=1.0)
     commit(proposer, sequence, 0, taps[:6])
     proposer.propose([sequence])
@@ -106,7 +113,7 @@ def test_confidence_is_the_training_heads(tiny: Target) -> None:
     taps = torch.randn(8, 2 * tiny.hidden_size, generator=generator)
     draft.temperatures.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     proposer = DSparkProposer(draft)
-    proposer.attach(PagePool(128, 4))
+    proposer.attach(all_held())
     sequence = begin(proposer, tokens.tolist())
     commit(proposer, sequence, 0, taps[:7])
 
