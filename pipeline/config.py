@@ -370,6 +370,7 @@ _POSITIVE = (
     "engine.max_requests",
     "engine.max_queue",
     "engine.max_context",
+    "engine.page_size",
     "engine.prefill_chunk",
     "benchmark.prompts",
     "benchmark.calibrate_prompts",
@@ -385,6 +386,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "engine.threads",
+    "engine.kv_gib",
     "corpus.max_rows",
     "corpus.min_loss_tokens",
     "corpus.regenerate.limit",
@@ -499,11 +501,6 @@ def _check_values(config: Any) -> None:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
     if not 0 < config.engine.threshold <= 1:
         raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
-    if config.engine.kv_gib < 0 or config.engine.page_size < 1:
-        raise ConfigError(
-            f"engine.kv_gib={config.engine.kv_gib} must be 0 (chosen) or more, engine.page_size="
-            f"{config.engine.page_size} 1 or more."
-        )
     for name in ("step_cost", "trace"):
         place = getattr(config.engine, name)
         if place and not Path(place).is_absolute():

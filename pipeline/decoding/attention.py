@@ -10,6 +10,7 @@ Shapes: T tokens of the step, n new tokens of a request, H query heads, G = H / 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ from pipeline.decoding.cache import PagedKV
 from pipeline.decoding.geometry import LayerAttention, Probe
 
 NAME = "draftline_ragged"
+ALONE = 128
+"""Cells of a run that is attended to by itself: merging costs as much as copying about so many."""
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,49 +37,61 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class _View:
-    """What a segment's tokens see in layers of one window.
+class _Part:
+    """Some of the cells that a segment's tokens see in layers of one kind.
 
     Nothing but the request's own cells is read, so that what others left in theirs never matters.
 
     Attributes:
-        low, length: of the cells of the N positions, where its pages are consecutive. cells: int64[N], where not.
+        runs: (first cell, count) of consecutive cells, N in all.
         mask: additive [G * n, N], or None where every token sees all of it.
     """
 
-    low: int
-    length: int
-    cells: torch.Tensor | None
+    runs: list[tuple[int, int]]
     mask: torch.Tensor | None
 
-    @classmethod
-    def of(
-        cls, s: Segment, size: int, window: int, groups: int, causal: bool, dtype: torch.dtype, device: torch.device
-    ) -> _View:
-        """The positions from the first that any token of the segment sees to its last."""
-        begin, end = max(0, s.start - window + 1) if window else 0, s.start + s.count
-        first = begin // size
-        pages = np.asarray(s.pages[first : -(-end // size)])
-        skip, length = begin - first * size, end - begin
-        cells = None
-        if (np.diff(pages) != 1).any():
-            grid = pages[:, None] * size + np.arange(size)
-            cells = torch.from_numpy(grid.ravel()[skip : skip + length]).to(device)
-        mask = None
-        if s.count > 1 and (causal or (window and end > window)):
-            own = torch.arange(s.start, end, device=device)[:, None]
-            at = torch.arange(begin, end, device=device)
-            seen = at <= own if causal else at >= s.start
-            if window:
-                near = at > own - window
-                seen = seen & near if causal else seen | near
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-            mask = mask.masked_fill_(~seen, float("-inf")).repeat(groups, 1)
-        return cls(int(pages[0]) * size + skip, length, cells, mask)
-
     def take(self, cells: torch.Tensor) -> torch.Tensor:
-        """[1, Hkv, N, d] of cells [1, Hkv, C, d]: a view where the pages are consecutive, else a copy."""
-        return cells.narrow(2, self.low, self.length) if self.cells is None else cells.index_select(2, self.cells)
+        """[1, Hkv, N, d] of cells [1, Hkv, C, d]: a view where it is one run, else a copy."""
+        views = [cells.narrow(2, *run) for run in self.runs]
+        return views[0] if len(views) == 1 else torch.cat(views, 2)
+
+
+def _parts(s: Segment, size: int, shape: LayerAttention, causal: bool, q: torch.Tensor) -> list[_Part]:
+    """What a segment sees from the first position that any of its tokens sees: a single part, or where parts can be
+    merged, long runs before the segment each by itself and the rest together at the end."""
+    window = shape.window
+    begin, end = max(0, s.start - window + 1) if window else 0, s.start + s.count
+    first = begin // size
+    pages = np.asarray(s.pages[first : -(-end // size)])
+    bounds = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), len(pages)]
+    apart: list[_Part] = []
+    runs: list[tuple[int, int]] = []
+    seen: list[torch.Tensor] = []
+    merge = _merges(shape, q)
+    for a, b in itertools.pairwise(bounds):
+        low, high = max(begin, (first + a) * size), min(end, (first + b) * size)
+        run = (int(pages[a]) * size + low - (first + a) * size, high - low)
+        if merge and high <= s.start and high - low >= ALONE:
+            apart.append(_Part([run], None))
+        else:
+            runs.append(run)
+            seen.append(torch.arange(low, high, device=q.device))
+    mask = None
+    if s.count > 1 and (causal or (window and end > window)):
+        own, at = torch.arange(s.start, end, device=q.device)[:, None], torch.cat(seen)
+        visible = at <= own if causal else at >= s.start
+        if window:
+            near = at > own - window
+            visible = visible & near if causal else visible | near
+        mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+        mask = mask.masked_fill_(~visible, float("-inf")).repeat(shape.groups, 1)
+    return [*apart, _Part(runs, mask)]
+
+
+def _merges(shape: LayerAttention, q: torch.Tensor) -> bool:
+    """Whether attention over parts can be merged: every token sees all of a part, and its sum of exponentials is to be
+    had (from CPU's attention without softcap)."""
+    return q.device.type == "cpu" and not shape.window and not shape.softcap and shape.key_dim == shape.value_dim
 
 
 class StepLayout:
@@ -95,7 +111,7 @@ class StepLayout:
         self.cache, self.geometry = cache, geometry
         self._segments, self._causal = segments, causal
         self._counts = [s.count for s in segments]
-        self._views: dict[tuple[int, int], list[_View]] = {}
+        self._seen: dict[tuple[int, int, bool], list[list[_Part]]] = {}
         size = cache.size
         positions: list[int] = []
         cells: list[int] = []
@@ -110,46 +126,49 @@ class StepLayout:
         """Attention of q [H, T, d] after storing k, v [Hkv, T, d] (unless another layer keeps them); returns
         [T, H, d of v].
 
-        A request whose pages are consecutive attends to a view of them, another to a copy of its own cells.
+        A request whose pages are consecutive attends to a view of them; one with several long runs of pages to each,
+        merged by their sums of exponentials; what is left is copied together.
         """
         shape = self.geometry[layer]
         if shape.source == layer:
             self.cache.write(layer, self.cells, k, v)
         # The one place where attention over pages is done: a kernel that takes page tables goes here.
-        heads, _, dim = q.shape
         keys, values = self.cache.k[shape.source][None], self.cache.v[shape.source][None]
-        out = []
-        for view, mine in zip(self._seen(shape, q.dtype), q.split(self._counts, 1), strict=True):
-            k, v = view.take(keys), view.take(values)
-            if mine.shape[1] == 1 and not shape.softcap:
-                # Heads apart: there are more of them than KV heads to spread over threads.
-                mixed = F.scaled_dot_product_attention(mine[None], k, v, scale=shape.scale, enable_gqa=True)
-            else:
-                mixed = _attend(mine.reshape(1, shape.kv_heads, -1, dim), k, v, view.mask, shape)
-            out.append(mixed.reshape(heads, -1, shape.value_dim))
+        kind = (shape.window, shape.groups, _merges(shape, q))
+        if kind not in self._seen:  # made once for all layers alike
+            size = self.cache.size
+            self._seen[kind] = [_parts(s, size, shape, self._causal, q) for s in self._segments]
+        spans = zip(self._seen[kind], q.split(self._counts, 1), strict=True)
+        out = [_attend(mine, parts, keys, values, shape) for parts, mine in spans]
         return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)
-
-    def _seen(self, shape: LayerAttention, dtype: torch.dtype) -> list[_View]:
-        """What each segment sees in such a layer; made once for all layers alike."""
-        key = (shape.window, shape.groups)
-        if key not in self._views:
-            size, device = self.cache.size, self.cache.device
-            self._views[key] = [
-                _View.of(s, size, shape.window, shape.groups, self._causal, dtype, device) for s in self._segments
-            ]
-        return self._views[key]
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, shape: LayerAttention
+    q: torch.Tensor, parts: list[_Part], keys: torch.Tensor, values: torch.Tensor, shape: LayerAttention
 ) -> torch.Tensor:
-    """q [1, Hkv, G * n, d], k and v [1, Hkv, N, d], mask [G * n, N] -> [1, Hkv, G * n, d of v]."""
-    if not shape.softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
-    scores = torch.tanh((q @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
-    if mask is not None:
-        scores = scores + mask
-    return scores.float().softmax(-1).to(q.dtype) @ v
+    """q [H, n, d] over parts of keys and values [1, Hkv, C, d] -> [H, n, d of v]."""
+    heads, count, dim = q.shape
+    k, v, mask = parts[0].take(keys), parts[0].take(values), parts[0].mask
+    folded = q.reshape(1, shape.kv_heads, -1, dim)
+    if shape.softcap:
+        scores = torch.tanh((folded @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
+        if mask is not None:
+            scores = scores + mask
+        out = scores.float().softmax(-1).to(q.dtype) @ v
+    elif len(parts) > 1:
+        out, total = _FLASH(folded, k, v, attn_mask=mask, scale=shape.scale)
+        out = out.float()
+        for part in parts[1:]:
+            more, sums = _FLASH(folded, part.take(keys), part.take(values), attn_mask=part.mask, scale=shape.scale)
+            out = torch.lerp(out, more.float(), torch.sigmoid(sums - total)[..., None])
+            total = torch.logaddexp(total, sums)
+        out = out.to(q.dtype)
+    elif count == 1:
+        # Heads apart: there are more of them than KV heads to spread over threads.
+        out = F.scaled_dot_product_attention(q[None], k, v, scale=shape.scale, enable_gqa=True)
+    else:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=shape.scale)
+    return out.reshape(heads, count, shape.value_dim)
 
 
 def ragged_attention(

@@ -66,8 +66,6 @@ def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device) 
 
     Raises ConfigError where that is none.
     """
-    if config.page_size < 1:
-        raise ConfigError(f"engine.page_size={config.page_size} must be 1 or more.")
     if config.kv_gib:
         pages = int(config.kv_gib * 2**30) // bytes_per_page
     else:
