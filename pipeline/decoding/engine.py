@@ -207,7 +207,7 @@ class Engine:
             raise DraftlineError(f"Request {request.id}: draft is {request.draft!r}, but this engine has one, unnamed.")
         if any(s.request.id == request.id for s in (*self._queue, *self._running)):
             raise DraftlineError(f"Request {request.id}: another request with this id is not finished.")
-        self._check_room(request)
+        self._tables.check(request, self.proposer.block_size)
         if len(self._queue) >= self.config.max_queue:
             raise QueueFull(
                 f"Request {request.id}: {len(self._queue)} requests are waiting, the most allowed "
@@ -218,16 +218,6 @@ class Engine:
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
         sequence.metrics.prompt_tokens = len(request.prompt_ids)
         self._queue.append(sequence)
-
-    def _check_room(self, request: Request) -> None:
-        most = len(request.prompt_ids) + request.max_new_tokens
-        pool = self.runner.pool
-        if pool.needed(most + self.proposer.block_size) > pool.pages:
-            raise DraftlineError(
-                f"Request {request.id}: prompt_ids + max_new_tokens is {most}; with a block of "
-                f"{self.proposer.block_size} behind them they would never fit the {pool.pages} pages of {pool.size} "
-                "tokens that there are. Raise engine.kv_gib, or free memory where it is 0."
-            )
 
     def cancel(self, request_id: str, failure: str = "") -> bool:
         """Ends a request at the next step, as cancelled, or with the error `failure`; returns whether it was known."""
@@ -333,14 +323,13 @@ class Engine:
 
     def _reserve(self) -> list[StepEvent]:
         """Pages for the next step's blocks, the oldest request first; the youngest give theirs up where they lack."""
-        block = 1 + self.proposer.block_size
         for s in list(self._running):
-            while s in self._running and s.prefilled and not self._tables.reserve(s, s.computed + block):
+            # Where it may be drafted for, the block's slots lie behind the anchor.
+            wanted = s.computed + 1 + (self.proposer.block_size if s.draft_limit > 0 else 0)
+            while s in self._running and s.prefilled and not self._tables.reserve(s, wanted):
                 youngest = self._running[-1]
-                if (
-                    youngest is self._running[0]
-                ):  # only a draft with longer blocks than at its submission brings it here
-                    s.failure = f"its {len(s.tokens)} tokens and a block of {block} no longer fit the KV pages."
+                if youngest is self._running[0]:  # a draft came whose blocks are longer than when it was submitted
+                    s.failure = f"its {len(s.tokens)} tokens and a block behind them no longer fit the KV pages."
                     return [self._finish(s, [], "error")]
                 self._preempt(youngest)
         return []
