@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from draftline_kernels import ragged_paged_attention
 from pipeline.decoding.cache import PagedKV
 from pipeline.decoding.geometry import LayerAttention, Probe
 
@@ -112,6 +113,7 @@ class StepLayout:
         self._segments, self._causal = segments, causal
         self._counts = [s.count for s in segments]
         self._seen: dict[tuple[int, int, bool], list[list[_Part]]] = {}
+        self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         size = cache.size
         positions: list[int] = []
         cells: list[int] = []
@@ -126,13 +128,15 @@ class StepLayout:
         """Attention of q [H, T, d] after storing k, v [Hkv, T, d] (unless another layer keeps them); returns
         [T, H, d of v].
 
-        A request whose pages are consecutive attends to a view of them; one with several long runs of pages to each,
-        merged by their sums of exponentials; what is left is copied together.
+        On CUDA a kernel reads the page tables. Elsewhere a request whose pages are consecutive attends to a view of
+        them; one with several long runs of pages to each, merged by their sums of exponentials; what is left is copied
+        together.
         """
         shape = self.geometry[layer]
         if shape.source == layer:
             self.cache.write(layer, self.cells, k, v)
-        # The one place where attention over pages is done: a kernel that takes page tables goes here.
+        if q.device.type == "cuda":
+            return self.by_kernel(shape, q)
         keys, values = self.cache.k[shape.source][None], self.cache.v[shape.source][None]
         kind = (shape.window, shape.groups, _merges(shape, q))
         if kind not in self._seen:  # made once for all layers alike
@@ -141,6 +145,28 @@ class StepLayout:
         spans = zip(self._seen[kind], q.split(self._counts, 1), strict=True)
         out = [_attend(mine, parts, keys, values, shape) for parts, mine in spans]
         return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)
+
+    def by_kernel(self, shape: LayerAttention, q: torch.Tensor) -> torch.Tensor:
+        """[T, H, d of v] of q [H, T, d] over keys and values that are in their cells, by the paged kernel (on CPU: by
+        its reference)."""
+        if self._tables is None:
+            tables = torch.zeros(len(self._segments), max(len(s.pages) for s in self._segments), dtype=torch.int32)
+            for row, s in zip(tables, self._segments, strict=True):
+                row[: len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
+            starts = torch.tensor([0, *itertools.accumulate(self._counts)], dtype=torch.int32)
+            context = torch.tensor([s.start for s in self._segments], dtype=torch.int32)
+            self._tables = (tables.to(q.device), starts.to(q.device), context.to(q.device))
+        return ragged_paged_attention(
+            q.transpose(0, 1),
+            self.cache.k[shape.source],
+            self.cache.v[shape.source],
+            *self._tables,
+            page_size=self.cache.size,
+            scale=shape.scale,
+            window=shape.window,
+            softcap=shape.softcap,
+            causal=self._causal,
+        )
 
 
 def _attend(

@@ -68,6 +68,8 @@ def test_it_is_the_plain_formula(
     layout = StepLayout(segments, cache, [a], causal=causal)
     found = layout.attend(0, q, *new)
 
+    # What runs on CUDA, here by its reference.
+    torch.testing.assert_close(layout.by_kernel(a, q), found, rtol=1e-5, atol=1e-5)
     at = 0
     for s, k, v in zip(segments, keys, values, strict=True):
         wanted = plain(q[:, at : at + s.count], k, v, a, s.start, causal)
