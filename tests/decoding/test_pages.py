@@ -451,3 +451,31 @@ def test_a_new_draft_gets_pages_of_its_own_and_plain_decoding_takes_anyone_s(
     fresh = load_target(TargetConfig(path="tiny"), cache_dir)
     (alone,) = engine_of(fresh, proposer(fresh, "dflash", seed=5)).generate([Request(prompts[0], max_new_tokens=NEW)])
     assert same_rounds([alone.metrics], [again])
+
+
+def test_a_preempted_request_comes_back_with_its_draft_or_the_default_once_that_is_gone(
+    tiny: Target,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    drafts = SeveralDrafts({n: proposer(tiny, n) for n in ("dspark", "dflash")}, "dspark", tiny.vocab_size)
+    engine = engine_of(tiny, drafts)
+    for n in (0, 1):
+        engine.submit(Request(prompts[n], max_new_tokens=NEW, draft="dspark" if n else None, id=f"{n}"))
+    done: dict[str, Any] = {}
+    for step in range(200):
+        if step == 8:
+            engine.change_drafts(default="dflash")
+            engine._preempt(engine._running[0])
+        if step == 12:
+            assert [s.metrics.draft for s in engine._running] == ["dspark", "dspark"]
+            engine.change_drafts(default="dflash", remove=["dspark"])
+            engine._preempt(engine._running[1])
+        if step == 14:
+            assert [s.metrics.draft for s in engine._running] == ["dspark", "dflash"]
+        done |= {e.request_id: e.finished for e in engine.step() if e.finished}
+        if len(done) == 2:
+            break
+    assert [done[f"{n}"].token_ids for n in (0, 1)] == expected[:2]
+    assert [done[f"{n}"].metrics.preempted for n in (0, 1)] == [1, 1]
+    assert drafts.names == ["dflash"] and len(drafts.resident) == 1

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request, StepCost
 from pipeline.decoding.held import MOST_ROWS, HeldCommits
-from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
@@ -207,7 +207,7 @@ def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
     assert len(told.calls) == 2 and len(told.calls[1][0]) == MOST_ROWS
 
 
-class Oracle:
+class Oracle(WithoutContext):
     """Proposes each text's own continuation, or anything else; counts what it is asked."""
 
     name, block_size = "oracle", BLOCK
@@ -220,7 +220,7 @@ class Oracle:
         self.committed: dict[str, int] = {}
 
     def admit(self, sequence: Sequence) -> None:
-        self.committed[sequence.request.id] = 0
+        self.committed[sequence.request.id] = sequence.computed
 
     def propose(self, sequences: list[Sequence]) -> Proposal:
         self.calls.append(len(sequences))

@@ -93,3 +93,17 @@ class Proposer(Protocol):
         ...
 
     def release(self, sequence: Sequence) -> None: ...
+
+
+class WithoutContext:
+    """Of proposers that keep no keys and values."""
+
+    def page_bytes(self, size: int) -> int:
+        return 0
+
+    def attach(self, pool: PagePool) -> None: ...
+
+    def detach(self, pool: PagePool) -> None: ...
+
+    def tag(self, sequence: Sequence, end: int) -> None:
+        return None

@@ -141,3 +141,27 @@ class DraftContext:
         """For `count` new positions of each request, from `starts` on, behind its context."""
         segments = [Segment(s.pages, start, count) for s, start in zip(sequences, starts, strict=True)]
         return StepLayout(segments, self.cache, self.layers, causal=causal)
+
+
+class WithContext:
+    """Of proposers whose keys and values are in a `DraftContext`."""
+
+    context: DraftContext
+
+    def page_bytes(self, size: int) -> int:
+        return self.context.page_bytes(size)
+
+    def attach(self, pool: PagePool) -> None:
+        self.context.attach(pool)
+
+    def detach(self, pool: PagePool) -> None:
+        self.context.detach(pool)
+
+    def tag(self, sequence: Sequence, end: int) -> Hashable:
+        return self.context.tag(sequence, end)
+
+    def admit(self, sequence: Sequence) -> None:
+        self.context.begin(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        self.context.end(sequence)

@@ -6,21 +6,19 @@ Letters: B requests, K block size, T tokens per block, Vd draft vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 
 import torch
 
 from pipeline.decoding.geometry import LayerAttention
-from pipeline.decoding.pages import PagePool
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
-from pipeline.decoding.proposers.context import DraftContext
+from pipeline.decoding.proposers.context import DraftContext, WithContext
 from pipeline.decoding.proposers.drawing import Drawing, into_dtype
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.dspark import Attend, DSparkDraft
 
 
-class DSparkProposer:
+class DSparkProposer(WithContext):
     """Proposes blocks with a DSparkDraft.
 
     Args:
@@ -51,24 +49,6 @@ class DSparkProposer:
             self._lm_head = PackedLinear(draft.lm_rows)
         # On CPU the head's prepacked matrix is faster than the reference's plain one.
         self._fused = self.device.type == "cuda" and self.draft.confidence_head is not None
-
-    def page_bytes(self, size: int) -> int:
-        return self.context.page_bytes(size)
-
-    def attach(self, pool: PagePool) -> None:
-        self.context.attach(pool)
-
-    def detach(self, pool: PagePool) -> None:
-        self.context.detach(pool)
-
-    def tag(self, sequence: Sequence, end: int) -> Hashable:
-        return self.context.tag(sequence, end)
-
-    def admit(self, sequence: Sequence) -> None:
-        self.context.begin(sequence)
-
-    def release(self, sequence: Sequence) -> None:
-        self.context.end(sequence)
 
     @torch.inference_mode()
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:

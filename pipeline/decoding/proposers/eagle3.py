@@ -6,22 +6,20 @@ Letters: B requests, T tokens, L taps, D hidden.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 
 import torch
 
 from pipeline.decoding.attention import StepLayout
 from pipeline.decoding.geometry import LayerAttention
-from pipeline.decoding.pages import PagePool
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
-from pipeline.decoding.proposers.context import DraftContext
+from pipeline.decoding.proposers.context import DraftContext, WithContext
 from pipeline.decoding.proposers.drawing import Drawing, into_dtype
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.eagle3 import AttendOne, Eagle3Draft
 
 
-class Eagle3Proposer:
+class Eagle3Proposer(WithContext):
     """Proposes blocks with an Eagle3Draft.
 
     After verification the speculated pairs are overwritten by real ones, made from the target's taps of what was
@@ -54,23 +52,8 @@ class Eagle3Proposer:
             prepack(self.draft)
             self._lm_head = PackedLinear(draft.lm_rows)
 
-    def page_bytes(self, size: int) -> int:
-        return self.context.page_bytes(size)
-
-    def attach(self, pool: PagePool) -> None:
-        self.context.attach(pool)
-
-    def detach(self, pool: PagePool) -> None:
-        self.context.detach(pool)
-
-    def tag(self, sequence: Sequence, end: int) -> Hashable:
-        return self.context.tag(sequence, end)
-
-    def admit(self, sequence: Sequence) -> None:
-        self.context.begin(sequence)
-
     def release(self, sequence: Sequence) -> None:
-        self.context.end(sequence)
+        super().release(sequence)
         self._last.pop(sequence, None)
 
     @torch.inference_mode()

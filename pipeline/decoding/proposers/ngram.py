@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.decoding.pages import PagePool
-from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 
 
@@ -33,7 +32,7 @@ class _Index:
         return 0, 0
 
 
-class NgramProposer:
+class NgramProposer(WithoutContext):
     """The free baseline: no features, no weights, a one-hot draft.
 
     Its confidence is the acceptance observed so far at the same suffix length and position (one success and one
@@ -50,16 +49,6 @@ class NgramProposer:
         self._matched: dict[str, int] = {}
         self._tries = torch.full((longest + 1, block_size), 2.0)
         self._hits = torch.full((longest + 1, block_size), 1.0)
-
-    def page_bytes(self, size: int) -> int:
-        return 0
-
-    def attach(self, pool: PagePool) -> None: ...
-
-    def detach(self, pool: PagePool) -> None: ...
-
-    def tag(self, sequence: Sequence, end: int) -> None:
-        return None
 
     def admit(self, sequence: Sequence) -> None:
         self._index[sequence.request.id] = _Index(self.longest)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.decoding.pages import PagePool
-from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 
 
-class NoneProposer:
+class NoneProposer(WithoutContext):
     """The autoregressive baseline, in the same engine as everything that is compared with it."""
 
     name = "none"
@@ -17,16 +16,6 @@ class NoneProposer:
 
     def __init__(self) -> None:
         self.layer_ids: list[int] = []
-
-    def page_bytes(self, size: int) -> int:
-        return 0
-
-    def attach(self, pool: PagePool) -> None: ...
-
-    def detach(self, pool: PagePool) -> None: ...
-
-    def tag(self, sequence: Sequence, end: int) -> None:
-        return None
 
     def admit(self, sequence: Sequence) -> None: ...
 

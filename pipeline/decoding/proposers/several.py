@@ -109,10 +109,16 @@ class SeveralDrafts:
             self._pool = None
 
     def tag(self, sequence: Sequence, end: int) -> Hashable | None:
-        return self._drafts[sequence.request.draft or self.default].tag(sequence, end)
+        return self._drafts[self._name(sequence)].tag(sequence, end)
+
+    def _name(self, sequence: Sequence) -> str:
+        """Of the draft for a request: the one it had before it was preempted, or asks for; the default where that has
+        gone meanwhile."""
+        names = (sequence.metrics.draft, sequence.request.draft or "")
+        return next((n for n in names if n in self._drafts), self.default)
 
     def admit(self, sequence: Sequence) -> None:
-        name = sequence.request.draft or self.default
+        name = self._name(sequence)
         self._pinned[sequence.request.id] = (name, self._drafts[name])
         sequence.metrics.draft = name
         self._drafts[name].admit(sequence)
