@@ -25,6 +25,8 @@ from pipeline.decoding.geometry import LayerAttention, Probe
 NAME = "draftline_ragged"
 ALONE = 128
 """Cells of a run that is attended to by itself: merging costs as much as copying about so many."""
+FEW = 16
+"""Most tokens of a request that attends with another (decoding, not reading a prompt)."""
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -39,9 +41,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some of the cells that a segment's tokens see in layers of one kind.
-
-    Nothing but the request's own cells is read, so that what others left in theirs never matters.
+    """Some of the cells that a segment's tokens see in layers of one kind, and nobody else's.
 
     Attributes:
         runs: (first cell, count) of consecutive cells, N in all.
@@ -79,14 +79,62 @@ def _parts(s: Segment, size: int, shape: LayerAttention, causal: bool, q: torch.
             seen.append(torch.arange(low, high, device=q.device))
     mask = None
     if s.count > 1 and (causal or (window and end > window)):
-        own, at = torch.arange(s.start, end, device=q.device)[:, None], torch.cat(seen)
-        visible = at <= own if causal else at >= s.start
-        if window:
-            near = at > own - window
-            visible = visible & near if causal else visible | near
-        mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
-        mask = mask.masked_fill_(~visible, float("-inf")).repeat(shape.groups, 1)
+        mask = _additive(_visible(s, torch.cat(seen), s.count, window, causal), shape.groups, q.dtype)
     return [*apart, _Part(runs, mask)]
+
+
+def _visible(s: Segment, at: torch.Tensor, rows: int, window: int, causal: bool) -> torch.Tensor:
+    """bool[rows, N]: which of positions int64[N] each token of a segment sees; rows behind its last are as that one."""
+    own = torch.arange(s.start, s.start + rows, device=at.device).clamp(max=s.start + s.count - 1)[:, None]
+    near = at > own - (window or s.start + s.count)
+    if causal:
+        return (at <= own) & near
+    return (at < s.start + s.count) & ((at >= s.start) | near)
+
+
+def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """[.., G * rows, N] of bool[.., rows, N]."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return mask.repeat(*[1] * (mask.dim() - 2), groups, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Two segments that see a run of cells each, as one: any two runs of a tensor are an equal distance apart.
+
+    The shorter one's tokens read past its end and heed none of it, which is right as long as no cell of the tensor
+    holds a value that is not finite (see PagedKV.wipe).
+
+    Attributes:
+        rows: which segments of the step. counts: their tokens, the most of which is n.
+        first: cell where the first run begins. apart: cells from there to the second's. length: N, of the longer.
+        mask: additive [2, 1, G * n, N], or None where every token sees all of it.
+    """
+
+    rows: tuple[int, int]
+    counts: tuple[int, int]
+    first: int
+    apart: int
+    length: int
+    mask: torch.Tensor | None
+
+    def attend(
+        self, q: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, shape: LayerAttention
+    ) -> list[torch.Tensor]:
+        """q, each [H, its n, d], over keys and values [Hkv, C, d] -> each [H, its n, d of v]."""
+        most = max(self.counts)
+        if self.counts[0] != self.counts[1]:
+            q = [F.pad(x, (0, 0, 0, most - x.shape[1])) for x in q]
+        folded = torch.stack(q).view(2, shape.kv_heads, -1, q[0].shape[2])
+        out = _softmax(folded, self._both(keys), self._both(values), self.mask, shape)
+        first, second = out.reshape(2, -1, most, shape.value_dim).unbind(0)
+        return [first.narrow(1, 0, self.counts[0]), second.narrow(1, 0, self.counts[1])]
+
+    def _both(self, cells: torch.Tensor) -> torch.Tensor:
+        """[2, Hkv, N, d], a view."""
+        heads, _, dim = cells.shape
+        strides = (self.apart * dim, cells.stride(0), dim, 1)
+        return cells.as_strided((2, heads, self.length, dim), strides, self.first * dim)
 
 
 def _merges(shape: LayerAttention, q: torch.Tensor) -> bool:
@@ -112,7 +160,7 @@ class StepLayout:
         self.cache, self.geometry = cache, geometry
         self._segments, self._causal = segments, causal
         self._counts = [s.count for s in segments]
-        self._seen: dict[tuple[int, int, bool], list[list[_Part]]] = {}
+        self._seen: dict[tuple[int, int, bool], tuple[list[list[_Part]], list[_Pair]]] = {}
         self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         size = cache.size
         positions: list[int] = []
@@ -129,22 +177,63 @@ class StepLayout:
         [T, H, d of v].
 
         On CUDA a kernel reads the page tables. Elsewhere a request whose pages are consecutive attends to a view of
-        them; one with several long runs of pages to each, merged by their sums of exponentials; what is left is copied
-        together.
+        them, two such requests in one call; one with several long runs of pages to each of them, merged by their sums
+        of exponentials; what is left is copied together.
         """
         shape = self.geometry[layer]
         if shape.source == layer:
             self.cache.write(layer, self.cells, k, v)
         if q.device.type == "cuda":
             return self.by_kernel(shape, q)
-        keys, values = self.cache.k[shape.source][None], self.cache.v[shape.source][None]
+        keys, values = self.cache.k[shape.source], self.cache.v[shape.source]
+        parts, pairs = self._kind(shape, q)
+        rows = q.split(self._counts, 1)
+        out: dict[int, torch.Tensor] = {}
+        for pair in pairs:
+            out |= zip(pair.rows, pair.attend([rows[i] for i in pair.rows], keys, values, shape), strict=True)
+        for i, mine in enumerate(rows):
+            if i not in out:
+                out[i] = _attend(mine, parts[i], keys[None], values[None], shape)
+        mixed = out[0] if len(out) == 1 else torch.cat([out[i] for i in range(len(rows))], 1)
+        return mixed.transpose(0, 1)
+
+    def _kind(self, shape: LayerAttention, q: torch.Tensor) -> tuple[list[list[_Part]], list[_Pair]]:
+        """What the segments see in such layers, and which of them attend two by two; made once for layers alike."""
         kind = (shape.window, shape.groups, _merges(shape, q))
-        if kind not in self._seen:  # made once for all layers alike
+        if kind not in self._seen:
             size = self.cache.size
-            self._seen[kind] = [_parts(s, size, shape, self._causal, q) for s in self._segments]
-        spans = zip(self._seen[kind], q.split(self._counts, 1), strict=True)
-        out = [_attend(mine, parts, keys, values, shape) for parts, mine in spans]
-        return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)
+            parts = [_parts(s, size, shape, self._causal, q) for s in self._segments]
+            self._seen[kind] = (parts, self._pairs(parts, shape, q))
+        return self._seen[kind]
+
+    def _pairs(self, parts: list[list[_Part]], shape: LayerAttention, q: torch.Tensor) -> list[_Pair]:
+        few = [
+            i for i, s in enumerate(self._segments) if s.count <= FEW and len(parts[i]) == len(parts[i][0].runs) == 1
+        ]
+        run = {i: parts[i][0].runs[0] for i in few}
+        # Whoever is alike wastes least on the other.
+        few.sort(key=lambda i: (self._counts[i], run[i][1]))
+        pairs: list[_Pair] = []
+        while len(few) > 1:
+            i, j = sorted(few[:2], key=lambda i: run[i][0])
+            length = max(run[i][1], run[j][1])
+            if abs(run[i][1] - run[j][1]) > ALONE or run[j][0] + length > self.cache.cells:
+                few = few[1:]
+                continue
+            few = few[2:]
+            two = (self._segments[i], self._segments[j])
+            counts = (two[0].count, two[1].count)
+            at = torch.arange(length, device=q.device)
+            begins = [s.start + s.count - run[n][1] for n, s in zip((i, j), two, strict=True)]
+            visible = torch.stack(
+                [
+                    _visible(s, at + begin, max(counts), shape.window, self._causal)
+                    for s, begin in zip(two, begins, strict=True)
+                ]
+            )
+            mask = None if bool(visible.all()) else _additive(visible[:, None], shape.groups, q.dtype)
+            pairs.append(_Pair((i, j), counts, run[i][0], run[j][0] - run[i][0], length, mask))
+        return pairs
 
     def by_kernel(self, shape: LayerAttention, q: torch.Tensor) -> torch.Tensor:
         """[T, H, d of v] of q [H, T, d] over keys and values that are in their cells, by the paged kernel (on CPU: by
@@ -176,12 +265,7 @@ def _attend(
     heads, count, dim = q.shape
     k, v, mask = parts[0].take(keys), parts[0].take(values), parts[0].mask
     folded = q.reshape(1, shape.kv_heads, -1, dim)
-    if shape.softcap:
-        scores = torch.tanh((folded @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
-        if mask is not None:
-            scores = scores + mask
-        out = scores.float().softmax(-1).to(q.dtype) @ v
-    elif len(parts) > 1:
+    if len(parts) > 1:
         out, total = _FLASH(folded, k, v, attn_mask=mask, scale=shape.scale)
         out = out.float()
         for part in parts[1:]:
@@ -189,12 +273,24 @@ def _attend(
             out = torch.lerp(out, more.float(), torch.sigmoid(sums - total)[..., None])
             total = torch.logaddexp(total, sums)
         out = out.to(q.dtype)
-    elif count == 1:
+    elif count == 1 and not shape.softcap:
         # Heads apart: there are more of them than KV heads to spread over threads.
         out = F.scaled_dot_product_attention(q[None], k, v, scale=shape.scale, enable_gqa=True)
     else:
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=shape.scale)
+        out = _softmax(folded, k, v, mask, shape)
     return out.reshape(heads, count, shape.value_dim)
+
+
+def _softmax(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, shape: LayerAttention
+) -> torch.Tensor:
+    """q [b, Hkv, G * n, d], k and v [b, Hkv, N, d], mask to be added to the scores -> [b, Hkv, G * n, d of v]."""
+    if not shape.softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * (shape.scale / shape.softcap)) * shape.softcap
+    if mask is not None:
+        scores = scores + mask
+    return scores.float().softmax(-1).to(q.dtype) @ v
 
 
 def ragged_attention(

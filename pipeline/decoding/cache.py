@@ -37,7 +37,7 @@ class PagedKV:
     def __init__(
         self, shapes: Sequence[Shape | None], pages: int, size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.size, self.dtype, self.device = size, dtype, device
+        self.size, self.cells, self.dtype, self.device = size, pages * size, dtype, device
         own = [(i, *shape) for i, shape in enumerate(shapes) if shape is not None]
         try:
             self.k = {i: torch.zeros(h, pages * size, d, dtype=dtype, device=device) for i, h, d, _ in own}
@@ -53,6 +53,13 @@ class PagedKV:
         """Stores k, v [H, T, d] of one layer in cells int64[T]."""
         self.k[layer].index_copy_(1, cells, k)
         self.v[layer].index_copy_(1, cells, v)
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Zeroes pages that may hold values that are not finite: a mask doesn't keep a NaN out of a softmax."""
+        at = torch.tensor(pages, dtype=torch.int64, device=self.device)[:, None] * self.size
+        cells = (at + torch.arange(self.size, device=self.device)).flatten()
+        for tensor in (*self.k.values(), *self.v.values()):
+            tensor.index_fill_(1, cells, 0)
 
 
 def page_bytes(shapes: Sequence[Shape | None], size: int, dtype: torch.dtype) -> int:

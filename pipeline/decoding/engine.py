@@ -337,11 +337,16 @@ class Engine:
     def _preempt(self, s: Sequence) -> None:
         """Puts a running request back, to be computed again from its tokens; what it emitted stays."""
         log.info("Request %s gives its pages up after %d tokens", s.request.id, len(s.output))
-        self._let_go(s)
+        self._let_go(s, sound=False)
         s.metrics.preempted += 1
         self._queue.appendleft(s)
 
-    def _let_go(self, s: Sequence) -> None:
+    def _let_go(self, s: Sequence, *, sound: bool) -> None:
+        """Takes a request out of its pages. sound: the logits of all that it computed were finite."""
+        if not sound:
+            pages = s.pages[s.listed :]
+            self.runner.cache.wipe(pages)
+            self.proposer.wipe(pages)
         self._held.drop(s)
         self.proposer.release(s)
         self._tables.release(s)
@@ -484,7 +489,7 @@ class Engine:
         self, s: Sequence, new: list[int], reason: str, logprobs: list[TokenLogprob] | None = None
     ) -> StepEvent:
         if s in self._running:
-            self._let_go(s)
+            self._let_go(s, sound=reason not in ("error", "cancelled"))
         s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
         error = f"Request {s.request.id}: {s.failure}" if reason == "error" else None
         matched: str | int | None = None if s.text is None else s.text.matched

@@ -2,8 +2,8 @@
 
 A page is `size` consecutive cells of every keys-and-values tensor, the target's and the drafts' alike: this file only
 knows ids. A page is held by one request or more, kept (nobody's, but whole and of a known text, until the space is
-needed; longest unused goes first), or free. Nothing is cleaned when a page changes hands: whoever holds it reads only
-cells that it wrote, or that were whole when it was found.
+needed; longest unused goes first), or free. A page that changes hands isn't cleaned: whoever holds it heeds only cells
+that it wrote, or that were whole when it was found. The exception are values that may not be finite (PagedKV.wipe).
 
 A kept page is found by the chain hash of all tokens up to its end. That says what the target's keys are; a draft's are
 there too if the page bears that draft's tag.

@@ -13,6 +13,7 @@ from pipeline.decoding.geometry import LayerAttention
 SIZE = 4
 TABLES = {
     "one run": [list(range(3, 15)), list(range(20, 32)), [40, 41, 42]],
+    "alike": [list(range(20, 32)), list(range(45, 58)), list(range(3, 15))],
     "several runs": [[3, 4, 5, 6, 20, 21, 22, 23, 10, 11, 12, 13], [30, 31, 32, 33, 34, 0, 1, 50, 51, 52, 53, 54], [9]],
     "no order": [[9, 3, 30, 4, 25, 1, 26, 12, 5, 17, 2, 40], [50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 11, 10], [33, 7]],
 }
@@ -50,9 +51,9 @@ def test_it_is_the_plain_formula(
     monkeypatch.setattr(attention, "ALONE", 2 * SIZE)
     a = GEOMETRY[kind]
     cache = PagedKV([(a.kv_heads, a.key_dim, a.value_dim)], 60, SIZE, torch.float32, torch.device("cpu"))
-    for tensor in (cache.k[0], cache.v[0]):
-        tensor.fill_(torch.nan)
     generator = torch.Generator().manual_seed(len(order) + sum(counts))
+    for tensor in (cache.k[0], cache.v[0]):  # what others left
+        tensor.normal_(generator=generator)
     segments, keys, values = [], [], []
     for pages, count in zip(TABLES[order], counts, strict=True):
         start = len(pages) * SIZE - count - 1
@@ -76,7 +77,11 @@ def test_it_is_the_plain_formula(
         torch.testing.assert_close(found[at : at + s.count].double(), wanted, rtol=1e-5, atol=1e-5)
         assert layout.positions[at : at + s.count].tolist() == list(range(s.start, s.start + s.count))
         at += s.count
-    made = next(iter(layout._seen.values()))
+    ((made, pairs),) = layout._seen.values()
+    if order == "alike":
+        assert len(pairs) == 1, "the third is alone, or all but it are reading prompts"
+    elif order == "no order":
+        assert not pairs
     if order != "several runs":
         assert any(len(p.runs) > 1 for parts in made for p in parts) == (order == "no order")
     assert any(len(parts) > 1 for parts in made) == (order == "several runs" and kind == "plain")

@@ -77,6 +77,10 @@ class Proposer(Protocol):
         """Lets that room go, if it still is in this pool; no request is with the draft any more."""
         ...
 
+    def wipe(self, pages: list[int]) -> None:
+        """Zeroes its keys and values in pages that may hold values that are not finite."""
+        ...
+
     def tag(self, sequence: Sequence, end: int) -> Hashable | None:
         """What a page that ends at position `end` of the request must bear (see PagePool.mark) for the draft to find
         its own keys in it; None: it keeps none."""
@@ -104,6 +108,8 @@ class WithoutContext:
     def attach(self, pool: PagePool) -> None: ...
 
     def detach(self, pool: PagePool) -> None: ...
+
+    def wipe(self, pages: list[int]) -> None: ...
 
     def tag(self, sequence: Sequence, end: int) -> None:
         return None

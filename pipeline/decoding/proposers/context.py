@@ -157,6 +157,9 @@ class WithContext:
     def detach(self, pool: PagePool) -> None:
         self.context.detach(pool)
 
+    def wipe(self, pages: list[int]) -> None:
+        self.context.cache.wipe(pages)
+
     def tag(self, sequence: Sequence, end: int) -> Hashable:
         return self.context.tag(sequence, end)
 

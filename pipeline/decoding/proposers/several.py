@@ -108,6 +108,10 @@ class SeveralDrafts:
         if pool is self._pool:
             self._pool = None
 
+    def wipe(self, pages: list[int]) -> None:
+        for p in self.resident:
+            p.wipe(pages)
+
     def tag(self, sequence: Sequence, end: int) -> Hashable | None:
         return self._drafts[self._name(sequence)].tag(sequence, end)
 
