@@ -100,10 +100,16 @@ def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now; on CPU within the limit of the container, if it has one."""
+    """Bytes that could be allocated now; on CPU within the limit of the container, if it has one.
+
+    Raises ConfigError where the system doesn't tell.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    told = Path("/proc/meminfo")
+    if not told.exists():
+        raise ConfigError("How much memory is free can't be told on this system: set engine.kv_gib.")
+    lines = told.read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
