@@ -39,6 +39,9 @@ KEEP_FREED = {
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# Ray Serve replaces an HTTP proxy that is not ready in 5 seconds, which starting Python takes on a busy machine: it
+# would never come up.
+PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 # Ray's defaults for these are fixed numbers: two clusters on a host take each other's agents for their own.
@@ -124,7 +127,7 @@ def local_cluster(
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    env={**_environment(cluster.token), **KEEP_FREED, MARK: cluster.mark},
+                    env={**_environment(cluster.token), **KEEP_FREED, **PATIENT, MARK: cluster.mark},
                 )
             _wait_until_ready(cluster, head, log)
             yield cluster

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -163,7 +163,8 @@ def deploy(
     Returns:
         the base URL, e.g. `http://127.0.0.1:8000`; clients add `/v1`.
     Raises:
-        DraftlineError: the port is taken, Serve already listens on another, or the replica could not load.
+        DraftlineError: the port is taken, Serve already listens on another, its proxy did not come up, or the replica
+            could not load.
         ArtifactError: the draft is missing or damaged.
     """
     if draft_dir is not None:
@@ -217,11 +218,19 @@ def _listen(serving: ServingConfig) -> tuple[str, int]:
             )
         return running
     port = _free_port(serving.host, serving.port)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=serving.host, port=port),
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-    )
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=serving.host, port=port),
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+    except RayActorError as e:
+        serve.shutdown()
+        raise DraftlineError(
+            "Ray Serve's HTTP proxy did not come up: Serve gives up on one that is not ready in time. On a busy node "
+            "start the cluster with RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 in its environment and try again "
+            f"({' '.join(str(e).split())[:200]})."
+        ) from None
     return serving.host, port
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ import openai
 import pytest
 import ray
 
+from infra.local.cluster import PATIENT
 from pipeline.config import EngineConfig, ServingConfig, TargetConfig
 from pipeline.corpus.conversations import Message
 from pipeline.corpus.rows import ChatFormat
@@ -34,9 +36,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ.update(PATIENT)  # other tests share the cores
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    for name in PATIENT:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
