@@ -59,19 +59,24 @@ class StepCost:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
         return self._step(tokens, context) + self.draft
 
-    def observe(self, tokens: int, context: int, seconds: float, rate: float = 0.05) -> None:
+    def observe(self, tokens: int, context: int, seconds: float, together: float = 0.04, own: float = 0.01) -> None:
         """Moves the table towards a step that took `seconds` (drafting apart).
 
-        A step says most about its own count of tokens and less about others, by half per doubling: a count that the
-        scheduler never picks would else keep its first measurement for ever, however the machine has changed since. A
-        single step moves nothing by more than `rate`, so that a hiccup of the machine passes without a trace.
+        A machine gets slower or faster for steps of all sizes, and a size that the scheduler never picks would else keep
+        its first measurement for ever: `together` is the share of the error by which everything moves. Their
+        differences, which decide on lengths, are smaller than what a single step is off by, so that they follow by a
+        smaller share, `own`, and sizes less alike by less, half per doubling. A single step counts for an error of its
+        whole cost at most, so that a hiccup of the machine passes without a trace.
         """
         error = min(max(seconds / self._step(tokens, context) - 1, -1.0), 1.0)
         j, wj = _place(self.contexts, context, extrapolate=False)
-        columns = {j: 1 - wj, min(j + 1, len(self.contexts) - 1): wj} if len(self.contexts) > 1 else {0: 1.0}
-        for column, share in columns.items():
-            for t, row in zip(self.tokens, self.table, strict=True):
-                row[column] *= 1 + rate * share * error * 2.0 ** -abs(math.log2(tokens / t))
+        nearness = [0.0] * len(self.contexts)
+        nearness[j] += 1 - wj
+        nearness[min(j + 1, len(self.contexts) - 1)] += wj
+        for t, row in zip(self.tokens, self.table, strict=True):
+            alike = own * 2.0 ** -abs(math.log2(tokens / t))
+            for column, near in enumerate(nearness):
+                row[column] *= 1 + error * (together + alike * near)
 
     def steps(self, tokens: np.ndarray, context: int) -> np.ndarray:
         """Seconds of target steps, drafting apart, of float[N] (rising or not, not only whole) tokens."""
@@ -130,22 +135,56 @@ class StepCost:
 def measure(
     run: Callable[[int, int], float], tokens: Sequence[int], contexts: Sequence[int], repeats: int = 8
 ) -> StepCost:
-    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles.
+    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles, and of their differences what the
+    repeats agree on.
 
     Whatever disturbs a measurement makes it longer, so the lower quartile is nearer to the truth than the mean or the
-    median. Nothing is smoothed: on two AVX-512 cores a step over two tokens took 43 ms where one took 38 and three to
-    six 37, and a table that rises by force would have the scheduler choose the dear ones.
+    median. On a busy machine it is still off by several percent, which is as much as the tokens at the end of a block
+    are worth: a size that came out cheap by chance would be picked again and again. So a point is held against a
+    roofline through all of them (`_roofline`), and keeps its distance as far as that is more than chance. A size that
+    really is dear stays so: on two AVX-512 cores a step over two tokens took 43 ms where one took 38 and three to six
+    37, and a table that rises by force would have the scheduler choose the dear ones.
     """
-    samples: dict[tuple[int, int], list[float]] = {}
-    for c in contexts:
-        for t in tokens:
-            run(t, c)
-    for _ in range(repeats):
-        for c in contexts:
-            for t in tokens:
-                samples.setdefault((t, c), []).append(run(t, c))
-    table = [[sorted(samples[t, c])[repeats // 4] for c in contexts] for t in tokens]
-    return StepCost(list(tokens), list(contexts), table)
+    samples = np.empty((repeats, len(contexts), len(tokens)))
+    for r in range(-1, repeats):  # the first round warms up
+        for j, c in enumerate(contexts):
+            for i, t in enumerate(tokens):
+                samples[max(r, 0), j, i] = run(t, c)
+    columns = [_believed(samples[:, j], np.array(tokens, dtype=float)) for j in range(len(contexts))]
+    return StepCost(list(tokens), list(contexts), np.stack(columns, 1).tolist())
+
+
+def _believed(samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """float[T], costs from float[R, T] seconds: lower quartiles, shrunk towards the roofline by what is chance in them."""
+
+    def quartile(of: np.ndarray) -> np.ndarray:
+        return np.sort(of, 0)[len(of) // 4]
+
+    measured = quartile(samples)
+    picks = np.random.default_rng(0).integers(0, len(samples), (200, len(samples)))
+    error = np.stack([quartile(samples[p]) for p in picks]).std(0)
+    line = _roofline(tokens, measured)
+    apart = measured - line
+    signal = np.clip(1 - (2 * error) ** 2 / np.maximum(apart**2, 1e-18), 0.0, 1.0)
+    return line + signal * apart
+
+
+def _roofline(tokens: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """float[T]: the best a + b t + c max(t - k, 0), b and c not negative: reading the weights costs the same for any
+    number of tokens, up to a number k where products start to cost more than reads. Errors count relative to costs."""
+    best, least = seconds, math.inf
+    for knee in (*tokens[1:-1], math.inf) if len(tokens) > 3 else ():
+        parts = [np.ones_like(tokens), tokens, np.maximum(tokens - knee, 0) if math.isfinite(knee) else None]
+        for chosen in ((0, 1, 2), (0, 2), (0, 1), (0,)):
+            design = [parts[i] for i in chosen]
+            if any(d is None for d in design):
+                continue
+            matrix = np.stack(design, 1) / seconds[:, None]  # type: ignore[arg-type]
+            factors = np.linalg.lstsq(matrix, np.ones_like(seconds), rcond=None)[0]
+            loss = float(((matrix @ factors - 1) ** 2).sum())
+            if (factors[1:] >= 0).all() and loss < least:
+                best, least = (matrix @ factors) * seconds, loss
+    return best
 
 
 def kept(path: Path, made_for: Mapping[str, Any], reach: tuple[int, int], measured: Callable[[], StepCost]) -> StepCost:
