@@ -62,8 +62,8 @@ class StepCost:
     def observe(self, tokens: int, context: int, seconds: float, together: float = 0.04, own: float = 0.01) -> None:
         """Moves the table towards a step that took `seconds` (drafting apart).
 
-        A machine gets slower or faster for steps of all sizes, and a size that the scheduler never picks would else keep
-        its first measurement for ever: `together` is the share of the error by which everything moves. Their
+        A machine gets slower or faster for steps of all sizes, and a size that the scheduler never picks would else
+        keep its first measurement for ever: `together` is the share of the error by which everything moves. Their
         differences, which decide on lengths, are smaller than what a single step is off by, so that they follow by a
         smaller share, `own`, and sizes less alike by less, half per doubling. A single step counts for an error of its
         whole cost at most, so that a hiccup of the machine passes without a trace.
@@ -135,8 +135,8 @@ class StepCost:
 def measure(
     run: Callable[[int, int], float], tokens: Sequence[int], contexts: Sequence[int], repeats: int = 8
 ) -> StepCost:
-    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles, and of their differences what the
-    repeats agree on.
+    """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles, and of their differences what
+    the repeats agree on.
 
     Whatever disturbs a measurement makes it longer, so the lower quartile is nearer to the truth than the mean or the
     median. On a busy machine it is still off by several percent, which is as much as the tokens at the end of a block
@@ -155,7 +155,7 @@ def measure(
 
 
 def _believed(samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """float[T], costs from float[R, T] seconds: lower quartiles, shrunk towards the roofline by what is chance in them."""
+    """float[T], costs from float[R, T] seconds: lower quartiles, drawn to the roofline as far as they are chance."""
 
     def quartile(of: np.ndarray) -> np.ndarray:
         return np.sort(of, 0)[len(of) // 4]

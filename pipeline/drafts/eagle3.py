@@ -66,7 +66,7 @@ class Eagle3Draft(Draft):
         self, context: torch.Tensor, next_tokens: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [N, Hkv, d] of pairs (g [N, D], token after it int64[N]) at absolute positions int64[N]."""
-        return self.layer.self_attn.keys_values(self._joined(context, next_tokens)[0], *self.rope(positions))
+        return self.layer.self_attn.keys_values(self.joined(context, next_tokens)[0], *self.rope(positions))
 
     def advance(
         self, g: torch.Tensor, next_tokens: torch.Tensor, positions: torch.Tensor, attend: AttendOne
@@ -79,14 +79,14 @@ class Eagle3Draft(Draft):
             (g of the next position [B, D], hidden state [B, D] that logits are made of).
         """
         layer = self.layer
-        x, normed = self._joined(g, next_tokens)
+        x, normed = self.joined(g, next_tokens)
         cos, sin = self.rope(positions)
         k, v = layer.self_attn.keys_values(x, cos, sin)
         mixed = attend(layer.self_attn.queries(x, cos, sin), k, v)
         out = layer.finish(normed if self.config.norm_before_residual else g, mixed)
         return out, self.norm(out)
 
-    def _joined(self, g: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def joined(self, g: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.layer.hidden_norm(g)
         embedded = self.layer.input_layernorm(self.embedding(next_tokens).to(g.dtype))
         return torch.cat((embedded, normed), dim=-1), normed

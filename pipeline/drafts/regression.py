@@ -70,15 +70,15 @@ class _Fit:
 
 def closed_form(c: DraftConfig) -> str | None:
     """Why a resolved draft has no start from features, or None if it has."""
-    if c.algorithm == "eagle3":
-        return "teaches a block's slot, which draft.algorithm=eagle3 doesn't have"
-    if c.qk_norm or c.num_kv_heads < 2:
+    needed = 1 if c.algorithm == "eagle3" else 2  # a block drafter has heads of two kinds
+    if c.qk_norm or c.num_kv_heads < needed:
         return (
-            "needs draft.qk_norm=false and two or more KV heads (they are "
+            f"needs draft.qk_norm=false and {needed} or more KV heads (they are "
             f"{str(c.qk_norm).lower()} and {c.num_kv_heads})"
         )
     frequencies = [c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2)]
-    if not (any(1 / 160 < f < 0.75 for f in frequencies) and any(f <= 1 / 160 for f in frequencies)):
+    slow = any(f <= 1 / 160 for f in frequencies) or c.algorithm == "eagle3"
+    if not (any(1 / 160 < f < 0.75 for f in frequencies) and slow):
         return (
             f"needs fast and slow rotary frequencies; draft.head_dim={c.head_dim} with rope_theta={c.rope_theta:g} has "
             f"{[round(f, 5) for f in frequencies]}"

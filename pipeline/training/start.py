@@ -16,6 +16,7 @@ from pipeline.drafts.checkpoint import load_draft, make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.drafts.recurrence import PairSamples, layer_from_pairs
 from pipeline.drafts.regression import Samples, closed_form, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import from_former, layers_from_target, markov_from_bigrams
@@ -66,7 +67,10 @@ def build_draft(
         assert isinstance(draft, DSparkDraft | Eagle3Draft)
         layers_from_target(draft, target.family)
     elif start == "features":
-        layers_from_features(draft, target.family, samples(features, trainer.seed))
+        if isinstance(draft, Eagle3Draft):
+            layer_from_pairs(draft, target.family.final_norm_gain.float(), pair_samples(features, trainer.seed))
+        else:
+            layers_from_features(draft, target.family, samples(features, trainer.seed))
     if trainer.warm_start.markov and full.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
     lacking = from_former(draft, load_draft(former, target)) if former is not None else []
@@ -87,17 +91,37 @@ def bigrams(corpus_dir: Path) -> tuple[Tensor, Tensor]:
 
 
 def samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> Samples:
-    """Anchors with what a draft sees before them, from as many rows as `most` samples take (48 of each, at most)."""
-    taps, tokens, hidden, found = [], [], [], 0
-    generator = torch.Generator().manual_seed(seed)
-    for row in rows:
-        anchors = candidates(row.loss_mask)
-        anchors = anchors[anchors > 0]
-        anchors = anchors[torch.randperm(len(anchors), generator=generator)[:48]]
+    """Anchors with what a block drafter sees before them (see `_anchors`)."""
+    taps, tokens, hidden = [], [], []
+    for row, anchors in _anchors(rows, seed, most, 1):
         taps.append(row.taps[anchors - 1])
         tokens.append(row.input_ids[anchors].long())
         hidden.append(row.last_hidden[anchors])
+    return Samples(torch.cat(taps), torch.cat(tokens), torch.cat(hidden))
+
+
+def pair_samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> PairSamples:
+    """Anchors with what Eagle3 sees before them and one token earlier (see `_anchors`)."""
+    parts: list[tuple[Tensor, ...]] = []
+    for row, anchors in _anchors(rows, seed, most, 2):
+        ids = row.input_ids.long()
+        taps = row.taps[anchors - 1], row.taps[anchors - 2]
+        parts.append((taps[0], ids[anchors], row.last_hidden[anchors], taps[1], ids[anchors - 1]))
+    return PairSamples(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def _anchors(rows: Iterable[Row], seed: int, most: int, first: int) -> Iterator[tuple[Row, Tensor]]:
+    """Rows with anchors from position `first` on, as many as `most` samples take (48 of each row, at most).
+
+    Raises ConfigError if there are none.
+    """
+    generator, found = torch.Generator().manual_seed(seed), 0
+    for row in rows:
+        anchors = candidates(row.loss_mask)
+        anchors = anchors[anchors >= first]
+        anchors = anchors[torch.randperm(len(anchors), generator=generator)[:48]]
         found += len(anchors)
+        yield row, anchors
         if found >= most:
             break
     if not found:
@@ -105,4 +129,3 @@ def samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> Samples:
             "trainer.warm_start.layers=features found no answer of two tokens or more in the stored features. Use "
             "trainer.warm_start.layers=target."
         )
-    return Samples(torch.cat(taps), torch.cat(tokens), torch.cat(hidden))
