@@ -9,6 +9,10 @@ requests in the step, t its cost and d(n) that of drafting for n of them, drafti
 where a comes from the confidences of each request's latest rounds, scaled by what verification made of them: a draft
 that is sure and wrong soon counts as one that is wrong. Their pooled search is the scheduler's own, a round on average.
 
+Texts differ more than rounds of a text do: one that the draft follows well comes after one that it can't follow. A new
+text is therefore not judged by those before it on average. It may be like the best quarter of the latest, and is
+drafted for until its own first rounds tell, unless not even those would pay at the present load.
+
 Skipped requests are tried again after 2, 4, 8, ... at most 64 rounds, all at once, as one more request in a draft's
 batch costs little. Everything decided here rests on earlier rounds, so that it is exact under both verification rules.
 """
@@ -34,6 +38,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 2, 64
 """Rounds skipped before a new try: the first time, and at most. At 64, trying costs a hundredth or so of the time."""
 MARGIN = 1.02
 """What drafting must promise: the best of many noisy estimates flatters itself."""
+TEXTS, FEW_TEXTS = 16, 4
+"""Latest texts that a new one is compared with, and how many it takes to judge it by them at all."""
 _DOUBT = 4.0
 """Tokens of prior evidence that confidences are right."""
 
@@ -43,16 +49,18 @@ class _Record:
     """What is known of drafting for one text, or for all.
 
     rounds: survival float64[K] of the latest rounds. predicted, accepted: fading sums over verified tokens.
-    idle: rounds since the last draft. pause: how many are skipped before the next try.
+    blocks: rounds in all. idle: rounds since the last draft. pause: how many are skipped before the next try.
     """
 
     rounds: collections.deque[np.ndarray]
     predicted: float = 0.0
     accepted: float = 0.0
+    blocks: int = 0
     idle: int = 0
     pause: int = FIRST_PAUSE
 
     def add(self, survival: np.ndarray, verified: int, accepted: int, memory: float) -> None:
+        self.blocks += 1
         self.rounds.append(survival)
         self.predicted = memory * self.predicted + float(survival[:verified].sum())
         self.accepted = memory * self.accepted + accepted
@@ -86,6 +94,7 @@ class DraftWorth:
         # Of all texts: what a new one starts from, and the pauses of the whole batch.
         self._all = _Record(collections.deque(maxlen=4 * WINDOW))
         self._of_draft: dict[str, _Record] = {}  # the same of each draft, where an engine has several
+        self._texts: dict[str, collections.deque[_Record]] = {}  # of each draft, the latest that told what they are
         self._tried = 0
         self._not_paying: tuple[int, ...] | None = None
 
@@ -102,6 +111,7 @@ class DraftWorth:
             chosen = set()
             if able and key != self._not_paying:
                 chosen = self._paying(able, records, len(sequences), cost, context)
+                chosen |= {i for i, s in enumerate(able) if records[i].blocks < BLOCKS and not self._known_texts(s)}
             self._not_paying = key if not chosen else None
             self._try_again(chosen, records)
         for i, record in enumerate(records):
@@ -117,13 +127,21 @@ class DraftWorth:
         there = torch.arange(proposal.tokens.shape[1]) < proposal.counts[:, None]
         survival = (proposal.confidence.cpu().double() * there).cumprod(1).numpy()
         for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
-            self._record(s).add(row, length, kept, 0.8)
+            record = self._record(s)
+            record.add(row, length, kept, 0.8)
+            if record.blocks == BLOCKS:
+                self._texts.setdefault(s.metrics.draft, collections.deque(maxlen=TEXTS)).append(record)
             self._all.add(row, length, kept, 0.98)
             pool = self._of_draft.setdefault(s.metrics.draft, _Record(collections.deque(maxlen=4 * WINDOW)))
             pool.add(row, length, kept, 0.98)
 
     def _record(self, sequence: Sequence) -> _Record:
         return self._records.setdefault(sequence, _Record(collections.deque(maxlen=WINDOW)))
+
+    def _known_texts(self, sequence: Sequence) -> list[_Record]:
+        """The latest texts of a request's draft, none where they are too few to say what texts are like."""
+        texts = list(self._texts.get(sequence.metrics.draft, ()))
+        return texts if len(texts) >= FEW_TEXTS else []
 
     def _try_again(self, chosen: set[int], records: list[_Record]) -> None:
         """Adds to `chosen` whoever has paused long enough."""
@@ -154,18 +172,20 @@ class DraftWorth:
         weights: list[np.ndarray] = []
         gains: list[float] = []
         for s, record in zip(able, records, strict=True):
-            rounds = list(record.rounds)
-            if len(rounds) < BLOCKS:
-                others = self._of_draft.get(s.metrics.draft, self._all).rounds
-                rounds += list(others)[len(rounds) - BLOCKS :]
-            survival = np.zeros((len(rounds), max(map(len, rounds))))  # drafts may have blocks of several sizes
-            for row, seen in zip(survival, rounds, strict=True):
-                row[: len(seen)] = seen
-            survival = survival[:, : s.draft_limit] * record.reliability(prior)
-            np.minimum(survival, 1.0, out=survival)
+            if record.blocks < BLOCKS and (texts := self._known_texts(s)):
+                promised = sorted((_survival(list(t.rounds), t.reliability(prior)) for t in texts), key=_gain)
+                rows = [row for one in promised[-max(1, len(texts) // 4) :] for row in one]
+                survival = _survival(rows, 1.0)
+            else:
+                rounds = list(record.rounds)
+                if len(rounds) < BLOCKS:
+                    others = self._of_draft.get(s.metrics.draft, self._all).rounds
+                    rounds += list(others)[len(rounds) - BLOCKS :]
+                survival = _survival(rounds, record.reliability(prior))
+            survival = survival[:, : s.draft_limit]
             values.append(survival.ravel())
-            weights.append(np.full(survival.size, 1 / len(rounds)))
-            gains.append(float(survival.sum()) / len(rounds))
+            weights.append(np.full(survival.size, 1 / len(survival)))
+            gains.append(_gain(survival))
         rank = np.empty(len(able), dtype=np.int64)
         best_first = sorted(range(len(able)), key=lambda i: -gains[i])
         rank[best_first] = np.arange(len(able))
@@ -183,3 +203,16 @@ class DraftWorth:
             if rate > best_rate:
                 best, best_rate = d, rate
         return set(best_first[:best])
+
+
+def _survival(rounds: list[np.ndarray], reliability: float) -> np.ndarray:
+    """float64[n, K] of n rounds, scaled; drafts may have blocks of several sizes."""
+    survival = np.zeros((len(rounds), max(map(len, rounds))))
+    for row, seen in zip(survival, rounds, strict=True):
+        row[: len(seen)] = seen
+    return np.minimum(survival * reliability, 1.0)
+
+
+def _gain(survival: np.ndarray) -> float:
+    """Expected accepted tokens of a round, if all are verified."""
+    return float(survival.sum()) / len(survival)

@@ -285,3 +285,30 @@ def test_a_draft_is_asked_again_where_it_knows_the_text(tiny: Target, plainly: l
     texts, metrics = decode(tiny, proposer)
     assert texts == plainly
     assert all(m.skipped > 10 and m.accepted > 40 for m in metrics)
+
+
+def test_a_new_text_is_not_judged_by_the_one_before_it() -> None:
+    """One request at a time: after texts that no draft can follow, one that it follows is drafted for at once; and
+    where no text ever pays, new ones soon cost next to nothing."""
+
+    def drafted(acceptances: list[float], cost: StepCost, rounds: int = 32) -> list[int]:
+        worth, chance, counts = DraftWorth(), random.Random(0), []
+        for acceptance in acceptances:
+            (text,) = sequences(1)
+            confidence = torch.full((1, BLOCK), 0.05 + 0.9 * acceptance)
+            counts.append(0)
+            for _ in range(rounds):
+                chosen, _ = worth.choose([text], cost, 0)
+                if not chosen:
+                    continue
+                counts[-1] += 1
+                kept = next((k for k in range(BLOCK) if chance.random() >= acceptance), BLOCK)
+                block = Proposal(torch.zeros(1, BLOCK, dtype=torch.int64), torch.full((1,), BLOCK), confidence)
+                worth.observe([text], block, [BLOCK], [kept])
+        return counts
+
+    mixed = drafted([0.0, 0.7, 0.0, 0.0, 0.0, 0.7, 0.0, 0.7], IDLE)
+    assert all(mixed[i] > 28 for i in (1, 5, 7))
+    assert all(mixed[i] < 14 for i in (2, 3, 4, 6))
+    hopeless = drafted([0.3] * 40, FULL)
+    assert sum(hopeless[20:]) < 0.03 * 20 * 32
