@@ -3,9 +3,9 @@
 python benchmarks/algorithms.py --steps 500 --seeds 3 --json algorithms.json
 
 Same target (SmolLM2-135M-Instruct), corpus, features, steps, seeds, anchors, objective, layer, taps, draft vocabulary
-and tokens per block; each starts as `trainer.warm_start.layers=auto` has it: the block drafters from the features in
-closed form, Eagle3 from the target's last layer, DSpark's Markov head from bigrams (part of what it is; a fourth side
-starts it cold). `--start target` starts all from the target's last layer. Every draft then decodes the same held-out
+and tokens per block; each starts as `trainer.warm_start.layers=auto` has it: from the features in closed form, DSpark's
+Markov head from bigrams (part of what it is; a fourth side starts it cold). `--start target` starts all from the
+target's last layer. Every draft then decodes the same held-out
 prompts through the engine, whole blocks verified, greedily and at temperature 1 (ratio rule); tau is tokens per target
 step, bonus included. Intervals are 95 %, bootstrapped over prompts and seeds, paired.
 """
@@ -38,7 +38,7 @@ PLAIN: dict[str, Any] = {"markov_head_type": "none", "enable_confidence_head": F
 SIDES: dict[str, dict[str, Any]] = {
     "dspark": {"algorithm": "dspark", "markov_rank": 128},
     "dflash": {"algorithm": "dflash", **PLAIN},
-    "eagle3": {"algorithm": "eagle3", **PLAIN},
+    "eagle3": {"algorithm": "eagle3", "norm_before_residual": True, **PLAIN},
     "dspark cold Markov": {"algorithm": "dspark", "markov_rank": 128},
 }
 
