@@ -48,6 +48,7 @@ def test_every_full_size_experiment_fits_its_cluster(name: str, tmp_path: Path) 
     assert p.target.parameters / 1e9 == pytest.approx(BILLIONS[target], rel=2e-3)
     assert p.draft.config.algorithm == algorithm
     assert "verdict   fits" in show(p)
+    assert f"cluster   {p.config.cluster.gpus} GPUs ({p.config.cluster.accelerator}, " in show(p)
     assert ("does not decode" in " ".join(p.notes)) == name.startswith("deepseek"), (
         "only DeepSeek-V4 is not decoded here"
     )
@@ -149,20 +150,20 @@ def test_what_does_not_fit_is_said_with_a_remedy_and_a_status(
     [
         (
             ["trainer=gpu", "trainer.workers=2"],
-            "2 GPUs are needed at once (train: 2 workers of 1 GPU); cluster.gpus=0.",
+            "2 GPUs are needed at once (train: 2 workers of 1 GPU); cluster.gpus=0",
         ),
         (["target.device=cuda"], "cluster.gpus=0. Name the cluster that it is for (cluster=h100x8"),
         (["cluster.num_cpus=1"], "2 logical CPUs are needed at once (train: 2 workers); cluster.num_cpus=1."),
         (
             ["features=stream", "cluster.num_cpus=2"],
-            "3 logical CPUs are needed at once (train: 2 workers, 1 extracting",
+            "3 logical CPUs are needed at once (train: 2 workers, 1 extr",
         ),
         (["corpus.regenerate.actors=5"], "5 logical CPUs are needed at once (regenerate: 5 answering actors)"),
         (
             ["target.device=cuda", "cluster.gpus=1"],
-            "2 GPUs are needed at once (extract: 1 extracting actor of 1 GPU and 1 for the pipeline's own process, which "
-            "decodes); cluster.gpus=1. Use fewer trainer.workers or features.actors, or submit the stages one by one: "
-            "then 1 do.",
+            "2 GPUs are needed at once (extract: 1 extracting actor of 1 GPU and 1 for the pipeline's own process, "
+            "which decodes); cluster.gpus=1. Use fewer trainer.workers or features.actors, or submit the stages one by "
+            "one: then 1 do.",
         ),
     ],
 )

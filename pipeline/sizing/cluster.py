@@ -105,7 +105,8 @@ def _driver_gpus(config: PipelineConfig, decodes: bool) -> int:
 
 
 def _memory(plan: Plan) -> list[str]:
-    found, config = [], plan.config
+    found: list[str] = []
+    config = plan.config
     if not config.cluster.gpu_memory_gib:
         return found
     room = config.cluster.gpu_memory_gib * GIB

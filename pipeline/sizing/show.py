@@ -57,6 +57,10 @@ def show(p: Plan) -> str:
             text += f", {hours * assumed.price_per_gpu_hour:,.0f} in money" if assumed.price_per_gpu_hour else ""
         lines.append(text)
     lines += [f"note      {note}" for note in p.notes]
+    size = config.cluster
+    of_gpus = ", ".join(x for x in (size.accelerator, f"{size.gpu_memory_gib} GiB" * (size.gpu_memory_gib > 0)) if x)
+    gpus = f"{size.gpus} GPUs" + (f" ({of_gpus})" if of_gpus else "")
+    lines.append(f"cluster   {gpus}, {size.num_cpus} logical CPUs")
     lines += [f"OBSTACLE  {o}" for o in p.obstacles] or ["verdict   fits the cluster of the config"]
     return "\n".join(lines)
 
