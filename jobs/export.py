@@ -13,7 +13,6 @@ if sys.path and sys.path[0].endswith("jobs"):
 
 from pathlib import Path
 
-from jobs.register import registered_name
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
@@ -23,7 +22,7 @@ CALIBRATED = "calibrated"
 
 def chosen(config: PipelineConfig) -> tuple[Path, str]:
     """The draft of `export.version`: its directory, and in words where it is from."""
-    from pipeline.registry.promotion import lookup
+    from pipeline.registry.promotion import lookup, registered_name
 
     which = config.export.version
     if which == CALIBRATED:
@@ -50,4 +49,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="export", ray=False))
+    sys.exit(run(stage, name="export", ray=False, settings=("export",), page="export"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
+from pipeline.errors import ConfigError, UnknownVersion
 from pipeline.training.trainer import train
 
 
@@ -26,13 +27,16 @@ def former(config: PipelineConfig) -> Path | None:
         return None
     if Path(which).is_dir():
         return Path(which)
-    from pipeline.registry.promotion import lookup, model_name
-    from pipeline.target import load_identity
+    from pipeline.registry.promotion import lookup, registered_name
 
-    name = config.tracking.model_name or model_name(
-        load_identity(config.target, config.cache).id, config.draft.algorithm
-    )
-    return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
+    name = registered_name(config)
+    try:
+        return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
+    except UnknownVersion as e:
+        raise ConfigError(
+            f"trainer.warm_start.draft={which!r} is neither a draft's directory ({Path(which).absolute()} is none) nor "
+            f"a version or alias of the registered model: {e}"
+        ) from None
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
@@ -60,4 +64,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="train"))
+    sys.exit(run(stage, name="train", settings=("trainer", "trainer.warm_start", "draft"), page="training"))
