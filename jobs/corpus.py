@@ -33,10 +33,28 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
         )
 
     sources = {"source": config.corpus.source, "chat_template": config.target.path, "tokenizer": config.target.path}
-    manifest = record("corpus", config, make, out, sources=sources, parent=parent)
+    manifest = record("corpus", config, make, out, sources=sources, parent=parent, tags=authorship)
     print(f"corpus: {manifest.counts}")
+    if differs := manifest.info.get("foreign"):
+        by = manifest.info["regenerated_by"]
+        print(
+            f"corpus: WARNING: the answers of {config.corpus.source} were written by {by.get('id')} (weights "
+            f"{by.get('weight_digest', '')[:12]}), whose {' and '.join(differs)} differ from those of the target "
+            f"{(manifest.target or {}).get('id')}. A draft learns best from its own target's answers: give the file as "
+            "corpus.regenerate.prompts and take as corpus.source what jobs/regenerate.py writes.",
+            flush=True,
+        )
     return manifest
 
 
+def authorship(manifest: Manifest) -> dict[str, str]:
+    """Tags that say who wrote a corpus' answers."""
+    by = manifest.info.get("regenerated_by") or {}
+    return {
+        "answers.target": by.get("id", "not known"),
+        "answers.differ_from_target": ", ".join(manifest.info.get("foreign", [])),
+    }
+
+
 if __name__ == "__main__":
-    sys.exit(run(stage, name="corpus", ray=False))
+    sys.exit(run(stage, name="corpus", ray=False, settings=("corpus",), page="corpus"))
