@@ -34,4 +34,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="calibrate", ray=False))
+    sys.exit(run(stage, name="calibrate", ray=False, settings=("benchmark", "engine")))

@@ -42,4 +42,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="evaluate", ray=False))
+    sys.exit(run(stage, name="evaluate", ray=False, settings=("benchmark", "engine")))

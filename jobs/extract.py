@@ -30,4 +30,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="extract"))
+    sys.exit(run(stage, name="extract", settings=("features", "target")))

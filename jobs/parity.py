@@ -54,4 +54,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="parity", ray=False))
+    sys.exit(run(main, name="parity", ray=False, settings=("parity", "engine")))

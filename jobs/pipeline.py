@@ -70,4 +70,4 @@ def summarise(config: PipelineConfig, report: dict[str, Any], version: str, uri:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="pipeline"))
+    sys.exit(run(main, name="pipeline", settings=("target", "corpus", "draft", "trainer")))

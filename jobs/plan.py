@@ -30,4 +30,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="plan", ray=False))
+    sys.exit(run(main, name="plan", ray=False, settings=("plan", "cluster"), page="plan"))

@@ -287,7 +287,11 @@ class TrackingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """What the run needs. num_cpus: logical CPUs of a local cluster; the others describe a real one."""
+    """What the run needs. num_cpus: logical CPUs of a local cluster; the others describe a real one for a plan.
+
+    gpus, num_cpus: of all nodes together. gpu_memory_gib: of each GPU. accelerator: their name. storage_gib: what every
+    worker sees.
+    """
 
     num_cpus: int = 4
     gpus: int = 0
