@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +47,15 @@ def test_the_pages_say_where_commands_run() -> None:
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in readme, f"{page.name} is not in README's list"
+
+
+def test_a_job_needs_no_path_set_for_it() -> None:
+    """As in a fresh clone: jobs that are made of others find them beside the package."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "jobs/sweep.py", "trainer.lrr=1,2", "experiment=smoke"]
+    said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert said.returncode == 2, said.stderr
+    assert "Did you mean 'lr'?" in said.stderr
 
 
 @pytest.mark.parametrize("job", JOBS)
