@@ -127,7 +127,7 @@ def sweep(base: PipelineConfig, asked: Sweep) -> None:
     results(base).mkdir(parents=True, exist_ok=True)
     for old in results(base).glob("*.json"):
         old.unlink()
-    keys = ",".join(o.partition("=")[0].lstrip("+~") for o in (*asked.fixed, *asked.hydra))
+    keys = ",".join(o.partition("=")[0].lstrip("+~") for o in asked.fixed)
     exclude = f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"
     before = sys.argv
     sys.argv = [

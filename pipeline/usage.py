@@ -70,7 +70,9 @@ def _plain(cls: Any) -> list[dataclasses.Field[Any]]:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     """As it is written on a command line."""
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "''" if value == "" else str(value).replace(" ", "")

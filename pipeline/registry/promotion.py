@@ -153,7 +153,7 @@ def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, com
             comparison = compare(challenger, champion)
     decision = decide(report, policy, champion_target=target, comparison=comparison)
     moves = decision.promoted and (champion is None or champion.version != challenger.version)
-    tags = {"verdict": decision.verdict}
+    tags: dict[str, str] = {"verdict": decision.verdict}
     tags |= {f"gate.{c.name}": f"{c.value} {c.bound} {'ok' if c.passed else 'FAILED'}" for c in decision.reasons}
     settled = not moves and (waiting is None or not decision.promoted)
     if settled and all(challenger.tags.get(k) == v for k, v in tags.items()):
