@@ -36,15 +36,16 @@ def usage(about: str, job: str, groups: Sequence[str], page: str, conf: Path) ->
     for group in groups:
         cls = _group(group)
         options = sorted(f.stem for f in (conf / group).glob("*.yaml")) if (conf / group).is_dir() else []
-        lines += ["", f"{group}" + (f" (shipped: {', '.join(f'{group}={o}' for o in options)})" if options else "")]
+        shipped = f" (shipped: {', '.join(f'{group}={o}' for o in options)})" if options else ""
+        lines += ["", _filled(f"{group}{shipped}")]
         lines.append(textwrap.indent(inspect.cleandoc(cls.__doc__ or ""), "  "))
         lines.append(_filled("  " + " ".join(f"{group}.{f.name}={_default(f)}" for f in _plain(cls)), "    "))
     pages = "docs/jobs.md" if page == "jobs" else f"docs/{page}.md, docs/jobs.md"
     lines += [
         "",
         _filled(
-            "Every other setting is taken too: pipeline/config.py has all, with units; conf/ what is shipped. A "
-            f"mistyped one is answered with the nearest. More: {pages}"
+            "Every other setting is taken too. Shown are the defaults of pipeline/config.py; conf/ and the experiment "
+            f"change some. A mistyped setting is answered with the nearest. More: {pages}"
         ),
     ]
     return "\n".join(lines)
