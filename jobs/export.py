@@ -6,14 +6,14 @@ ray job submit --working-dir . -- python jobs/export.py experiment=demo export.e
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pathlib import Path
 
-from jobs.register import registered_name
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
@@ -23,7 +23,7 @@ CALIBRATED = "calibrated"
 
 def chosen(config: PipelineConfig) -> tuple[Path, str]:
     """The draft of `export.version`: its directory, and in words where it is from."""
-    from pipeline.registry.promotion import lookup
+    from pipeline.registry.promotion import lookup, registered_name
 
     which = config.export.version
     if which == CALIBRATED:
@@ -50,4 +50,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="export", ray=False))
+    sys.exit(run(stage, name="export", ray=False, settings=("export",), page="export"))

@@ -6,10 +6,11 @@ ray job submit --working-dir . -- python jobs/extract.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
@@ -30,4 +31,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="extract"))
+    sys.exit(run(stage, name="extract", settings=("features", "target")))

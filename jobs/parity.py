@@ -6,10 +6,11 @@ ray job submit --working-dir . -- python jobs/parity.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
@@ -54,4 +55,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="parity", ray=False))
+    sys.exit(run(main, name="parity", ray=False, settings=("parity", "engine")))

@@ -6,10 +6,11 @@ ray job submit --working-dir . -- python jobs/pipeline.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 import json
 import time
@@ -70,4 +71,4 @@ def summarise(config: PipelineConfig, report: dict[str, Any], version: str, uri:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="pipeline"))
+    sys.exit(run(main, name="pipeline", settings=("target", "corpus", "draft", "trainer")))

@@ -8,10 +8,11 @@ Exit status 5 where the experiment would not fit the cluster of its config.
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pipeline.config import PipelineConfig
 from pipeline.entry import run
@@ -30,4 +31,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="plan", ray=False))
+    sys.exit(run(main, name="plan", ray=False, settings=("plan", "cluster"), page="plan"))

@@ -6,14 +6,14 @@ ray job submit --working-dir . -- python jobs/promote.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from typing import Any
 
-from jobs.register import registered_name
 from pipeline.config import PipelineConfig
 from pipeline.entry import StageRecord, run
 
@@ -21,7 +21,7 @@ REFUSED = 3
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> Any:
-    from pipeline.registry.promotion import fetch, promote
+    from pipeline.registry.promotion import fetch, promote, registered_name
 
     print("== promote", flush=True)
     with StageRecord("promote", config, parent) as record:
@@ -40,10 +40,15 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Any:
                 config.benchmark,
                 root / "comparison",
                 config.cache,
+                record.begin,
             )
 
-        decision = promote(record.recorder, record.begin(), registered_name(config), config.gate, compare)
-    print(decision.text(), flush=True)
+        decision = promote(record.recorder, record.begin, registered_name(config), config.gate, compare)
+        begun = record.begun
+    if begun or not decision.promoted:
+        print(decision.text(), flush=True)
+    if not begun:
+        print(f"== promote: skipped, the gate says what it said before ({decision.verdict})", flush=True)
     return decision
 
 
@@ -53,4 +58,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="promote", ray=False))
+    sys.exit(run(main, name="promote", ray=False, settings=("gate", "benchmark"), page="registry"))

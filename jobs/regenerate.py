@@ -6,10 +6,11 @@ ray job submit --working-dir . -- python jobs/regenerate.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 import contextlib
 import dataclasses
@@ -34,7 +35,7 @@ from pipeline.corpus.regeneration import (
 )
 from pipeline.corpus.rows import ChatFormat
 from pipeline.entry import StageRecord, run
-from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.features.extract import TRIES, num_gpus
 from pipeline.registry.recorder import ARTIFACT, identity_tags
 from pipeline.target import load_tokenizer
@@ -79,6 +80,10 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
 
     Interrupted, it goes on with the chunks that are missing. Needs Ray to be initialised. `begin` is called when there
     is work to do.
+
+    Raises:
+        ConfigError: answers of `max_new_tokens` that no prompt leaves room for.
+        DraftlineError: no usable prompt, none that was answered, or an actor that keeps dying.
     """
     import ray
 
@@ -88,6 +93,11 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
     engine = dataclasses.replace(
         config.engine, max_requests=ask.concurrency, threads=ask.threads, max_queue=4 * ask.concurrency
     )
+    if ask.max_new_tokens >= engine.max_context:
+        raise ConfigError(
+            f"corpus.regenerate.max_new_tokens={ask.max_new_tokens} leaves no prompt any room in engine.max_context="
+            f"{engine.max_context}, which holds prompt and answer. Raise engine.max_context, or ask for fewer tokens."
+        )
     quarantine: list[Quarantined] = []
     rows = list(prompt_rows(ask.prompts, quarantine, ask.limit))
     for bad in quarantine:
@@ -159,9 +169,18 @@ def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
             run_.log_input("prompts", manifest["prompts"]["sha256"], config.corpus.regenerate.prompts, "regenerate")
             run_.log_metrics({k: float(v) for k, v in manifest["counts"].items()})
             run_.log_dict(manifest, MANIFEST)
-    print(f"regenerate: {manifest['counts']} -> {out}", flush=True)
+    counts = manifest["counts"]
+    print(f"regenerate: {counts} -> {out}", flush=True)
+    if counts.get("clipped"):
+        print(
+            f"regenerate: WARNING: {counts['clipped']} of {counts['rows']} prompts left their answers less room than "
+            f"corpus.regenerate.max_new_tokens={config.corpus.regenerate.max_new_tokens} in engine.max_context="
+            f"{config.engine.max_context}; {counts['clipped_cut']} answers were cut by it. Raise engine.max_context to "
+            "have them whole.",
+            flush=True,
+        )
     return manifest
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="regenerate"))
+    sys.exit(run(stage, name="regenerate", settings=("corpus.regenerate", "target"), page="corpus"))

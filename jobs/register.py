@@ -6,39 +6,48 @@ ray job submit --working-dir . -- python jobs/register.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pipeline import artifact
 from pipeline.config import PipelineConfig
 from pipeline.entry import StageRecord, run
-
-
-def registered_name(config: PipelineConfig) -> str:
-    """`tracking.model_name`, or one derived from the target and the draft's family."""
-    from pipeline.registry.promotion import model_name
-
-    if config.tracking.model_name:
-        return config.tracking.model_name
-    target = artifact.load(config.run_dir / "calibrated", "draft", verify=False).target or {}
-    return model_name(target["id"], config.draft.algorithm)
+from pipeline.errors import ArtifactError
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> str:
     from pipeline.evaluation.parity import require_parity
-    from pipeline.registry.promotion import register
+    from pipeline.registry.promotion import register, registered_name
 
     name = registered_name(config)
     print("== register", flush=True)
     with StageRecord("register", config, parent) as record:
         draft, report = config.run_dir / "calibrated", config.run_dir / "report"
-        require_parity(config.run_dir / "parity", artifact.load(draft, "draft", verify=False).digest)
-        version = register(record.recorder, record.begin(), name, draft, report)
-    print(f"== register: {name} version {version}", flush=True)
+        manifest = artifact.load(draft, "draft", verify=False)
+        require_parity(config.run_dir / "parity", manifest.digest)
+        _check_target(config, manifest)
+        version = register(record.recorder, record.begin, name, draft, report)
+        begun = record.begun
+    print(
+        f"== register: {'' if begun else 'skipped, draft and report unchanged: '}{name} version {version}", flush=True
+    )
     return version
 
 
+def _check_target(config: PipelineConfig, draft: artifact.Manifest) -> None:
+    """Raises ArtifactError where the draft would get the name of another target's."""
+    from pipeline.target import target_id
+
+    made = (draft.target or {}).get("id")
+    if not config.tracking.model_name and made != target_id(config.target):
+        raise ArtifactError(
+            f"The draft at {config.run_dir / 'calibrated'} was made for the target {made!r}, and "
+            f"target.path={config.target.path!r} is {target_id(config.target)!r}. Give the target that it was made for."
+        )
+
+
 if __name__ == "__main__":
-    sys.exit(run(stage, name="register", ray=False))
+    sys.exit(run(stage, name="register", ray=False, settings=("tracking",), page="registry"))

@@ -6,16 +6,18 @@ ray job submit --working-dir . -- python jobs/serve.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from jobs.register import registered_name
 from pipeline.artifact import digest_json, write_json
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.entry import StageRecord, recorder, run
@@ -23,7 +25,7 @@ from pipeline.entry import StageRecord, recorder, run
 
 def start(config: PipelineConfig) -> tuple[str, str]:
     """Deploys the champion; returns (base URL, version)."""
-    from pipeline.registry.promotion import champion
+    from pipeline.registry.promotion import champion, registered_name
     from pipeline.serving.app import deploy
 
     best = champion(recorder(config), registered_name(config), config.cache / "champions")
@@ -37,6 +39,23 @@ def start(config: PipelineConfig) -> tuple[str, str]:
         draft_version=best.version,
     )
     return url, best.version
+
+
+@contextlib.contextmanager
+def served(config: PipelineConfig) -> Iterator[tuple[str, str]]:
+    """The champion behind its API for the length of a block: (base URL, version)."""
+    from pipeline.serving.app import undeploy
+
+    try:
+        url, version = start(config)
+    except (KeyboardInterrupt, SystemExit):
+        # Serve goes on deploying without us. An error is another matter: what stands under that name may be another's.
+        undeploy(config.serving.app_name, timeout=0)
+        raise
+    try:
+        yield url, version
+    finally:
+        undeploy(config.serving.app_name)
 
 
 def ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
@@ -53,8 +72,7 @@ def ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
 
 def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
     """Deploys the champion, asks one question, takes it down; skipped when this champion has answered it before."""
-    from pipeline.registry.promotion import champion
-    from pipeline.serving.app import undeploy
+    from pipeline.registry.promotion import champion, registered_name
 
     print("== serve", flush=True)
     file = config.run_dir / "served.json"
@@ -66,11 +84,8 @@ def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
             print(f"== serve: skipped, this champion answered before ({file})", flush=True)
             return before
         began, run_ = time.monotonic(), record.begin()
-        url, version = start(config)
-        try:
+        with served(config) as (url, version):
             reply = ask(url, config.serving.question, config.serving.max_tokens)
-        finally:
-            undeploy(config.serving.app_name)
         content = {"key": key, "version": version, "question": config.serving.question, **reply}
         write_json(file, content)
         tau = reply["draftline"]["tau"]
@@ -84,19 +99,14 @@ def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
 
 
 def main(config: PipelineConfig) -> None:
-    from pipeline.serving.app import undeploy
-
     with StageRecord("serve", config, None) as record:
         run_ = record.begin()
-        url, version = start(config)
-        run_.tag({"version": version, "url": url})
-        print(f"serving champion version {version} at {url}/v1 (Ctrl-C ends it)", flush=True)
-        try:
+        with served(config) as (url, version):
+            run_.tag({"version": version, "url": url})
+            print(f"serving champion version {version} at {url}/v1 (Ctrl-C ends it)", flush=True)
             while True:
                 time.sleep(3600)
-        finally:
-            undeploy(config.serving.app_name)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="serve"))
+    sys.exit(run(main, name="serve", settings=("serving", "engine"), page="serving"))

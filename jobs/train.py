@@ -6,16 +6,18 @@ ray job submit --working-dir . -- python jobs/train.py experiment=demo \\
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.path and sys.path[0].endswith("jobs"):
-    del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pathlib import Path
 
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
+from pipeline.errors import ConfigError, UnknownVersion
 from pipeline.training.trainer import train
 
 
@@ -26,13 +28,16 @@ def former(config: PipelineConfig) -> Path | None:
         return None
     if Path(which).is_dir():
         return Path(which)
-    from pipeline.registry.promotion import lookup, model_name
-    from pipeline.target import load_identity
+    from pipeline.registry.promotion import lookup, registered_name
 
-    name = config.tracking.model_name or model_name(
-        load_identity(config.target, config.cache).id, config.draft.algorithm
-    )
-    return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
+    name = registered_name(config)
+    try:
+        return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
+    except UnknownVersion as e:
+        raise ConfigError(
+            f"trainer.warm_start.draft={which!r} is neither a draft's directory ({Path(which).absolute()} is none) nor "
+            f"a version or alias of the registered model: {e}"
+        ) from None
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
@@ -60,4 +65,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="train"))
+    sys.exit(run(stage, name="train", settings=("trainer", "trainer.warm_start", "draft"), page="training"))

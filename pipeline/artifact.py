@@ -33,6 +33,7 @@ from pipeline.errors import ArtifactError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _KEY = ".staging.json"
+_SOURCES = (".py", ".yaml", ".json", ".jinja")
 
 
 def sha256_file(path: Path) -> str:
@@ -65,21 +66,36 @@ def write_text(path: Path, text: str) -> None:
 
 @functools.cache
 def code_version() -> str:
-    """The package version, with the git commit (`+g<sha>[.dirty]`) when run from a checkout.
+    """Which code this is: `<version>+g<commit>[.dirty]` in a checkout, elsewhere `<version>+src.<digest>`.
 
-    `DRAFTLINE_CODE_VERSION` overrides it: a job's uploaded working directory has no `.git`, so the submitter
-    passes its own.
+    A job's uploaded working directory has no `.git`. `DRAFTLINE_CODE_VERSION` overrides both: a submitter that knows
+    its commit passes it on (`infra/local/demo.py` does).
     """
     if given := os.environ.get("DRAFTLINE_CODE_VERSION"):
         return given
     root = Path(__file__).resolve().parent.parent
     try:
         run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True, timeout=10)
-        sha = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        # A copy within somebody's repository (an environment, a scratch folder) is not that repository's commit.
+        if Path(run(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) == root:
+            sha = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+            dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+            return f"{__version__}+g{sha}" + (".dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+g{sha}" + (".dirty" if dirty else "")
+        pass
+    return f"{__version__}+src.{source_digest(root)[:12]}"
+
+
+def source_digest(root: Path) -> str:
+    """Hex SHA-256 over the source files of a draftline tree: of the same commit it is the same wherever it lies.
+
+    Args:
+        root: a checkout or a copy of one (pipeline/, kernels/, conf/, jobs/), or the directory that the package is
+            installed in, where other folders are not draftline's.
+    """
+    own = ("pipeline", "kernels", "conf", "jobs") if (root / "conf").is_dir() else ("pipeline", "draftline_kernels")
+    files = (p for folder in own for p in (root / folder).rglob("*") if p.suffix in _SOURCES and p.is_file())
+    return digest_json({p.relative_to(root).as_posix(): sha256_file(p) for p in files})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -287,7 +287,11 @@ class TrackingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """What the run needs. num_cpus: logical CPUs of a local cluster; the others describe a real one."""
+    """What the run needs. num_cpus: logical CPUs of a local cluster; the others describe a real one for a plan.
+
+    gpus, num_cpus: of all nodes together. gpu_memory_gib: of each GPU. accelerator: their name. storage_gib: what every
+    worker sees.
+    """
 
     num_cpus: int = 4
     gpus: int = 0
@@ -424,6 +428,18 @@ def from_plain(cls: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
     return config
 
 
+def zero_stage(deepspeed: Mapping[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's settings.
+
+    Raises:
+        ConfigError: none, or one that training does not run (0, which shards nothing, among them).
+    """
+    stage = (deepspeed.get("zero_optimization") or {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
+    return int(stage)
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """The plain values of a config dataclass."""
     return dataclasses.asdict(config)
@@ -513,6 +529,8 @@ def _check_values(config: Any) -> None:
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "
             "use engine.scheduler=asynchronous or early_stop, or engine.rule=coupled."
         )
+    if config.deepspeed:
+        zero_stage(config.deepspeed)
     trainer = config.trainer
     if trainer.sequences_per_step % (trainer.workers * trainer.accumulate):
         raise ConfigError(

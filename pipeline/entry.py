@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,20 +31,33 @@ def compose(overrides: list[str], conf: Path = CONF) -> PipelineConfig:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     for o in overrides:
         _check_group(o, conf)
-    # A setting that no YAML mentions still has its dataclass default to override: `++` adds or replaces.
-    forced = [f"++{o}" if "." in o.partition("=")[0] and o[0] not in "+~" else o for o in overrides]
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            composed = hydra.compose("config", overrides=forced)
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            return typed(hydra.compose("config", overrides=forced(overrides)))
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(str(e), overrides)) from None
+
+
+def forced(overrides: list[str]) -> list[str]:
+    """The overrides as Hydra takes them: a setting that no YAML mentions still has its dataclass default to override,
+    and `++` adds or replaces."""
+    return [f"++{o}" if "." in o.partition("=")[0] and o[0] not in "+~" else o for o in overrides]
+
+
+def typed(composed: Any) -> PipelineConfig:
+    """The checked configuration of what Hydra composed.
+
+    Raises:
+        ConfigError: anything unknown or ill-typed. OmegaConfBaseException: a value that is missing.
+    """
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
     return from_plain(PipelineConfig, {str(k): v for k, v in plain.items()})
@@ -55,7 +68,9 @@ def _check_group(override: str, conf: Path) -> None:
     key = key.lstrip("+~")
     groups = sorted(p.name for p in conf.iterdir() if p.is_dir())
     if "=" not in override:
-        raise ConfigError(f"{override!r} is not a setting; write name=value, for example experiment=demo.")
+        raise ConfigError(
+            f"{override!r} is not a setting; write name=value, for example experiment=demo (--help names them)."
+        )
     if key in groups:
         options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
         if value not in options:
@@ -78,16 +93,33 @@ def _explain(text: str, overrides: list[str]) -> str:
     return " ".join(text.split()) + f" (overrides: {' '.join(overrides)})"
 
 
-def run(main: Callable[[PipelineConfig], Any], name: str, argv: list[str] | None = None, ray: bool = True) -> int:
+def run(
+    main: Callable[[PipelineConfig], Any],
+    name: str,
+    argv: list[str] | None = None,
+    ray: bool = True,
+    settings: Sequence[str] = (),
+    page: str = "jobs",
+) -> int:
     """Runs a job's main with the configuration of the command line; returns the exit status.
+
+    Args:
+        ray: connect to Ray first.
+        settings: groups of settings that matter most to the job, for `--help`. page: of docs/, likewise.
 
     0: done. 2: a mistake the user can mend, said in one line. A SystemExit's own status passes. Anything else keeps
     its trace and gives 1.
     """
     # What the library prints must appear as it happens, wherever the output goes.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        from pipeline.usage import usage
+
+        print(usage(sys.modules[main.__module__].__doc__ or "", name, settings, page, CONF))
+        return 0
     try:
-        config = compose(sys.argv[1:] if argv is None else argv)
+        config = compose(argv)
         _check_places(config)
         if ray:
             connect(config)
@@ -191,6 +223,7 @@ def record(
     sources: Mapping[str, Path | str],
     parent: str | None = None,
     metrics: Callable[[Manifest], Mapping[str, float]] | None = None,
+    tags: Callable[[Manifest], Mapping[str, str]] | None = None,
     files: Iterable[str] = (),
 ) -> Manifest:
     """Runs a stage that makes one artifact: prints its header and time, or why it was skipped, and records it.
@@ -202,7 +235,7 @@ def record(
         make: the stage; calls its argument when it finds that there is work, returns the manifest of what is at `out`.
         sources: where each input of the manifest is.
         parent: MLflow run it belongs to; None takes the one of `config.name`.
-        metrics: numbers to record from the manifest. files: names in `out` to store with the run.
+        metrics, tags: numbers and words to record from the manifest. files: names in `out` to store with the run.
     """
     from pipeline.registry.recorder import ARTIFACT, identity_tags
 
@@ -214,6 +247,7 @@ def record(
         if worked or not stage.recorder.recorded(config.name, name, manifest.digest):
             run_ = stage.begin()
             run_.tag(identity_tags(manifest.target or {}) | {ARTIFACT: manifest.digest})
+            run_.tag(tags(manifest) if tags else {})
             for key, digest in manifest.inputs.items():
                 run_.log_input(key, digest, sources[key], name)
             numbers = {k: float(v) for k, v in manifest.counts.items()} | dict(metrics(manifest) if metrics else {})

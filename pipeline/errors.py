@@ -18,6 +18,10 @@ class ArtifactError(DraftlineError):
     """An artifact is missing, truncated, altered, of another kind, or made from other inputs."""
 
 
+class UnknownVersion(DraftlineError):
+    """A registered model has no version of that number or alias."""
+
+
 class ConfigError(DraftlineError):
     """A configuration key or value is unknown or ill-typed."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact
+from pipeline import __version__, artifact
 from pipeline.errors import ArtifactError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Replaces an artifact and is killed at the n-th rename of a directory.
 WRITER = """
@@ -81,3 +85,38 @@ def test_what_was_altered_or_cut_short_is_refused(tmp_path: Path) -> None:
         artifact.load(out, "thing", verify=False)
     with pytest.raises(ArtifactError, match="holds a 'thing' artifact"):
         artifact.load(out, "corpus")
+
+
+def version_of(tree: Path) -> str:
+    """What the code in a tree calls itself, as a plain `ray job submit` runs it: nobody tells it."""
+    env = {k: v for k, v in os.environ.items() if k != "DRAFTLINE_CODE_VERSION"} | {"PYTHONPATH": str(tree)}
+    program = "import pipeline.artifact as a; print(a.__file__, a.code_version())"
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=tree, capture_output=True, text=True, check=True
+    )
+    file, version = said.stdout.split()
+    assert Path(file).is_relative_to(tree)
+    return version
+
+
+def test_code_without_its_git_is_known_by_its_sources(tmp_path: Path) -> None:
+    tree = tmp_path / "repository" / "working_dir"
+    for folder in ("pipeline", "kernels", "conf", "jobs"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "*.zst"))
+    version = version_of(tree)
+    assert version == f"{__version__}+src.{artifact.source_digest(ROOT)[:12]}", "the checkout it was copied from"
+    for command in (["init"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tree.parent, check=True, capture_output=True)
+    assert version_of(tree) == version, "the commit around it is not its own"
+    with (tree / "conf" / "trainer" / "cpu.yaml").open("a") as f:
+        f.write("lr: 0.5\n")
+    assert version_of(tree) != version
+
+
+def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    for name in ("__init__.py", "artifact.py", "errors.py"):
+        shutil.copy(ROOT / "pipeline" / name, tmp_path / "pipeline")
+    for command in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    assert re.fullmatch(re.escape(__version__) + r"\+g[0-9a-f]{12}", version_of(tmp_path))

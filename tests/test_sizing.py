@@ -48,6 +48,7 @@ def test_every_full_size_experiment_fits_its_cluster(name: str, tmp_path: Path) 
     assert p.target.parameters / 1e9 == pytest.approx(BILLIONS[target], rel=2e-3)
     assert p.draft.config.algorithm == algorithm
     assert "verdict   fits" in show(p)
+    assert f"cluster   {p.config.cluster.gpus} GPUs ({p.config.cluster.accelerator}, " in show(p)
     assert ("does not decode" in " ".join(p.notes)) == name.startswith("deepseek"), (
         "only DeepSeek-V4 is not decoded here"
     )
@@ -142,6 +143,50 @@ def test_what_does_not_fit_is_said_with_a_remedy_and_a_status(
     assert "A training rank needs" in said and "trainer.accumulate" in said
     figures = json.loads((tmp_path / "qwen3_14b_dspark" / "plan.json").read_text())
     assert len(figures["obstacles"]) == 2 and figures["store_bytes"] > 4000 * GIB
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["trainer=gpu", "trainer.workers=2"],
+            "2 GPUs are needed at once (train: 2 workers of 1 GPU); cluster.gpus=0",
+        ),
+        (["target.device=cuda"], "cluster.gpus=0. Name the cluster that it is for (cluster=h100x8"),
+        (["cluster.num_cpus=1"], "2 logical CPUs are needed at once (train: 2 workers); cluster.num_cpus=1."),
+        (
+            ["features=stream", "cluster.num_cpus=2"],
+            "3 logical CPUs are needed at once (train: 2 workers, 1 extr",
+        ),
+        (["corpus.regenerate.actors=5"], "5 logical CPUs are needed at once (regenerate: 5 answering actors)"),
+        (
+            ["target.device=cuda", "cluster.gpus=1"],
+            "2 GPUs are needed at once (extract: 1 extracting actor of 1 GPU and 1 for the pipeline's own process, "
+            "which decodes); cluster.gpus=1. Use fewer trainer.workers or features.actors, or submit the stages one by "
+            "one: then 1 do.",
+        ),
+    ],
+)
+def test_processors_that_the_cluster_lacks_are_counted(
+    overrides: list[str], says: str, tmp_path: Path, cache: Path
+) -> None:
+    (obstacle,) = plan(smoke(tmp_path, cache, *overrides)).obstacles
+    assert says in obstacle
+
+
+def test_what_is_enough_is_enough_and_what_was_not_checked_is_said(tmp_path: Path, cache: Path) -> None:
+    p = plan(smoke(tmp_path, cache, "target.device=cuda", "cluster.gpus=2"))
+    assert p.obstacles == []
+    assert any("--entrypoint-num-gpus 1" in n for n in p.notes)
+    assert any("cluster.gpu_memory_gib is not given" in n for n in p.notes)
+
+
+def test_a_zero_stage_that_training_refuses_is_not_planned(tmp_path: Path, cache: Path) -> None:
+    for stage in ("0", "4", "null"):
+        with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage=.* must be 1, 2 or 3"):
+            smoke(tmp_path, cache, f"deepspeed.zero_optimization.stage={stage}")
+    with pytest.raises(ConfigError, match="must be 1, 2 or 3"):
+        show(plan(dataclasses.replace(smoke(tmp_path, cache), deepspeed={})))
 
 
 def test_a_plan_without_a_corpus_asks_what_to_expect(tmp_path: Path, cache: Path) -> None:

@@ -3,8 +3,8 @@
     with local_cluster(num_cpus=4) as cluster:
         subprocess.run(["ray", "job", "submit", ..., "--", "python", "jobs/pipeline.py"], env=cluster.client_env())
 
-It is stopped on success, failure, Ctrl-C and SIGTERM, and only it: every process that it starts inherits a mark in
-its environment, and those processes are the ones that are ended.
+It is stopped on success, failure, Ctrl-C, SIGTERM and SIGHUP (a closed terminal), and only it: every process that it
+starts inherits a mark in its environment, and those processes are the ones that are ended.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _stop(cluster: LocalCluster, head: subprocess.Popen[bytes] | None) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) within the block, so that it unwinds as Ctrl-C does."""
+    """SIGTERM and SIGHUP raise SystemExit (128 + number) within the block, so that it unwinds as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -214,20 +214,25 @@ def _terminable() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    # What was told to outlive its terminal (nohup) ignores SIGHUP, and goes on doing so.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before: dict[int, Any] = {n: signal.signal(n, end) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C must not leave half a cluster."""
+    """A second signal must not leave half a cluster."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

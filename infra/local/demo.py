@@ -54,6 +54,13 @@ def submit(cluster: LocalCluster, job: str, overrides: list[str]) -> int:
     return status
 
 
+def fixed(overrides: list[str]) -> list[str]:
+    """Of a sweep's settings those that every trial has."""
+    from jobs.sweep import parse
+
+    return parse(overrides).fixed
+
+
 def show(summary_file: Path) -> None:
     """Prints the figures of a finished pipeline, and where everything is."""
     from rich.console import Console
@@ -90,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         *args.overrides,
     ]
     try:
-        config = compose(overrides)  # a mistake in a setting must not cost the start of a cluster
+        # A mistake in a setting must not cost the start of a cluster.
+        config = compose(fixed(overrides) if args.job == "sweep" else overrides)
         print(f"Starting a local Ray cluster ({config.cluster.num_cpus} logical CPUs) ...", flush=True)
         with local_cluster(config.cluster.num_cpus, config.cluster.object_store_gib) as cluster:
             status = submit(cluster, args.job, overrides)

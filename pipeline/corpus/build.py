@@ -69,7 +69,8 @@ def build_corpus(
         Manifest of kind "corpus". counts: {train,heldout}_{rows,tokens,loss_tokens}, and of the rows left out
         quarantined, duplicates, dropped_no_loss, dropped_few_loss; truncated counts rows kept but cut to
         max_length, length_cut those whose last answer the target did not finish. info: source, sources (rows by
-        source), quarantine_reasons, vocab_size, regenerated_by.
+        source), quarantine_reasons, vocab_size, regenerated_by (the target that wrote the answers, where the source
+        tells), foreign (what of that target is not this one's, see `foreign`).
 
     Raises:
         DraftlineError: a source that cannot be read, nothing usable in it, or an empty split.
@@ -127,8 +128,20 @@ def build_corpus(
             quarantine_reasons=dict(reasons.most_common(20)),
             vocab_size=len(tokenizer),
             regenerated_by=provenance.get("target"),
+            foreign=foreign(provenance.get("target"), target),
         )
     return artifact.load(out, "corpus", verify=False)
+
+
+def foreign(written_by: Mapping[str, str] | None, target: Mapping[str, str] | None) -> list[str]:
+    """What of the target that wrote a corpus' answers is not the corpus' own target's: of `weights` and `tokenizer`
+    (chat template included). Empty where it is that target, or where either is not known.
+
+    An id is a path's last part and a revision may be a branch: weights are told apart by their digest.
+    """
+    fields = {"weights": "weight_digest", "tokenizer": "tokenizer_digest"}
+    by, ours = written_by or {}, target or {}
+    return [name for name, field in fields.items() if field in by and field in ours and by[field] != ours[field]]
 
 
 def read_table(corpus_dir: Path | str, split: Split) -> pa.Table:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from pipeline.config import EngineConfig, TargetConfig
     from pipeline.decoding import Completion, Engine, Request
 
-COLUMNS = ("row", "messages", "source", "finish_reason", "error", "prompt_tokens", "response_tokens")
+COLUMNS = ("row", "messages", "source", "finish_reason", "error", "prompt_tokens", "response_tokens", "clipped")
+_NUMBERS = ("row", "prompt_tokens", "response_tokens", "clipped")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Regenerator:
         Returns:
             The same columns in the same order, messages with the response, and finish_reason ("stop", "length";
             "other_stop": an eos token that is not the template's end of turn), error ("" where there is a response),
-            prompt_tokens and response_tokens int64[N] (end-of-turn token included). A prompt that fails keeps its
+            prompt_tokens and response_tokens int64[N] (end-of-turn token included), clipped int64[N]: 1 where the
+            engine's max_context left less room than max_new_tokens. A prompt that fails keeps its
             messages and says why in `error`; the others are answered.
 
         Raises:
@@ -112,7 +114,7 @@ class Regenerator:
         ]
         prompts: dict[int, tuple[Conversation, Request]] = {}
         for i, row in enumerate(rows):
-            row.update(finish_reason="", error="", prompt_tokens=0, response_tokens=0)
+            row.update(finish_reason="", error="", prompt_tokens=0, response_tokens=0, clipped=0)
             try:
                 prompts[i] = self._request(chat, engine, row)
             except (DraftlineError, ValueError) as e:
@@ -120,6 +122,7 @@ class Regenerator:
         completions = self._decode([request for _, request in prompts.values()])
         for (i, (prompt, request)), completion in zip(prompts.items(), completions, strict=True):
             rows[i]["prompt_tokens"] = len(request.prompt_ids)
+            rows[i]["clipped"] = int(request.max_new_tokens < self.settings.max_new_tokens)
             if isinstance(completion, str):
                 rows[i]["error"] = completion
                 continue
@@ -134,7 +137,7 @@ class Regenerator:
         return {
             name: np.array(
                 [row[name] for row in rows],
-                dtype=np.int64 if name in ("row", "prompt_tokens", "response_tokens") else object,
+                dtype=np.int64 if name in _NUMBERS else object,
             )
             for name in COLUMNS
         }
@@ -201,7 +204,8 @@ def write_conversations(path: Path | str, rows: Iterable[Mapping[str, Any]], inf
     """Writes answered rows as `.jsonl.zst`, in the order of their row numbers, with `manifest.json` beside it.
 
     The manifest is written last and names the file's SHA-256; `build_corpus` checks it. Rows with an error are left
-    out of the file and listed in the manifest.
+    out of the file and listed in the manifest; `clipped` counts answers that had less room than they were to have, and
+    `clipped_cut` those of them that took it all.
 
     Args:
         rows: as `Regenerator` returns them, in any order.
@@ -219,6 +223,7 @@ def write_conversations(path: Path | str, rows: Iterable[Mapping[str, Any]], inf
     ordered = sorted(rows, key=lambda r: int(r["row"]))
     failed = [{"row": int(r["row"]), "error": str(r["error"])} for r in ordered if r["error"]]
     answered = [r for r in ordered if not r["error"]]
+    clipped = [r for r in answered if r.get("clipped")]
     if not answered:
         why = f" ({len(failed)} failed; the first: {failed[0]['error']})" if failed else ""
         raise DraftlineError(f"No prompt was answered, so there is nothing to write to {path}{why}.")
@@ -237,6 +242,8 @@ def write_conversations(path: Path | str, rows: Iterable[Mapping[str, Any]], inf
         "counts": {
             "rows": len(answered),
             "failed": len(failed),
+            "clipped": len(clipped),
+            "clipped_cut": sum(r["finish_reason"] == "length" for r in clipped),
             "prompt_tokens": sum(int(r["prompt_tokens"]) for r in answered),
             "response_tokens": sum(int(r["response_tokens"]) for r in answered),
         },

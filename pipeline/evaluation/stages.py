@@ -38,6 +38,9 @@ from pipeline.evaluation.metrics import CONVENTIONS, rounded
 from pipeline.evaluation.report import render
 from pipeline.target import load_identity, load_target
 
+LEAST_PROMPTS = 3
+"""Temperatures fitted on the rounds of fewer texts would be theirs, not the draft's."""
+
 
 def calibrate_draft(
     draft_dir: Path,
@@ -49,7 +52,11 @@ def calibrate_draft(
     cache_dir: Path,
     begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
-    """Fits the confidences' temperatures on held-out rounds; returns a draft artifact that holds them."""
+    """Fits the confidences' temperatures on held-out rounds; returns a draft artifact that holds them.
+
+    Raises:
+        DraftlineError: fewer than `LEAST_PROMPTS` held-out prompts for it.
+    """
     inputs = _inputs(draft_dir, corpus_dir)
     plain = _settings(target, engine, benchmark)
     identity = load_identity(target, cache_dir).as_dict()
@@ -57,8 +64,14 @@ def calibrate_draft(
         return done
     begin()
     running, (draft,), (calibration, _) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
-    if not calibration:
-        raise DraftlineError("No held-out prompt is left for calibration; raise corpus.heldout_fraction.")
+    if len(calibration) < LEAST_PROMPTS:
+        raise DraftlineError(
+            f"Calibration needs {LEAST_PROMPTS} held-out prompts or more and has {len(calibration)} "
+            f"(benchmark.calibrate_prompts={benchmark.calibrate_prompts}; benchmark.prompts={benchmark.prompts} others "
+            "are timed). Raise benchmark.calibrate_prompts where it asks for fewer, else corpus.heldout_fraction; or "
+            "give more conversations, or time fewer."
+        )
+    _say_fewer("calibrate", len(calibration), "calibrate_prompts", benchmark.calibrate_prompts)
     print(f"calibrate: {len(calibration)} prompts, whole blocks verified", flush=True)
     fitted = fit(*collect_rounds(running, block_proposer(draft, engine, engine.rule), calibration, benchmark))
     draft.temperatures.copy_(torch.tensor(fitted.temperatures))
@@ -98,6 +111,7 @@ def evaluate_draft(
         return done
     begin()
     running, (draft,), (_, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
+    _say_fewer("evaluate", len(evaluation), "prompts", benchmark.prompts)
     made = proposers(ARMS, {"draft": draft}, engine)
     done_by_arm, costs = run_arms(running, ARMS, made, evaluation, benchmark, ("none", "draft"))
     arms = summarise(done_by_arm, evaluation, benchmark)
@@ -163,6 +177,7 @@ def compare_drafts(
     benchmark: BenchmarkConfig,
     out: Path,
     cache_dir: Path,
+    begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Measures two drafts of one target side by side on held-out prompts: greedy, scheduled, interleaved by prompt.
 
@@ -181,6 +196,7 @@ def compare_drafts(
     file = out / "comparison.json"
     if artifact.current(out, "comparison", config=plain, inputs=inputs, target=identity) is not None:
         return json.loads(file.read_text())
+    begin()
     running, drafts, (_, rows) = _prepare(list(dirs.values()), target, corpus_dir, engine, benchmark, cache_dir)
     arms = tuple(Arm(name, name, baseline="champion") for name in dirs)
     made = proposers(arms, dict(zip(dirs, drafts, strict=True)), engine)
@@ -236,6 +252,15 @@ def _prepare(
     picked = pick_prompts(rows, benchmark.calibrate_prompts, benchmark.prompts, benchmark.seed)
     # Arms decode the same prompts in turn: none is to find what another computed.
     return Engine(loaded, dataclasses.replace(engine, prefix_cache=False)), drafts, picked
+
+
+def _say_fewer(stage: str, have: int, setting: str, asked: int) -> None:
+    if have < asked:
+        print(
+            f"{stage}: {have} held-out prompts, not the {asked} of benchmark.{setting}: the corpus holds out no more "
+            "(corpus.heldout_fraction)",
+            flush=True,
+        )
 
 
 def _measure_calibration(

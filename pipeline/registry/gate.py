@@ -5,7 +5,8 @@
     decision.require()        # raises PromotionRefused when the verdict is "refuse"
 
 Speed is compared by intervals, never by point estimates, and with the champion only as the two drafts were measured
-side by side (pipeline/evaluation/comparison.py): speeds of two days, machines or prompt sets are no comparison.
+side by side (`compare_drafts` of pipeline/evaluation/stages.py): speeds of two days, machines or prompt sets are no
+comparison.
 """
 
 from __future__ import annotations

@@ -14,16 +14,19 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow.artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import Manifest, code_version, load
-from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.errors import ArtifactError, DraftlineError, UnknownVersion
 from pipeline.registry.gate import GateDecision, GatePolicy, decide
 from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags, tagged_identity
+
+if TYPE_CHECKING:
+    from pipeline.config import PipelineConfig
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
@@ -42,7 +45,9 @@ class DraftVersion:
 
 
 Compare = Callable[[ModelVersion, ModelVersion], dict[str, Any]]
-"""Measures (challenger, champion) side by side; returns a `comparison.json` (pipeline/evaluation/comparison.py)."""
+"""Measures (challenger, champion) side by side; returns a `comparison.json` (pipeline/evaluation/stages.py)."""
+Begin = Callable[[], StageRun]
+"""Gives the stage's run, opened at the first call: where nothing is new there is none."""
 
 
 def model_name(target_id: str, family: str) -> str:
@@ -51,14 +56,22 @@ def model_name(target_id: str, family: str) -> str:
     return f"draftline-{slug}-{family}"
 
 
-def register(recorder: Recorder, run: StageRun, name: str, draft_dir: Path | str, report_dir: Path | str) -> str:
+def registered_name(config: PipelineConfig) -> str:
+    """The registered model that every job of a configuration means; needs no run of it and no weights."""
+    from pipeline.target import target_id
+
+    return config.tracking.model_name or model_name(target_id(config.target), config.draft.algorithm)
+
+
+def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str, report_dir: Path | str) -> str:
     """Stores a draft (as an MLflow LoggedModel) with its report and makes it the challenger.
 
-    Registering the same draft with the same report again returns the version that exists.
+    The same draft with the same report is the version that exists; where that is challenger, or champion without a
+    challenger, nothing is done.
 
     Args:
-        run: the register stage's run; the report is kept under its `report/`.
-        name: registered model, see `model_name`.
+        begin: gives the register stage's run; the report is kept under its `report/`.
+        name: registered model, see `registered_name`.
     Returns:
         the version.
     Raises:
@@ -69,8 +82,12 @@ def register(recorder: Recorder, run: StageRun, name: str, draft_dir: Path | str
     _same_draft(draft, content, report_dir)
     client = recorder.client
     tags = _version_tags(draft, report, content)
-    run.tag({k: tags[k] for k in ("draft_digest", "report_digest")})
     version = _find(recorder, name, tags)
+    candidate = _by_alias(recorder, name, CHALLENGER) or _by_alias(recorder, name, CHAMPION)
+    if version is not None and candidate is not None and version == str(candidate.version):
+        return version
+    run = begin()
+    run.tag({k: tags[k] for k in ("draft_digest", "report_digest")})
     if version is None:
         run.log_artifact(report_dir, "report")
         model = client.create_logged_model(
@@ -104,20 +121,23 @@ def register(recorder: Recorder, run: StageRun, name: str, draft_dir: Path | str
     return version
 
 
-def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy, compare: Compare) -> GateDecision:
+def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, compare: Compare) -> GateDecision:
     """Lets the gate decide on the challenger; moves `champion` to it, or leaves everything as it was.
 
-    The decision goes onto the version (tags) and the run (artifact `decision.json`, metrics). Call
-    `decision.require()` afterwards to fail when it was refused.
+    Without a challenger the champion itself is held to the bounds, which may have changed. The decision goes onto the
+    version (tags) and the run (artifact `decision.json`, metrics), unless the version tells of the same one already.
+    Call `decision.require()` afterwards to fail when it was refused.
 
     Args:
+        begin: gives the promote stage's run.
         compare: measures challenger and champion side by side; called when there is a champion of the same target
             with another draft.
     Raises:
-        DraftlineError: there is no challenger. ArtifactError: a stored report or draft was altered.
+        DraftlineError: there is neither. ArtifactError: a stored report or draft was altered.
     """
     client = recorder.client
-    challenger = _by_alias(recorder, name, CHALLENGER)
+    champion, waiting = _by_alias(recorder, name, CHAMPION), _by_alias(recorder, name, CHALLENGER)
+    challenger = waiting or champion
     if challenger is None:
         raise DraftlineError(f"{name} has no challenger. Register a draft first (the register stage).")
     if back := challenger.tags.get("rolled_back_to"):
@@ -125,7 +145,6 @@ def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy, co
             f"Version {challenger.version} of {name} was champion and was rolled back (to version {back}); it is not "
             "promoted again by itself. Register another draft, or delete the version's tag rolled_back_to."
         )
-    champion = _by_alias(recorder, name, CHAMPION)
     report = stored_report(recorder, challenger)
     comparison, target = None, None
     if champion is not None and champion.tags["draft_digest"] != challenger.tags["draft_digest"]:
@@ -133,14 +152,19 @@ def promote(recorder: Recorder, run: StageRun, name: str, policy: GatePolicy, co
         if target == report.get("target"):
             comparison = compare(challenger, champion)
     decision = decide(report, policy, champion_target=target, comparison=comparison)
+    moves = decision.promoted and (champion is None or champion.version != challenger.version)
+    tags: dict[str, str] = {"verdict": decision.verdict}
+    tags |= {f"gate.{c.name}": f"{c.value} {c.bound} {'ok' if c.passed else 'FAILED'}" for c in decision.reasons}
+    settled = not moves and (waiting is None or not decision.promoted)
+    if settled and all(challenger.tags.get(k) == v for k, v in tags.items()):
+        return decision
+    run = begin()
     record = {**decision.as_dict(), "model": name, "challenger": challenger.version, "comparison": comparison}
     record["champion"] = champion.version if champion else None
     run.log_dict(record, "decision.json")
     run.log_metrics({f"gate.{c.name}": float(c.value) for c in decision.reasons if not isinstance(c.value, str)})
     run.tag({"model": name, "version": challenger.version, "verdict": decision.verdict})
-    tags = {"verdict": decision.verdict, "decision_run_id": run.run_id}
-    tags |= {f"gate.{c.name}": f"{c.value} {c.bound} {'ok' if c.passed else 'FAILED'}" for c in decision.reasons}
-    moves = decision.promoted and (champion is None or champion.version != challenger.version)
+    tags["decision_run_id"] = run.run_id
     if moves and champion is not None:
         tags["supersedes"] = str(champion.version)
     for key, value in tags.items():
@@ -193,7 +217,7 @@ def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> 
     """Resolves a version by its number or alias and brings its draft to this machine (once per digest).
 
     Raises:
-        DraftlineError: no such version. ArtifactError: the stored draft is not the one that was registered.
+        UnknownVersion: no such version. ArtifactError: the stored draft is not the one that was registered.
     """
     if not which.isdigit():
         found = _by_alias(recorder, name, which)
@@ -208,7 +232,7 @@ def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> 
         there = sorted(str(v.version) for v in recorder.client.search_model_versions(f"name = '{name}'"))
         if there:
             there += recorder.client.get_registered_model(name).aliases
-        raise DraftlineError(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
+        raise UnknownVersion(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
     return fetch(recorder, found, cache_dir)
 
 

@@ -154,6 +154,11 @@ def load_tokenizer(config: TargetConfig, cache_dir: Path) -> Any:
     return tokenizer
 
 
+def target_id(config: TargetConfig) -> str:
+    """The id by which a target goes in identities and names: as configured, or its directory's name."""
+    return Path(config.path).resolve().name if Path(config.path).is_dir() else config.path
+
+
 def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) -> TargetIdentity:
     """The identity alone, without loading weights (digests are kept in `cache_dir`, keyed by size and time)."""
     path = obtain(config, cache_dir)
@@ -164,10 +169,11 @@ def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) 
     digest = digest_json([_cached_digest(f, Path(cache_dir)) for f in weights])
     files = [sha256_file(path / f) for f in _TOKENIZER_FILES if (path / f).is_file()]
     tokens = digest_json([files, tokenizer.chat_template])
-    name = config.path if not Path(config.path).is_dir() else Path(config.path).resolve().name
     # The hub's cache names a snapshot's directory after its commit; a configured revision may be a moving branch.
     commit = path.name if path.parent.name == "snapshots" else ""
-    return TargetIdentity(name, commit or config.revision or digest[:12], digest, _config_digest(path), tokens)
+    return TargetIdentity(
+        target_id(config), commit or config.revision or digest[:12], digest, _config_digest(path), tokens
+    )
 
 
 def load_target(config: TargetConfig, cache_dir: Path) -> Target:

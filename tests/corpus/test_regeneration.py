@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,22 @@ def test_the_target_is_asked_as_it_will_be_served(tmp_path, chatml) -> None:
         assert row["prompt_tokens"] == len(request.prompt_ids)
 
 
+def test_answers_with_less_room_than_asked_for_are_counted(tmp_path, chatml) -> None:
+    long = "word " * 30
+    path = write_lines(tmp_path / "ask.jsonl", [{"prompt": p} for p in ("Hi", long + "cut", long + "short")])
+    lengths = [len(ChatFormat(chatml).prompt_ids(parse_conversation(chat(long + w, "x"), 1).messages[:1]))
+               for w in ("cut", "short")]  # fmt: skip
+
+    def say(request: Request) -> list[int]:
+        return chatml("Yes." + END if "short" in _asked(chatml, request) else "Yes, yes, yes. " * 30)["input_ids"]
+
+    rows, _ = _regenerate(path, chatml, say, max_context=max(lengths) + SETTINGS.max_new_tokens - 4)
+    assert [r["clipped"] for r in rows] == [0, 1, 1]
+    assert [r["finish_reason"] for r in rows] == ["length", "length", "stop"]
+    manifest = write_conversations(tmp_path / "own.jsonl.zst", rows, {})
+    assert (manifest["counts"]["clipped"], manifest["counts"]["clipped_cut"]) == (2, 1)
+
+
 def _rows(n: int, failed: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     return [
         {
@@ -194,7 +211,9 @@ def test_the_file_is_the_same_in_whatever_order_answers_came_and_says_what_it_is
     manifest = write_conversations(path, _rows(40, failed=(3,)), info)
     again = write_conversations(tmp_path / "b" / "own.jsonl.zst", reversed(_rows(40, failed=(3,))), info)
     assert manifest == again == json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["counts"] == {"rows": 39, "failed": 1, "prompt_tokens": 390, "response_tokens": 273}
+    assert manifest["counts"] == {
+        "rows": 39, "failed": 1, "clipped": 0, "clipped_cut": 0, "prompt_tokens": 390, "response_tokens": 273,
+    }  # fmt: skip
     assert manifest["failed"] == [{"row": 3, "error": "it broke"}]
     assert manifest["finish_reasons"] == {"stop": 39}
     assert manifest["target"] == {"id": "tiny"}
@@ -216,6 +235,24 @@ def test_a_regenerated_file_becomes_a_corpus_and_an_altered_one_does_not(tmp_pat
     path.write_bytes(other.read_bytes())
     with pytest.raises(ArtifactError, match="own.jsonl.zst was altered"):
         build_corpus(config, chatml, None, tmp_path / "corpus")
+
+
+def test_a_corpus_knows_whether_its_own_target_wrote_its_answers(tmp_path, chatml) -> None:
+    ours = {"id": "tiny", "weight_digest": "w" * 64, "tokenizer_digest": "t" * 64}
+    config = CorpusConfig(source=str(tmp_path / "own.jsonl.zst"), heldout_fraction=0.2, min_loss_tokens=2)
+    cases = [
+        (ours, []),
+        ({**ours, "id": "moved/tiny", "revision": "main"}, []),
+        ({**ours, "weight_digest": "v" * 64}, ["weights"]),
+        ({**ours, "weight_digest": "v" * 64, "tokenizer_digest": "s" * 64}, ["weights", "tokenizer"]),
+        (None, []),
+    ]
+    for by, differs in cases:
+        write_conversations(tmp_path / "own.jsonl.zst", _rows(60), {"target": by} if by else {})
+        manifest = build_corpus(config, chatml, ours, tmp_path / "corpus")
+        shutil.rmtree(tmp_path / "corpus")
+        assert manifest.info["foreign"] == differs
+        assert manifest.info["regenerated_by"] == by
 
 
 def test_no_answer_at_all_is_an_error_with_the_reason(tmp_path) -> None:

@@ -176,6 +176,22 @@ def test_nothing_to_time_is_an_error_and_leaves_no_report(evaluated: Evaluated, 
     assert not out.exists()
 
 
+def test_too_few_prompts_to_calibrate_on_are_refused_and_fewer_than_asked_are_told(
+    places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = len(read_rows(places.corpus, "heldout"))
+    for benchmark in (
+        dataclasses.replace(BENCHMARK, prompts=there - 2),
+        dataclasses.replace(BENCHMARK, calibrate_prompts=2),
+    ):
+        with pytest.raises(DraftlineError, match=r"needs 3 held-out prompts or more and has 2 .*heldout_fraction"):
+            calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, benchmark, tmp_path / "c", places.cache)
+    few = dataclasses.replace(BENCHMARK, prompts=there - 3, calibrate_prompts=9)
+    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, few, tmp_path / "c", places.cache)
+    said = capsys.readouterr().out
+    assert "calibrate: 3 held-out prompts, not the 9 of benchmark.calibrate_prompts" in said
+
+
 def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
     rows = read_rows(places.corpus, "heldout")
     calibration, evaluation = pick_prompts(rows, 4, 6, 0)

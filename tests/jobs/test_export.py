@@ -38,7 +38,9 @@ def prepare(place: Path, *, registered: bool = False, **changes: Any) -> list[st
         kept = recorder(config)
         name = promotion.model_name("tiny", "dspark")
         with kept.stage(kept.parent("smoke"), "register") as run_:
-            version = promotion.register(kept, run_, name, config.run_dir / "calibrated", config.run_dir / "report")
+            version = promotion.register(
+                kept, lambda: run_, name, config.run_dir / "calibrated", config.run_dir / "report"
+            )
         kept.client.set_registered_model_alias(name, "champion", version)
     return overrides
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.cluster import MARK, PORTS, local_cluster
+from infra.local.cluster import MARK, PORTS, _terminable, local_cluster
 from pipeline.errors import DraftlineError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,6 +29,22 @@ def marked(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def heed_signals() -> None:
+    """Tests started from a background job or under nohup ignore these, and so would what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_a_cluster_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _terminable():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_port_in_use_is_named_before_anything_starts() -> None:
@@ -55,7 +71,7 @@ def test_a_failing_block_leaves_no_process_and_no_directory() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_cluster(number: signal.Signals) -> None:
     program = (
         "import time\nfrom infra.local.cluster import local_cluster\n"
@@ -68,8 +84,7 @@ def test_a_signal_stops_the_cluster(number: signal.Signals) -> None:
         text=True,
         env=env,
         cwd=ROOT,
-        # Started from a background job, tests ignore SIGINT, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     mark, temp_dir = process.stdout.readline().split()

@@ -10,7 +10,13 @@ from typing import Any
 
 from pipeline.artifact import Manifest, create, load
 
-TARGET = {"id": "tiny", "revision": "r1", "weight_digest": "w" * 64, "tokenizer_digest": "t" * 64}
+TARGET = {
+    "id": "tiny",
+    "revision": "r1",
+    "weight_digest": "w" * 64,
+    "config_digest": "c" * 64,
+    "tokenizer_digest": "t" * 64,
+}
 
 
 @dataclasses.dataclass(frozen=True)

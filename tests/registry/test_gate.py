@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,12 @@ def test_the_gate_needs_no_mlflow():
 
     code = "import sys, pipeline.registry.gate; sys.exit(any(m in sys.modules for m in ('mlflow', 'ray', 'hydra')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_documented_tables_are_the_gates_own():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text()
+    refused = decide(
+        report(1.44, 1.38, 1.5), Policy(), champion_target=TARGET, comparison=comparison(0.947, 0.921, 0.974)
+    )
+    for decision in (decide(report(1.52, 1.47, 1.57), Policy()), refused):
+        assert decision.text() in page

@@ -19,7 +19,7 @@ def submit(recorder, folder: Path, weights: bytes, **numbers) -> str:
     draft = make_draft(folder / "draft", weights)
     make_report(folder / "report", draft, **numbers)
     with recorder.stage(recorder.parent("demo"), "register") as run:
-        return promotion.register(recorder, run, NAME, folder / "draft", folder / "report")
+        return promotion.register(recorder, lambda: run, NAME, folder / "draft", folder / "report")
 
 
 def promote(recorder, policy=None, ratio=1.0):
@@ -30,7 +30,7 @@ def promote(recorder, policy=None, ratio=1.0):
         return comparison(ratio, ratio - 0.01, ratio + 0.01, draft=challenger.tags["draft_digest"])
 
     with recorder.stage(recorder.parent("demo"), "promote") as run:
-        return promotion.promote(recorder, run, NAME, policy or Policy(), compare), run
+        return promotion.promote(recorder, lambda: run, NAME, policy or Policy(), compare), run
 
 
 def alias(recorder, which: str) -> str | None:
@@ -61,10 +61,10 @@ def test_a_registered_draft_is_a_challenger_with_its_numbers(recorder, tmp_path)
 def test_registering_the_same_again_gives_the_same_version(recorder, tmp_path):
     first = submit(recorder, tmp_path, b"one")
     with recorder.stage(recorder.parent("demo"), "register") as run:
-        assert promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report") == first
+        assert promotion.register(recorder, lambda: run, NAME, tmp_path / "draft", tmp_path / "report") == first
     make_report(tmp_path / "report", make_draft(tmp_path / "draft", b"one"), speedup=1.6)
     with recorder.stage(recorder.parent("demo"), "register") as run:
-        assert promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report") != first
+        assert promotion.register(recorder, lambda: run, NAME, tmp_path / "draft", tmp_path / "report") != first
 
 
 def test_promotion_moves_champion_and_keeps_previous_and_rollback_undoes_it(recorder, tmp_path):
@@ -123,12 +123,43 @@ def test_the_champions_own_report_must_still_pass(recorder, tmp_path):
     assert alias(recorder, "champion") == version
 
 
+def unused(*_):
+    pytest.fail("nothing was new, and a run was opened")
+
+
+def test_nothing_new_opens_no_run_until_a_bound_changes(recorder, tmp_path):
+    """What a second `make demo` does, after a first champion, after its successor and after one that was refused."""
+    for i, (ratio, verdict) in enumerate(((1.0, "promote"), (1.05, "promote"), (0.8, "refuse"))):
+        folder, ratio_is = tmp_path / str(i), comparison(ratio, ratio - 0.01, ratio + 0.01, draft="")
+        version = submit(recorder, folder, b"%d" % i)
+        assert promote(recorder, ratio=ratio)[0].verdict == verdict
+        before = recorder.client.get_registered_model(NAME).aliases
+
+        def compare(challenger, _, measured=ratio_is):
+            return measured | {"challenger": {"draft_digest": challenger.tags["draft_digest"]}}
+
+        for _ in range(2):
+            assert promotion.register(recorder, unused, NAME, folder / "draft", folder / "report") == version
+            assert promotion.promote(recorder, unused, NAME, Policy(), compare).verdict == verdict
+        assert recorder.client.get_registered_model(NAME).aliases == before
+    # The champion holds its own under other bounds only: that is told, once.
+    recorder.client.delete_registered_model_alias(NAME, "challenger")
+    decision, run = promote(recorder, Policy(min_tau=9.0))
+    assert [c.name for c in decision.failed] == ["tau"]
+    assert recorder.client.get_run(run.run_id).data.tags["verdict"] == "refuse"
+    assert not promotion.promote(recorder, unused, NAME, Policy(min_tau=9.0), unused).promoted
+    assert promote(recorder)[0].promoted
+    assert alias(recorder, "champion") == "2"
+
+
 def test_the_champions_draft_measured_again_needs_no_comparison(recorder, tmp_path):
     submit(recorder, tmp_path, b"one")
     promote(recorder)
     version = submit(recorder, tmp_path / "again", b"one", speedup=1.6)
     with recorder.stage(recorder.parent("demo"), "promote") as run:
-        decision = promotion.promote(recorder, run, NAME, Policy(), lambda *_: pytest.fail("compared with itself"))
+        decision = promotion.promote(
+            recorder, lambda: run, NAME, Policy(), lambda *_: pytest.fail("compared with itself")
+        )
     assert decision.promoted
     assert alias(recorder, "champion") == version
 
@@ -140,9 +171,9 @@ def test_a_draft_of_another_target_is_refused_unmeasured(recorder, tmp_path):
     draft = make_draft(tmp_path / "b" / "draft", b"b", target=other)
     make_report(tmp_path / "b" / "report", draft, draft_digest=draft.digest, target=other)
     with recorder.stage(recorder.parent("demo"), "register") as run:
-        promotion.register(recorder, run, NAME, tmp_path / "b" / "draft", tmp_path / "b" / "report")
+        promotion.register(recorder, lambda: run, NAME, tmp_path / "b" / "draft", tmp_path / "b" / "report")
     with recorder.stage(recorder.parent("demo"), "promote") as run:
-        decision = promotion.promote(recorder, run, NAME, Policy(), lambda *_: pytest.fail("targets differ"))
+        decision = promotion.promote(recorder, lambda: run, NAME, Policy(), lambda *_: pytest.fail("targets differ"))
     assert [c.name for c in decision.failed] == ["target.revision"]
     assert alias(recorder, "champion") == first
 
@@ -160,7 +191,7 @@ def test_a_report_of_another_draft_is_not_registered(recorder, tmp_path):
         recorder.stage(recorder.parent("demo"), "register") as run,
         pytest.raises(ArtifactError, match="draft_digest"),
     ):
-        promotion.register(recorder, run, NAME, tmp_path / "draft", tmp_path / "report")
+        promotion.register(recorder, lambda: run, NAME, tmp_path / "draft", tmp_path / "report")
     assert recorder.client.search_registered_models() == []
 
 

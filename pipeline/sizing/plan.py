@@ -10,52 +10,22 @@ taps, D hidden, V and Vd vocabularies, r Markov rank.
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from draftline_kernels.vocab_loss import rows_per_chunk
 from pipeline import artifact
-from pipeline.config import PipelineConfig, TargetConfig
+from pipeline.config import PipelineConfig, zero_stage
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import ALGORITHMS
 from pipeline.drafts.config import resolve
-from pipeline.errors import ArtifactError, ConfigError, DraftlineError
-from pipeline.target.families import ENGINE_OBSTACLES, check_family
-from pipeline.target.obtain import config_file
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.sizing import cluster
+from pipeline.sizing.target import TargetSize, size_target
 
-GIB = 2**30
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 _AHEAD = 3  # requests of a trainer for streamed features that exist at once: one in use, two on order
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetSize:
-    """A target without its weights.
-
-    Attributes:
-        parameters: all of them. active: those that a token's forward multiplies with, of the layers alone (no
-            embedding, no lm_head; of experts the share that a token is routed to).
-        attention: products of a token with each token before it, over all layers (attention counted as full).
-        tied: lm_head is the embedding.
-    """
-
-    config: Any
-    parameters: int
-    active: float
-    attention: int
-    tied: bool
-
-    @property
-    def hidden(self) -> int:
-        return int(self.config.hidden_size)
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.config.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +129,13 @@ class Plan:
 
     @property
     def stage(self) -> int:
-        return int((self.config.deepspeed.get("zero_optimization") or {}).get("stage", 0))
+        """ZeRO's, of the configuration."""
+        return zero_stage(self.config.deepspeed)
+
+    @property
+    def target_item(self) -> int:
+        """Bytes of one of the target's weights."""
+        return ITEM[self.config.target.dtype]
 
     @property
     def parameters(self) -> int:
@@ -205,59 +181,12 @@ class Plan:
     @property
     def obstacles(self) -> list[str]:
         """Why the experiment would not fit the cluster of its config; empty if it does."""
-        found, cluster = [], self.config.cluster
-        if cluster.gpu_memory_gib:
-            room = cluster.gpu_memory_gib * GIB
-            per_actor = room * self.config.features.gpus_per_actor
-            if self.extractor_bytes > per_actor:
-                found.append(
-                    f"An extracting actor needs {self.extractor_bytes / GIB:.0f} GiB; "
-                    f"{self.config.features.gpus_per_actor} GPUs have {per_actor / GIB:.0f}. Raise "
-                    "features.gpus_per_actor (with target.device=auto), or take larger GPUs."
-                )
-            if (need := self.memory(self.stage).total) > room:
-                fits = [s for s in (1, 2, 3) if self.memory(s).total <= room]
-                remedy = f"deepspeed=zero{fits[0]}" if fits else "fewer trainer.num_anchors, more trainer.accumulate"
-                found.append(
-                    f"A training rank needs {need / GIB:.0f} GiB under ZeRO-{self.stage}; a GPU has "
-                    f"{room / GIB:.0f}. Use {remedy}."
-                )
-        gpus = self.config.trainer.workers
-        if self.config.features.mode == "stream":
-            gpus += self.config.features.actors * self.config.features.gpus_per_actor
-        else:
-            gpus = max(gpus, self.config.features.actors * self.config.features.gpus_per_actor)
-        if self.config.trainer.use_gpu and cluster.gpus and gpus > cluster.gpus:
-            found.append(
-                f"{gpus} GPUs are needed at once; the cluster has {cluster.gpus}. Use fewer trainer.workers or "
-                "features.actors."
-            )
-        if self.config.features.mode == "store" and 0 < cluster.storage_gib * GIB < self.store_bytes:
-            found.append(
-                f"Stored features take {self.store_bytes / GIB:,.0f} GiB; cluster.storage_gib={cluster.storage_gib}. "
-                "Use features=stream, which keeps nothing on disk."
-            )
-        if self.config.features.mode == "stream" and self.stream_bytes > cluster.object_store_gib * GIB:
-            found.append(
-                f"Streamed features take up to {self.stream_bytes / GIB:.0f} GiB of the object store; "
-                f"cluster.object_store_gib={cluster.object_store_gib:g}. Use a smaller features.shard_rows."
-            )
-        return found
+        return cluster.obstacles(self)
 
     @property
     def notes(self) -> list[str]:
         """What is not an obstacle but must be known."""
-        whole = self.target.parameters * ITEM[self.config.target.dtype]
-        found = [
-            f"every training worker reads the target into the host's memory as it starts: {_bytes(whole)} each, of "
-            f"{self.config.trainer.workers} workers"
-        ]
-        if obstacle := ENGINE_OBSTACLES.get(self.target.config.model_type):
-            found.append(
-                f"draftline's engine does not decode {self.target.config.model_type} targets ({obstacle}): train the "
-                "draft, export it and measure it in vLLM or SGLang."
-            )
-        return found
+        return cluster.notes(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain figures, as plan.json holds them."""
@@ -286,44 +215,6 @@ class Plan:
         }
 
 
-def size_target(target: TargetConfig, file: str, cache: Path) -> TargetSize:
-    """Counts a target's parameters from its config.json, without its weights.
-
-    Args:
-        file: the config.json; "" takes the target's own (of the hub, only that file is fetched).
-    Raises:
-        DraftlineError: no such file, not a model's, or of a family that is not supported.
-    """
-    path = Path(file) if file else config_file(target, cache)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        check_family(config.model_type)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as e:
-        raise DraftlineError(f"{path} is not the config.json of a model that transformers can build: {e}") from None
-    text = config.get_text_config()
-    named = dict(model.named_parameters())
-    experts = sum(q.numel() for n, q in named.items() if ".experts." in n)
-    share = 0.0
-    if experts:
-        of = getattr(text, "num_experts", None) or text.n_routed_experts
-        share = experts * text.num_experts_per_tok / of
-    layers = sum(q.numel() for n, q in named.items() if ".layers." in n and ".experts." not in n)
-    kinds = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers  # Gemma 4's layers differ
-    widths = [
-        k.num_attention_heads * (getattr(k, "head_dim", 0) or k.hidden_size // k.num_attention_heads) for k in kinds
-    ]
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    return TargetSize(
-        text,
-        sum(q.numel() for q in named.values()),
-        layers + share,
-        2 * sum(widths),
-        tied,
-    )
-
-
 def plan(config: PipelineConfig) -> Plan:
     """Sizes an experiment. Its corpus is the run's own if it has one, else what `plan.rows` and its like assume.
 
@@ -350,66 +241,3 @@ def plan(config: PipelineConfig) -> Plan:
                 "plan.rows=1000000 plan.tokens_per_row=900."
             ) from None
     return Plan(config, target, draft, rows, *sizes, assumed)
-
-
-def show(p: Plan) -> str:
-    """The plan as text, for a terminal."""
-    c, t, config = p.draft.config, p.target, p.config
-    trainer, assumed = config.trainer, config.plan
-    active = f" ({t.active / 1e9:.1f} B active in the layers)" if t.active < 0.5 * t.parameters else ""
-    corpus = "assumed: plan.rows, plan.tokens_per_row" if p.assumed else "the run's own corpus"
-    item = config.features.compute_dtype or config.target.dtype
-    lines = [
-        f"plan: {config.name}",
-        f"target    {config.target.path}: {t.config.num_hidden_layers} layers, hidden {t.hidden}, vocabulary "
-        f"{t.vocabulary}; {t.parameters / 1e9:.2f} B parameters{active}",
-        f"draft     {c.algorithm}, {c.num_layers} layer{'s' if c.num_layers > 1 else ''}, block {c.block_size}, taps "
-        f"{c.target_layer_ids}, vocabulary {p.draft.d2t.shape[0]}; {p.parameters / 1e6:.1f} M trainable parameters",
-        f"corpus    {p.rows:,} rows x {p.tokens_per_row:.0f} tokens = {p.tokens / 1e6:,.1f} M ({corpus})",
-        f"features  {p.bytes_per_token:,} bytes a token; configured: {config.features.mode}",
-        f"            store   {_bytes(p.store_bytes)} on disk",
-        f"            stream  nothing on disk, at most {_bytes(p.stream_bytes)} in the object store",
-        f"extract   an actor holds {_bytes(p.extractor_bytes)} ({item}, {config.features.batch_tokens} tokens a "
-        f"forward), {config.features.actors} actors of {config.features.gpus_per_actor} GPU",
-        f"train     {trainer.steps:,} steps of {trainer.sequences_per_step} rows = {p.epochs:.2f} epochs on "
-        f"{trainer.workers} workers; GiB of a rank, activations estimated for rows of {config.corpus.max_length}:",
-        "            ZeRO   weights gradients optimizer    frozen activations     total",
-    ]
-    for stage in (1, 2, 3):
-        m = p.memory(stage)
-        parts = (m.weights, m.gradients, m.optimizer, m.frozen, m.activations, m.total)
-        mark = "  <- configured" if stage == p.stage else ""
-        host = f", and {_bytes(m.host)} of the host" if m.host else ""
-        lines.append(
-            f"            {stage:<4}" + "".join(f"{x / GIB:>10.2f}" for x in parts[:-2])
-            + f"{parts[-2] / GIB:>12.2f}{parts[-1] / GIB:>10.2f}{mark}{host if mark else ''}"
-        )  # fmt: skip
-    stages = (
-        ("extract", p.extract_flops, assumed.extract_utilisation),
-        ("train", p.step_flops * trainer.steps, assumed.train_utilisation),
-    )
-    for name, flops, utilisation in stages:
-        hours = p.hours(flops, utilisation)
-        text = f"time      {name:<8}{flops / 1e15:,.3g} PFLOP"
-        if hours is None:
-            text += "; no rate to turn it into hours (plan.tflops)"
-        else:
-            text += f" = {hours:,.1f} GPU-hours at {assumed.tflops:g} TFLOP/s x {utilisation:.0%} (assumed)"
-            text += f", {hours * assumed.price_per_gpu_hour:,.0f} in money" if assumed.price_per_gpu_hour else ""
-        lines.append(text)
-    lines += [f"note      {note}" for note in p.notes]
-    lines += [f"OBSTACLE  {o}" for o in p.obstacles] or ["verdict   fits the cluster of the config"]
-    return "\n".join(lines)
-
-
-def save(p: Plan, out: Path) -> None:
-    """Writes plan.json."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(out, json.loads(json.dumps(p.as_dict())))
-
-
-def _bytes(n: float) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if n >= size:
-            return f"{n / size:,.1f} {unit}"
-    return f"{n / 1024:,.1f} KiB"

@@ -1,0 +1,115 @@
+"""Every job means the same registered model by the same settings, with or without the run that made its versions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import export, promote, register, serve, train
+from pipeline.config import PipelineConfig
+from pipeline.entry import compose, run
+from pipeline.registry.promotion import registered_name
+from tests.jobs.test_export import prepare
+
+NAME = "draftline-tiny-dspark"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output root whose registry has a champion, and nothing else of the run that made it."""
+    root = tmp_path_factory.mktemp("outputs")
+    prepare(root, registered=True)
+    shutil.rmtree(root / "smoke")
+    return root
+
+
+def settings(place: Path, *more: str) -> list[str]:
+    return ["experiment=smoke", "name=another", f"output_root={place}", f"cache_dir={place}/cache", *more]
+
+
+def test_the_name_is_of_target_and_family_or_given(tmp_path: Path) -> None:
+    model = tmp_path / "My Model"
+    model.mkdir()
+    assert registered_name(compose(["experiment=qwen3_4b_dspark", "corpus=demo"])) == "draftline-qwen-qwen3-4b-dspark"
+    assert registered_name(compose([f"target.path='{model}'", "draft=eagle3"])) == "draftline-my-model-eagle3"
+    assert registered_name(compose(["tracking.model_name=ours"])) == "ours"
+
+
+def test_a_champion_is_exported_served_and_trained_on_without_its_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(export.stage, "export", settings(place, "export.served_target=org/tiny"), ray=False) == 0
+    assert (place / "another" / "export-vllm" / "README.md").is_file()
+    deployed = []
+    monkeypatch.setattr("pipeline.serving.app.deploy", lambda *_, **k: deployed.append(k["model_name"]) or "http://x")
+    assert serve.start(compose(settings(place))) == ("http://x", "1")
+    assert deployed == [NAME]
+    found = train.former(compose(settings(place, "trainer.warm_start.draft=champion")))
+    assert found is not None and (found / "manifest.json").is_file()
+
+
+def test_a_mistyped_former_draft_is_answered_with_both_readings(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = settings(place, "trainer.warm_start.draft=outputs/dem/draft")
+    assert run(train.stage, "train", overrides, ray=False) == 2
+    said = capsys.readouterr().err
+    assert f"neither a draft's directory ({Path('outputs/dem/draft').absolute()} is none)" in said
+    assert f"nor a version or alias of the registered model: {NAME} has no version" in said
+    assert "there are: 1, challenger, champion" in said
+
+
+def test_a_draft_is_not_registered_under_another_targets_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path)
+    monkeypatch.setattr("pipeline.evaluation.parity.require_parity", lambda *_: None)
+    overrides = ["experiment=smoke", "target=smollm2_135m", f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"]
+    assert run(register.stage, "register", overrides, ray=False) == 2
+    assert "was made for the target 'tiny', and target.path='smollm2-135m'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_it_deploys_takes_the_application_down(
+    place: Path, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    def deploy(*_: object, **__: object) -> str:
+        raise interrupt
+
+    taken = []
+    monkeypatch.setattr("pipeline.serving.app.deploy", deploy)
+    monkeypatch.setattr("pipeline.serving.app.undeploy", lambda name, timeout=30.0: taken.append((name, timeout)))
+    for job in (serve.stage, serve.main):
+        with pytest.raises(interrupt):
+            job(compose(settings(place)))
+    assert taken == [("draftline", 0)] * 2, "and nobody waits for requests that it never took"
+
+
+def test_an_application_that_could_not_be_deployed_leaves_what_runs_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy(*_: object, **__: object) -> str:
+        raise RuntimeError("the port is another's")
+
+    monkeypatch.setattr("pipeline.serving.app.deploy", deploy)
+    monkeypatch.setattr("pipeline.serving.app.undeploy", lambda *_, **__: pytest.fail("it was not ours"))
+    with pytest.raises(RuntimeError, match="another's"):
+        serve.main(compose(settings(place)))
+
+
+def test_a_second_register_and_promote_say_why_they_do_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, registered=True)
+    monkeypatch.setattr("pipeline.evaluation.parity.require_parity", lambda *_: None)
+    config: PipelineConfig = compose(["experiment=smoke", f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"])
+    register.stage(config)
+    assert promote.stage(config).promoted
+    capsys.readouterr()
+    assert register.stage(config) == "1"
+    assert promote.stage(config).promoted
+    said = capsys.readouterr().out
+    assert f"== register: skipped, draft and report unchanged: {NAME} version 1" in said
+    assert "== promote: skipped, the gate says what it said before (promote)" in said
