@@ -247,11 +247,15 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What is not an obstacle but must be known."""
-        whole = self.target.parameters * ITEM[self.config.target.dtype]
+        item, workers = ITEM[self.config.target.dtype], self.config.trainer.workers
+        borrowed = (1 if self.target.tied else 2) * self.target.vocabulary * self.target.hidden * item
         found = [
-            f"every training worker reads the target into the host's memory as it starts: {_bytes(whole)} each, of "
-            f"{self.config.trainer.workers} workers"
+            f"every training worker reads the target's embedding and lm_head into the host's memory as it starts: "
+            f"{_bytes(borrowed)} each, of {workers} workers"
         ]
+        if self.config.trainer.warm_start.layers == "target":
+            whole = self.target.parameters * item
+            found.append(f"one of them reads the whole target, {_bytes(whole)}, to copy its last layers")
         if obstacle := ENGINE_OBSTACLES.get(self.target.config.model_type):
             found.append(
                 f"draftline's engine does not decode {self.target.config.model_type} targets ({obstacle}): train the "

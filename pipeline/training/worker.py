@@ -7,6 +7,7 @@ exactly the steps an uninterrupted one would have taken.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -26,14 +27,14 @@ from pipeline.drafts.checkpoint import save_draft
 from pipeline.drafts.config import DraftConfig
 from pipeline.features.store import FeatureStore, check_identity
 from pipeline.features.stream import FeatureStream
-from pipeline.target import load_target
+from pipeline.target import load_borrowed, load_target
 from pipeline.training import checkpoints, feed
 from pipeline.training.average import Average
 from pipeline.training.engine import Objective, make_engine, take_step
 from pipeline.training.objectives import SurvivalWeights
 from pipeline.training.preemption import Listener
 from pipeline.training.schedule import learning_rate
-from pipeline.training.start import build_draft
+from pipeline.training.start import blank_draft, share, warm_start
 from pipeline.training.step import Row, StepMetrics, TrainStep, Weights
 
 
@@ -79,17 +80,23 @@ def train_worker(plan: dict[str, Any]) -> None:
     listener = Listener(bell, rank)
     # On the CPU wherever the target decodes: of it only the borrowed matrices go to the training device.
     where = dataclasses.replace(from_plain(TargetConfig, p.target, "target"), device="cpu")
-    target = load_target(where, Path(p.cache_dir))
+    target = load_borrowed(where, Path(p.cache_dir))
     identity = target.identity.as_dict()
     store = None
     if stream is None:
         store = FeatureStore(p.features_dir)
         check_identity(store.manifest, identity, p.features_dir)
-    former = Path(p.former_dir) if p.former_dir else None
-    made = from_plain(DraftConfig, p.draft, "draft")
-    draft = build_draft(made, config, target, Path(p.corpus_dir), store or (), former)
+    corpus = Path(p.corpus_dir)
+    draft = blank_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, corpus)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and rank == 0:
+        former = Path(p.former_dir) if p.former_dir else None
+        read = functools.partial(load_target, where, Path(p.cache_dir))
+        warm_start(draft, config, target, corpus, store or (), former, whole=read)
     device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
     draft.to(device)
+    if checkpoint is None:
+        share(draft)
     half = bool((p.deepspeed.get("bf16") or {}).get("enabled"))
     step = TrainStep(
         draft,
@@ -113,7 +120,6 @@ def train_worker(plan: dict[str, Any]) -> None:
     if config.position_weights == "survival":
         survival = SurvivalWeights(draft.config.tokens_per_block, config.survival_floor, config.survival_memory)
     first = 0
-    checkpoint = ray.train.get_checkpoint()
     with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as past:
         engine, optimizer = make_engine(objective, p.deepspeed, config, world, past is not None and past.universal)
         average = None
@@ -254,7 +260,7 @@ def _batches(
             stream.rows, stream.ask, stream.get, config, rank, world, first, request_rows=features.shard_rows
         )
     assert store is not None
-    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first))
+    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first, expect=store.expect))
 
 
 def stopped_file(history: Path) -> Path:
