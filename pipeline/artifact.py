@@ -10,6 +10,9 @@ final name and renamed whole, so a reader sees all of it or nothing; readers che
 
 An interrupted stage keeps its staging directory when it asks for `resumable=True`; the next `create` with the
 same inputs and config continues in it, and one with others starts empty.
+
+A writer holds a lock on `.<name>.writer` beside the artifact, which the system takes from a process that dies. A second
+writer is refused while the first one works, whatever it wants to write.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +40,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _KEY = ".staging.json"
 _SOURCES = (".py", ".yaml", ".json", ".jinja")
+_LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that knows no locks
 
 
 def sha256_file(path: Path) -> str:
@@ -163,11 +170,25 @@ def create(
     Args:
         final: directory that will hold the artifact; an older artifact there is replaced whole.
         resumable: keep what was staged if the block fails, and find it again next time.
+    Raises:
+        ArtifactError: somebody else is writing it; what is there and what is staged stays as it is.
     """
     final = Path(final).absolute()
-    key = digest_json({"kind": kind, "config": config, "inputs": inputs or {}, "target": target})
+    with _writing(final):
+        yield from _create(final, kind, config, inputs or {}, target, resumable)
+
+
+def _create(
+    final: Path,
+    kind: str,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    target: dict[str, str] | None,
+    resumable: bool,
+) -> Iterator[Staging]:
+    key = digest_json({"kind": kind, "config": config, "inputs": inputs, "target": target})
     _settle(final)
-    aside = final.with_name(f".{final.name}.staging")
+    aside, _ = _beside(final)
     if aside.exists() and (not resumable or _staged_key(aside) != key):
         shutil.rmtree(aside)
     aside.mkdir(parents=True, exist_ok=True)
@@ -189,7 +210,7 @@ def create(
         files=files,
         counts=staging.counts,
         config=config,
-        inputs=inputs or {},
+        inputs=inputs,
         target=staging.target,
         info=staging.info,
         code_version=code_version(),
@@ -235,12 +256,29 @@ def load(path: Path | str, kind: str, *, verify: bool = True) -> Manifest:
                 f"{part} is truncated or altered: {part.stat().st_size} bytes, the manifest says {entry['bytes']}. "
                 "Make the artifact again."
             )
-        if verify and sha256_file(part) != entry["sha256"]:
-            raise ArtifactError(
-                f"{part} was altered: its SHA-256 is not the manifest's {entry['sha256'][:12]}... "
-                "Make the artifact again."
-            )
+        if verify:
+            _check_digest(part, entry)
     return manifest
+
+
+def load_file(path: Path | str, kind: str, name: str) -> Path:
+    """One file of an artifact, hashed; of the others only sizes are checked, as `load(verify=False)` does.
+
+    Raises:
+        ArtifactError: as `load`, or there is no such file in it.
+    """
+    manifest = load(path, kind, verify=False)
+    if name not in manifest.files:
+        raise ArtifactError(f"The {kind} artifact at {path} has no {name}. Make the artifact again.")
+    _check_digest(Path(path) / name, manifest.files[name])
+    return Path(path) / name
+
+
+def _check_digest(part: Path, entry: dict[str, Any]) -> None:
+    if sha256_file(part) != entry["sha256"]:
+        raise ArtifactError(
+            f"{part} was altered: its SHA-256 is not the manifest's {entry['sha256'][:12]}... Make the artifact again."
+        )
 
 
 def current(
@@ -250,7 +288,11 @@ def current(
 
     A stage whose output is current is skipped (design.md, rule 4). A damaged artifact is not current.
     """
-    _settle(Path(path).absolute())
+    final = Path(path).absolute()
+    if any(p.exists() for p in _beside(final)):
+        # A writer that works settles by itself, and what it has not finished is not current.
+        with contextlib.suppress(ArtifactError), _writing(final):
+            _settle(final)
     try:
         manifest = load(path, kind, verify=False)
     except ArtifactError:
@@ -259,9 +301,46 @@ def current(
     return manifest if same and target in (None, manifest.target) else None
 
 
+def _beside(final: Path) -> tuple[Path, Path]:
+    """Where an artifact is staged, and where the one before waits while it is replaced."""
+    return final.with_name(f".{final.name}.staging"), final.with_name(f".{final.name}.old")
+
+
+@contextlib.contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """Holds the right to write an artifact; raises ArtifactError while somebody else does."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    file = final.with_name(f".{final.name}.writer")
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(file.open("a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ArtifactError(
+                    f"{final} is being written by another process{lock.read()}. Wait until it has ended, or stop it, "
+                    "and start this again."
+                ) from None
+            except OSError as e:
+                if e.errno not in _LOCKLESS:
+                    raise
+            # The writer before took the file away as it ended: a lock on that one would keep nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                    break
+        lock.truncate(0)
+        lock.write(f" ({os.getpid()} on {socket.gethostname()})")
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def _replace(aside: Path, final: Path) -> None:
     """Puts a whole artifact under its final name; what was there goes away only then."""
-    old = final.with_name(f".{final.name}.old")
+    _, old = _beside(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -272,9 +351,9 @@ def _replace(aside: Path, final: Path) -> None:
 def _settle(final: Path) -> None:
     """Ends what a killed writer had begun: a whole artifact that was not renamed yet is, else the old one comes back.
 
-    For writers only: a reader that did this could meet a writer between its two renames.
+    For writers only, under the lock: who did this without could meet a writer between its two renames.
     """
-    aside, old = final.with_name(f".{final.name}.staging"), final.with_name(f".{final.name}.old")
+    aside, old = _beside(final)
     if (aside / MANIFEST).is_file() and not (aside / _KEY).exists():
         _replace(aside, final)
     elif old.exists() and not final.exists():

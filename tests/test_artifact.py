@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,18 @@ def counted(self, to):
 Path.rename = counted
 with artifact.create(out, "thing", config={"n": 2}) as staging:
     (staging.path / "data").write_text("new")
+"""
+
+# Stages half of an artifact, says so, and waits to be killed or told to go on.
+SLOW_WRITER = """
+import sys
+from pathlib import Path
+from pipeline import artifact
+with artifact.create(sys.argv[1], "thing", config={"n": 2}, resumable=True) as staging:
+    (staging.path / "data").write_text("half")
+    print("staged", flush=True)
+    sys.stdin.readline()
+    (staging.path / "data").write_text("whole")
 """
 
 
@@ -72,6 +86,56 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path: Path) -> None:
         (staging.path / "data").write_text("half")
         raise OSError("disk full")
     assert current(out, 1) and [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def slow_writer(out: Path) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(out)], text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "staged\n"
+    return process
+
+
+def test_a_second_writer_is_refused_and_the_first_loses_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "thing"
+    write(out, 1, "old")
+    first = slow_writer(out)
+    for n in (2, 3):  # the same artifact, and another
+        with pytest.raises(ArtifactError, match=rf"thing is being written by another process \({first.pid} on .*Wait"):
+            write(out, n, "mine")
+    assert current(out, 1) and not current(out, 2) and (out / "data").read_text() == "old"
+    first.communicate("\n")
+    assert first.returncode == 0
+    assert current(out, 2) and (out / "data").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+    write(out, 3, "new")
+    assert current(out, 3)
+
+
+def test_a_killed_writer_locks_nobody_out_and_what_it_staged_is_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "thing"
+    first = slow_writer(out)
+    first.kill()
+    first.wait()
+    with artifact.create(out, "thing", config={"n": 2}, resumable=True) as staging:
+        assert (staging.path / "data").read_text() == "half"
+    assert current(out, 2) and [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_writer_that_waited_on_a_file_taken_away_locks_the_one_that_counts(tmp_path: Path, monkeypatch) -> None:
+    """The first writer unlinks its lock between this one's opening and locking it."""
+    out, flock, taken = tmp_path / "thing", fcntl.flock, []
+
+    def late(lock: Any, how: int) -> None:
+        if not taken:
+            taken.append(tmp_path / ".thing.writer")
+            taken[0].unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr("pipeline.artifact.fcntl.flock", late)
+    with artifact.create(out, "thing", config={"n": 1}):
+        assert taken[0].exists()
+        with pytest.raises(ArtifactError, match="being written"):
+            write(out, 2, "mine")
 
 
 def test_what_was_altered_or_cut_short_is_refused(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ prompt keeps its side when the corpus grows.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -150,10 +152,8 @@ def read_table(corpus_dir: Path | str, split: Split) -> pa.Table:
     Raises:
         ArtifactError: no corpus there, or a file of it is missing, truncated or altered.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, not one of {SPLITS}")
     artifact.load(corpus_dir, "corpus")
-    return pq.read_table(Path(corpus_dir) / f"rows-{split}.parquet", schema=SCHEMA)
+    return pq.read_table(Path(corpus_dir) / _rows_file(split), schema=SCHEMA)
 
 
 def read_rows(corpus_dir: Path | str, split: Split) -> list[TokenRow]:
@@ -163,16 +163,63 @@ def read_rows(corpus_dir: Path | str, split: Split) -> list[TokenRow]:
         ArtifactError: as `read_table`.
     """
     return [
-        TokenRow(
-            sample_id=row["sample_id"],
-            input_ids=np.asarray(row["input_ids"], dtype=np.int32),
-            loss_mask=np.asarray(row["loss_mask"], dtype=bool),
-            source=row["source"],
-            prompt_length=row["prompt_length"],
-        )
-        for batch in read_table(corpus_dir, split).to_batches(_ROW_GROUP)
-        for row in batch.to_pylist()
+        _token_row(row) for batch in read_table(corpus_dir, split).to_batches(_ROW_GROUP) for row in batch.to_pylist()
     ]
+
+
+class RowReader:
+    """The rows of one split by number, read when they are asked for: memory and time follow what is asked, not the
+    corpus.
+
+    Sizes are checked here. Digests are not, which would read everything: whoever gives a corpus to many readers
+    verifies it once (`artifact.load`).
+
+    Raises:
+        ArtifactError: no corpus there, or a file of it is missing or truncated.
+    """
+
+    def __init__(self, corpus_dir: Path | str, split: Split) -> None:
+        artifact.load(corpus_dir, "corpus", verify=False)
+        self._file = pq.ParquetFile(Path(corpus_dir) / _rows_file(split), memory_map=True)
+        groups = range(self._file.metadata.num_row_groups)
+        self._ends = list(itertools.accumulate(self._file.metadata.row_group(g).num_rows for g in groups))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def rows(self, numbers: Sequence[int]) -> list[TokenRow]:
+        """Rows by number, in the order asked for; a number may be asked for twice.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if outside := [n for n in numbers if not 0 <= n < len(self)]:
+            raise IndexError(f"row {outside[0]} of a corpus split with {len(self)} rows")
+        by_group: dict[int, list[int]] = {}
+        for n in numbers:
+            by_group.setdefault(bisect.bisect_right(self._ends, n), []).append(n)
+        found: dict[int, TokenRow] = {}
+        for group, wanted in by_group.items():
+            start = self._ends[group - 1] if group else 0
+            table = self._file.read_row_group(group).take([n - start for n in wanted])
+            found |= dict(zip(wanted, map(_token_row, table.to_pylist()), strict=True))
+        return [found[n] for n in numbers]
+
+
+def _rows_file(split: Split) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, not one of {SPLITS}")
+    return f"rows-{split}.parquet"
+
+
+def _token_row(row: dict[str, Any]) -> TokenRow:
+    return TokenRow(
+        sample_id=row["sample_id"],
+        input_ids=np.asarray(row["input_ids"], dtype=np.int32),
+        loss_mask=np.asarray(row["loss_mask"], dtype=bool),
+        source=row["source"],
+        prompt_length=row["prompt_length"],
+    )
 
 
 def read_heldout_prompts(corpus_dir: Path | str) -> dict[str, list[Message]]:
@@ -190,11 +237,12 @@ def read_heldout_prompts(corpus_dir: Path | str) -> dict[str, list[Message]]:
 def read_token_counts(corpus_dir: Path | str) -> np.ndarray:
     """int64[V], V the tokenizer's length: how often each token is spoken by the assistant in the train rows.
 
+    Of the corpus only this file is hashed: every training worker asks for it, at every start.
+
     Raises:
-        ArtifactError: as `read_table`.
+        ArtifactError: no corpus there, a file of it is missing or truncated, or this one altered.
     """
-    artifact.load(corpus_dir, "corpus")
-    return np.load(Path(corpus_dir) / "token_counts.npy")
+    return np.load(artifact.load_file(corpus_dir, "corpus", "token_counts.npy"))
 
 
 def split_of(conversation: Conversation, heldout_fraction: float, seed: int = 0) -> Split:

@@ -13,6 +13,21 @@ from pipeline.target.families import Family
 _W2 = "markov_head.markov_w2.weight"
 
 
+def check_copies(draft: DSparkDraft | Eagle3Draft, family: Family) -> None:
+    """Raises ConfigError for a family whose layers compute something else than a draft's, or a draft of more layers;
+    asks for none of the target's weights."""
+    if family.layer_obstacle is not None:
+        raise ConfigError(
+            f"trainer.warm_start.layers=target can't copy layers of a {family.name} target: {family.layer_obstacle}. "
+            "Use trainer.warm_start.layers=none or features."
+        )
+    if draft.config.num_layers > (last := len(family.layers)):
+        raise ConfigError(
+            f"draft.num_layers={draft.config.num_layers}, but the target has {last} layers to start them from. Use "
+            f"{last} or fewer, or trainer.warm_start.layers=none."
+        )
+
+
 @torch.no_grad()
 def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None:
     """Copies the target's last layers and final norm into the draft, and lets the context pass the last tap.
@@ -23,19 +38,10 @@ def layers_from_target(draft: DSparkDraft | Eagle3Draft, family: Family) -> None
     Eagle3's layer takes them for the half of its input that g is; what it makes of the embedding is left to training.
 
     Raises:
-        ConfigError: a family whose layers compute something else than a draft's, or a draft of more layers.
+        ConfigError: as `check_copies`.
     """
-    if family.layer_obstacle is not None:
-        raise ConfigError(
-            f"trainer.warm_start.layers=target can't copy layers of a {family.name} target: {family.layer_obstacle}. "
-            "Use trainer.warm_start.layers=none or features."
-        )
+    check_copies(draft, family)
     last, size = len(family.layers), draft.config.hidden_size
-    if draft.config.num_layers > last:
-        raise ConfigError(
-            f"draft.num_layers={draft.config.num_layers}, but the target has {last} layers to start them from. Use "
-            f"{last} or fewer, or trainer.warm_start.layers=none."
-        )
     for i, layer in enumerate(draft.layers):
         source = dict(family.layers[last - draft.config.num_layers + i].named_parameters())
         for name, weight in layer.named_parameters():

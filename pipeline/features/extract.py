@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
-from pipeline.corpus.build import Split, read_rows
+from pipeline.corpus.build import RowReader, Split
 from pipeline.drafts.config import default_layer_ids
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
@@ -40,7 +40,7 @@ class Extractor:
         self.config = config
         self.target_config = dataclasses.replace(target, dtype=config.compute_dtype or target.dtype)
         self.out, self.cache = Path(out), Path(cache)
-        self.rows = read_rows(corpus, split)
+        self.rows = RowReader(corpus, split)
         self.target: Any = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ class Extractor:
         index = int(batch["shard"][0])
         began = time.perf_counter()
         size = self.config.shard_rows
-        rows = self.rows[index * size : (index + 1) * size]
+        rows = self.rows.rows(range(index * size, min((index + 1) * size, len(self.rows))))
         made = feature_rows(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
         good = [r for r in made if r is not None]
         bad = [r.sample_id for r, m in zip(rows, made, strict=True) if m is None]

@@ -17,7 +17,8 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline import artifact
 from pipeline.errors import ArtifactError
 
 _SAMPLE_IDS = "sample_ids"
+_THREADS = 2  # that verify ahead: hashing leaves the interpreter to the training step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ def write_shard(path: Path, rows: Sequence[FeatureRow], tap_width: int, hidden_s
 class FeatureStore:
     """Random access to the rows of a features artifact, memory-mapped.
 
-    Sizes are checked here, and each shard's SHA-256 when its first row is read.
+    Sizes are checked here, and each shard's SHA-256 once, before its first row is given: when that is read, or before
+    it in the background, where it was said to be `expect`ed.
 
     Attributes:
         path: the artifact's directory.
@@ -100,7 +103,8 @@ class FeatureStore:
         self._names = [str(s["name"]) for s in self.manifest.info["shards"]]
         self._ends = list(itertools.accumulate(int(s["rows"]) for s in self.manifest.info["shards"]))
         self.rows = self._ends[-1] if self._ends else 0
-        self._open: dict[int, _Shard] = {}
+        self._open: dict[int, Future[_Shard]] = {}
+        self._threads: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return self.rows
@@ -120,14 +124,29 @@ class FeatureStore:
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of a feature store with {self.rows} rows")
         number = bisect.bisect_right(self._ends, index)
-        shard = self._open.get(number)
-        if shard is None:
-            shard = self._open[number] = self._verified(number)
-        return shard.row(index - (self._ends[number - 1] if number else 0))
+        if number not in self._open:
+            shard = self._verified(number)
+            self._open[number] = Future()
+            self._open[number].set_result(shard)
+        return self._open[number].result().row(index - (self._ends[number - 1] if number else 0))
+
+    def expect(self, indices: Iterable[int]) -> bool:
+        """Has the shards of rows that will be read verified in the background, in this order; a row whose shard's turn
+        has not come waits for it, and a damaged shard is said where its first row is read.
+
+        Returns:
+            Whether there are shards with rows that nobody has asked for yet.
+        """
+        for index in indices:
+            number = bisect.bisect_right(self._ends, index)
+            if number not in self._open:
+                self._threads = self._threads or ThreadPoolExecutor(_THREADS, "draftline-verify")
+                self._open[number] = self._threads.submit(self._verified, number)
+        return len(self._open) < len({end for end in self._ends if end})
 
     def __getstate__(self) -> dict[str, Any]:
         # Mappings don't travel between processes; the reader there opens (and verifies) its own.
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_threads": None}
 
     def _verified(self, number: int) -> _Shard:
         file = self.path / self._names[number]

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline import artifact
 from pipeline.config import FeaturesConfig, TargetConfig
-from pipeline.corpus.build import Split, read_rows
+from pipeline.corpus.build import RowReader, Split
 from pipeline.features.extract import check, num_gpus, with_layers
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
@@ -33,7 +34,7 @@ class StreamExtractor:
     def __init__(self, config: FeaturesConfig, target: TargetConfig, corpus: str, split: Split, cache: str) -> None:
         self.config = config
         self.target_config = dataclasses.replace(target, dtype=config.compute_dtype or target.dtype)
-        self.rows = read_rows(corpus, split)
+        self.rows = RowReader(corpus, split)
         self.cache = Path(cache)
         self.target: Any = None
 
@@ -42,7 +43,7 @@ class StreamExtractor:
         torch.set_num_threads(self.config.threads)
         if self.target is None:
             self.target = load_target(self.target_config, self.cache)
-        rows = [self.rows[i] for i in indices]
+        rows = self.rows.rows(indices)
         made = feature_rows(self.target, rows, self.config.target_layer_ids, self.config.batch_tokens)
         return [r if r is None else _columns(r) for r in made]
 
@@ -92,6 +93,7 @@ def feature_stream(
 
     config = with_layers(config, target, cache_dir)
     count, _ = check(config, target, corpus_dir, cache_dir, split)
+    artifact.load(corpus_dir, "corpus")  # hashed here, once; the actors only read what they are asked for
     gpus = num_gpus(target, config.gpus_per_actor) or 0
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=3)(StreamExtractor)
     places = (str(Path(corpus_dir).absolute()), split, str(Path(cache_dir).absolute()))

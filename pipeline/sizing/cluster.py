@@ -63,11 +63,14 @@ def obstacles(plan: Plan) -> list[str]:
 def notes(plan: Plan) -> list[str]:
     """What is not an obstacle but must be known."""
     config = plan.config
-    whole = plan.target.parameters * plan.target_item
+    borrowed = (1 if plan.target.tied else 2) * plan.target.vocabulary * plan.target.hidden * plan.target_item
     found = [
-        f"every training worker reads the target into the host's memory as it starts: {bytes_text(whole)} each, of "
-        f"{config.trainer.workers} workers"
+        f"every training worker reads the target's embedding and lm_head into the host's memory as it starts: "
+        f"{bytes_text(borrowed)} each, of {config.trainer.workers} workers"
     ]
+    if config.trainer.warm_start.layers == "target":
+        whole = plan.target.parameters * plan.target_item
+        found.append(f"one of them reads the whole target, {bytes_text(whole)}, to copy its last layers")
     if _driver_gpus(config, _decodes(plan)):
         found.append(
             "calibrate, parity, evaluate and promote decode in the job's own process: submit the pipeline, or them, "

@@ -1,7 +1,15 @@
 """The frozen target: obtaining it, its identity, its family, its taps."""
 
 from pipeline.target.families import Family, check_family, family_of
-from pipeline.target.loading import Target, TargetIdentity, load_identity, load_target, load_tokenizer, target_id
+from pipeline.target.loading import (
+    Target,
+    TargetIdentity,
+    load_borrowed,
+    load_identity,
+    load_target,
+    load_tokenizer,
+    target_id,
+)
 from pipeline.target.obtain import obtain
 from pipeline.target.taps import TapCapture, features_of, validate_layer_ids
 
@@ -13,6 +21,7 @@ __all__ = [
     "check_family",
     "family_of",
     "features_of",
+    "load_borrowed",
     "load_identity",
     "load_target",
     "load_tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from torch import nn
 
 from pipeline.artifact import digest_json, sha256_file, write_json
 from pipeline.errors import ConfigError, DraftlineError
@@ -198,6 +201,87 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
     target = Target(model, tokenizer, load_identity(config, cache_dir, tokenizer))
     _ = target.family
     return target
+
+
+def load_borrowed(config: TargetConfig, cache_dir: Path) -> Target:
+    """The target with no more of its weights than a draft borrows: embedding, final norm and lm_head, on CPU.
+
+    Its other parameters are on the meta device: they have shapes, but no memory, and nothing of them is read. A
+    checkpoint that keeps these three in a form of its own is loaded whole.
+
+    Raises:
+        DraftlineError: as `load_target`.
+    """
+    path = obtain(config, cache_dir)
+    tokenizer = load_tokenizer(config, cache_dir)
+    try:
+        known = transformers.AutoConfig.from_pretrained(path)
+        check_family(known.model_type)
+        model = _without_layers(path, known, getattr(torch, config.dtype))
+    except (OSError, ValueError) as e:
+        raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
+    if model is None:
+        return load_target(dataclasses.replace(config, device="cpu"), cache_dir)
+    return Target(model, tokenizer, load_identity(config, cache_dir, tokenizer))
+
+
+def _without_layers(path: Path, known: Any, dtype: torch.dtype) -> Any | None:
+    """The model with embedding, final norm and lm_head alone; None where the files have no plain tensors of them."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):  # Gemma's scale of the embedding is a buffer
+        model = transformers.AutoModelForCausalLM.from_config(known, dtype=dtype)
+    family = family_of(model)
+    names = {module: name for name, module in model.named_modules()}
+    embed, norm, head = (f"{names[m]}.weight" for m in (family.embed_tokens, family.final_norm, family.lm_head))
+    tied = head in model.all_tied_weights_keys
+    given = _tensors(path, model, {embed, norm, head})
+    for one, other in ((embed, head), (head, embed)):
+        if tied and one not in given and other in given:
+            given[one] = given[other]
+    if tied and given.keys() >= {embed, head} and torch.equal(given[embed], given[head]):
+        given[head] = given[embed]
+    for name in (embed, norm, head):
+        tensor, there = given.get(name), model.get_parameter(name)
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.shape != there.shape:
+            return None
+    exact = model._keep_in_fp32_modules_strict or ()
+    for name in (embed, norm, head):
+        place, kind = name.removesuffix(".weight"), name.split(".")[-2]
+        weight = given[name].to(torch.float32 if kind in exact else dtype)
+        model.get_submodule(place).weight = nn.Parameter(weight, requires_grad=False)
+    if given[head] is given[embed]:
+        family.lm_head.weight = family.embed_tokens.weight
+    with contextlib.suppress(OSError):  # without the file, what the model's config says
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
+
+
+def _tensors(path: Path, model: Any, wanted: set[str]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors that become the `wanted` parameters of its model as they are; others are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    index = path / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    parameters = model.state_dict()
+    out: dict[str, torch.Tensor] = {}
+    for file in files:
+        if not (path / file).is_file():
+            return {}
+        with safe_open(path / file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (no mapping)
+                name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+                if name not in parameters and key in parameters:
+                    name, converted = key, None
+                if name in wanted and converted is None:
+                    out[name] = opened.get_tensor(key)
+    return out
 
 
 def _cached_digest(file: Path, cache_dir: Path) -> str:

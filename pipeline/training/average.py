@@ -32,7 +32,7 @@ class Average:
     def update(self) -> None:
         """Takes the weights in; every rank calls it."""
         for i, (name, parameter) in enumerate(self._named):
-            weight = _full(parameter) if self._gather else parameter.detach()
+            weight = whole(parameter, self._gather)
             if i % self._world != self._rank:
                 continue
             if name in self._own:
@@ -61,7 +61,11 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-def _full(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: nn.Parameter, gather: bool) -> Tensor:
+    """A parameter's fp32 weight; collective if it must be gathered (as `Average` says)."""
+    if not gather:
+        return parameter.detach()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return safe_get_full_fp32_param(parameter)
+    weight: Tensor = safe_get_full_fp32_param(parameter)
+    return weight

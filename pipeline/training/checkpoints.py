@@ -2,7 +2,7 @@
 
     step_000100/   deepspeed/                          every rank's shard of fp32 weights and optimizer moments
                    average-rank-0.safetensors, ...     the running average, if there is one
-                   meta.json                           {"step", "world", "zero_stage", "survival"}
+                   meta.json                           {"step", "world", "zero_stage", "survival", "counts"}
 
 Ray Train merges what the ranks wrote and keeps a checkpoint only when all of it has arrived. The same number of ranks
 reads its own shards back, bit for bit; another number reads them through DeepSpeed's universal format, made on the way.
@@ -33,11 +33,26 @@ _META = "meta.json"
 
 
 def save(
-    engine: Any, average: Average | None, *, step: int, rank: int, world: int, stage: int, survival: list[float]
+    engine: Any,
+    average: Average | None,
+    *,
+    run: str,
+    step: int,
+    rank: int,
+    world: int,
+    stage: int,
+    survival: list[float],
+    counts: dict[str, float],
 ) -> str:
     """Writes this rank's part of a checkpoint into a new folder of this machine, for `ray.train.report`; every rank
-    calls it. survival: the state of learned position weights, the same on all ranks (empty: fixed ones)."""
-    folder = Path(tempfile.mkdtemp(prefix="draft-checkpoint-"))
+    calls it.
+
+    Args:
+        run: names the run in the machine's temporary folder (see `clear`).
+        survival: the state of learned position weights, the same on all ranks (empty: fixed ones).
+        counts: what was counted since the run began, over all ranks.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"draftline-{run}-checkpoint-"))
     engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": step})
     # DeepSpeed puts its own tools beside its files; one copy per checkpoint is of no use to anybody.
     for tool in ("zero_to_fp32.py", "zero_to_torch.py"):
@@ -45,12 +60,20 @@ def save(
     if average is not None:
         average.save(folder)
     if rank == 0:
-        write_json(folder / _META, {"step": step, "world": world, "zero_stage": stage, "survival": survival})
+        meta = {"step": step, "world": world, "zero_stage": stage, "survival": survival, "counts": counts}
+        write_json(folder / _META, meta)
     return str(folder)
 
 
+def clear(run: str) -> None:
+    """Removes what workers of this run that were killed left in the machine's temporary folder. One rank of a machine
+    calls it, before any of them saves or opens a checkpoint."""
+    for stale in Path(tempfile.gettempdir()).glob(f"draftline-{run}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def opened(checkpoint: Any, *, world: int, local_rank: int) -> Iterator[Resume | None]:
+def opened(checkpoint: Any, *, run: str, world: int, local_rank: int) -> Iterator[Resume | None]:
     """The checkpoint that a run goes on from, ready to be loaded by `world` ranks; None for a new run.
 
     Where the checkpoint's number of ranks is another, one rank of each machine converts it, in the machine's temporary
@@ -67,9 +90,9 @@ def opened(checkpoint: Any, *, world: int, local_rank: int) -> Iterator[Resume |
         if meta["world"] == world:
             yield Resume(folder, folder, TAG, meta)
             return
-        # The same name for all ranks of a machine; the checkpoint's own place makes it this run's.
+        # The same name for all ranks of a machine.
         key = digest_json([str(checkpoint.path), world])[:16]
-        converted = Path(tempfile.gettempdir()) / f"draftline-universal-{key}"
+        converted = Path(tempfile.gettempdir()) / f"draftline-{run}-universal-{key}"
         if local_rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
             convert(folder / TAG, converted / _UNIVERSAL)
@@ -87,7 +110,7 @@ class Resume:
 
     Attributes:
         universal: whether the engine must be made with `checkpoint.load_universal`.
-        step: steps done. world: ranks that wrote it. survival: as `save` was given it.
+        step: steps done. world: ranks that wrote it. survival, counts: as `save` was given them.
     """
 
     def __init__(self, folder: Path, shards: Path, tag: str, meta: dict[str, Any]) -> None:
@@ -95,6 +118,7 @@ class Resume:
         self.universal = tag == _UNIVERSAL
         self.step, self.world = int(meta["step"]), int(meta["world"])
         self.survival: list[float] = meta["survival"]
+        self.counts: dict[str, float] = meta.get("counts", {})
 
     def load(self, engine: Any, average: Average | None) -> None:
         """Puts weights, moments and average back; every rank calls it.

@@ -13,10 +13,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import TrainerConfig
+from pipeline.errors import ConfigError, nearest
 from pipeline.training.step import Row, StepMetrics, TrainStep
+
+# DeepSpeed takes any key and asks for these (0.19; a test reads them off it). Those that it reads and refuses are left
+# out.
+_DEEPSPEED = """
+activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print
+tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a small tensor over ranks."""
+
+
+def check_settings(deepspeed_config: dict[str, Any]) -> None:
+    """Raises ConfigError for a key that DeepSpeed would pass over in silence, and for a ZeRO stage that training has no
+    use for."""
+    known = _DEEPSPEED.split()
+    for name in deepspeed_config:
+        if name not in known:
+            raise ConfigError(
+                f"deepspeed.{name} is not a setting of DeepSpeed's.{nearest(str(name), known)} Valid here: "
+                f"{', '.join(known)}."
+            )
+    stage = (deepspeed_config.get("zero_optimization") or {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
 
 
 class Objective(nn.Module):

@@ -21,10 +21,31 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
-def stored(store: Rows, config: TrainerConfig, rank: int, world: int, first: int) -> Iterator[Microbatches]:
-    """The microbatches of every step from `first` on."""
+def stored(
+    store: Rows,
+    config: TrainerConfig,
+    rank: int,
+    world: int,
+    first: int,
+    *,
+    expect: Callable[[list[int]], bool] = lambda _: False,
+    ahead: int = 64,
+) -> Iterator[Microbatches]:
+    """The microbatches of every step from `first` on.
+
+    Args:
+        expect: told of the rows of coming steps, `ahead` steps before they are read, until it wants to hear no more.
+    """
+
+    def due(step: int) -> list[list[int]]:
+        return microbatches_of_step(step, len(store), config, rank, world)
+
+    told, more = first, True
     for step in range(first, config.steps):
-        yield [[store[i] for i in part] for part in microbatches_of_step(step, len(store), config, rank, world)]
+        while more and told < min(step + ahead, config.steps):
+            more = expect([i for part in due(told) for i in part])
+            told += 1
+        yield [[store[i] for i in part] for part in due(step)]
 
 
 def streamed(

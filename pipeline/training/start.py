@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.drafts.recurrence import PairSamples, layer_from_pairs
 from pipeline.drafts.regression import Samples, closed_form, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
-from pipeline.drafts.warm_start import from_former, layers_from_target, markov_from_bigrams
+from pipeline.drafts.warm_start import check_copies, from_former, layers_from_target, markov_from_bigrams
 from pipeline.errors import ConfigError
 from pipeline.target import Target
 from pipeline.training.anchors import candidates
@@ -41,42 +41,73 @@ def build_draft(
     features: Rows,
     former: Path | None = None,
 ) -> Draft:
-    """A new draft: vocabulary from the corpus, warm starts as configured, everything else from the seed.
+    """A new draft: `blank_draft` with its `warm_start`, of a target that is there whole."""
+    draft = blank_draft(config, trainer, target, corpus_dir)
+    warm_start(draft, trainer, target, corpus_dir, features, former, whole=lambda: target)
+    return draft
+
+
+def blank_draft(config: DraftConfig, trainer: TrainerConfig, target: Target, corpus_dir: Path) -> Draft:
+    """A new draft with the vocabulary of its corpus, everything else from the seed. The target's layers are not asked
+    for (`load_borrowed`)."""
+    masks = config.algorithm != "eagle3" and config.mask_token_id < 0
+    full = resolve(config, target.config, target.unused_token if masks else 0)
+    counts = torch.from_numpy(read_token_counts(corpus_dir))
+    d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.seed)
+        return make_draft(full, target, d2t)
+
+
+def warm_start(
+    draft: Draft,
+    trainer: TrainerConfig,
+    target: Target,
+    corpus_dir: Path,
+    features: Rows,
+    former: Path | None = None,
+    *,
+    whole: Callable[[], Target],
+) -> None:
+    """Gives a blank draft, still on CPU, what it can know before its first step, as configured.
 
     Args:
-        former: a draft artifact whose weights replace those where they fit (see `from_former`).
         features: rows for `warm_start.layers=features` (and `auto`, which takes that start where it can be had, and
             the target's layers elsewhere, if a draft's are of their kind); empty where none are stored.
+        former: a draft artifact whose weights replace those where they fit (see `from_former`).
+        whole: loads the target with its layers; called where they are copied.
     Raises:
         ConfigError: a draft or features that `warm_start.layers=features` has no closed form for; a target whose
             layers `warm_start.layers=target` can't copy; a former draft that has nothing to give.
         ArtifactError: a former draft that is damaged or of another target.
     """
-    masks = config.algorithm != "eagle3" and config.mask_token_id < 0
-    full = resolve(config, target.config, target.unused_token if masks else 0)
     start = trainer.warm_start.layers
     if start == "auto":
         plain = target.family.layer_obstacle is None
-        start = "features" if len(features) and closed_form(full) is None else "target" if plain else "none"
-    counts = torch.from_numpy(read_token_counts(corpus_dir))
-    d2t = choose_vocabulary(counts, full.draft_vocab_size, target.eos_ids, target.vocab_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(trainer.seed)
-        draft = make_draft(full, target, d2t)
+        start = "features" if len(features) and closed_form(draft.config) is None else "target" if plain else "none"
     if start == "target":
         assert isinstance(draft, DSparkDraft | Eagle3Draft)
-        layers_from_target(draft, target.family)
+        check_copies(draft, target.family)  # before the layers are read
+        layers_from_target(draft, whole().family)
     elif start == "features":
         if isinstance(draft, Eagle3Draft):
             layer_from_pairs(draft, target.family.final_norm_gain.float(), pair_samples(features, trainer.seed))
         else:
             layers_from_features(draft, target.family, samples(features, trainer.seed))
-    if trainer.warm_start.markov and full.has_markov:
+    if trainer.warm_start.markov and draft.config.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
     lacking = from_former(draft, load_draft(former, target)) if former is not None else []
     if lacking:
         print(f"train: the former draft gives no {', '.join(lacking)}; they start as without it", flush=True)
-    return draft
+
+
+def share(draft: Draft) -> None:
+    """Gives every rank the draft of rank 0, bit for bit; every rank calls it, with its draft where its backend sends
+    from."""
+    import torch.distributed as dist
+
+    for tensor in draft.trainable_state().values():
+        dist.broadcast(tensor, src=0)
 
 
 def bigrams(corpus_dir: Path) -> tuple[Tensor, Tensor]:

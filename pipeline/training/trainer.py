@@ -20,8 +20,10 @@ from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features import extract
 from pipeline.features.store import check_identity
 from pipeline.target.loading import load_identity
+from pipeline.training import replay
+from pipeline.training.engine import check_settings
 from pipeline.training.preemption import HeedSigterm, bell
-from pipeline.training.worker import History, WorkerPlan, replay_files, stopped_file, train_worker
+from pipeline.training.worker import History, WorkerPlan, stopped_file, train_worker
 
 
 class Sink(Protocol):
@@ -71,9 +73,7 @@ def train(
     """
     import ray
 
-    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
+    check_settings(config.deepspeed)
     inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
     identity = load_identity(config.target, cache_dir).as_dict()
     if features_dir is not None:
@@ -110,8 +110,8 @@ def train(
         inputs=inputs,
     )
     stopped = stopped_file(Path(plan.history))
-    for stale in (stopped, *replay_files(Path(plan.history))):
-        stale.unlink(missing_ok=True)
+    stopped.unlink(missing_ok=True)
+    replay.begin(Path(plan.history))
     stream = None
     if features_dir is None:
         from pipeline.features.stream import feature_stream
@@ -123,11 +123,12 @@ def train(
     finally:
         for actor in stream.actors if stream else ():
             ray.kill(actor)
-    if bad := replay_files(Path(plan.history)):
-        step = json.loads(bad[0].read_text())["step"]
+    if (bad := replay.left(Path(plan.history))) is not None:
+        step, files = bad
         raise DraftlineError(
-            f"The training loss is not finite at step {step}. The samples of that step are in {bad[0].parent} "
-            f"({', '.join(f.name for f in bad)}). Lower trainer.lr (now {config.trainer.lr}) or look for bad features."
+            f"The training loss is not finite at step {step}. The samples of that step are in {storage} "
+            f"({', '.join(f.name for f in files)}; pipeline/training/replay.py reads them). Lower trainer.lr (now "
+            f"{config.trainer.lr}) or look for bad features."
         )
     if stopped.is_file():
         raise DraftlineError(

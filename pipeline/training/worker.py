@@ -7,6 +7,7 @@ exactly the steps an uninterrupted one would have taken.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -19,22 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifact import write_json
+from pipeline.artifact import digest_json, write_json
 from pipeline.config import FeaturesConfig, TargetConfig, TrainerConfig, from_plain
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.drafts.config import DraftConfig
 from pipeline.features.store import FeatureStore, check_identity
 from pipeline.features.stream import FeatureStream
-from pipeline.target import load_target
-from pipeline.training import checkpoints, feed
-from pipeline.training.average import Average
+from pipeline.target import load_borrowed, load_target
+from pipeline.training import checkpoints, feed, replay
+from pipeline.training.average import Average, whole
 from pipeline.training.engine import Objective, make_engine, take_step
 from pipeline.training.objectives import SurvivalWeights
 from pipeline.training.preemption import Listener
 from pipeline.training.schedule import learning_rate
-from pipeline.training.start import build_draft
+from pipeline.training.start import blank_draft, share, warm_start
 from pipeline.training.step import Row, StepMetrics, TrainStep, Weights
+
+COUNTS = ("skipped_samples", "not_finite_samples")
+"""Metrics that add up over a run, however often it is stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +81,28 @@ def train_worker(plan: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     listener = Listener(bell, rank)
+    run = digest_json(p.history)[:12]
+    if context.get_local_rank() == 0:
+        checkpoints.clear(run)
     # On the CPU wherever the target decodes: of it only the borrowed matrices go to the training device.
     where = dataclasses.replace(from_plain(TargetConfig, p.target, "target"), device="cpu")
-    target = load_target(where, Path(p.cache_dir))
+    target = load_borrowed(where, Path(p.cache_dir))
     identity = target.identity.as_dict()
     store = None
     if stream is None:
         store = FeatureStore(p.features_dir)
         check_identity(store.manifest, identity, p.features_dir)
-    former = Path(p.former_dir) if p.former_dir else None
-    made = from_plain(DraftConfig, p.draft, "draft")
-    draft = build_draft(made, config, target, Path(p.corpus_dir), store or (), former)
+    corpus = Path(p.corpus_dir)
+    draft = blank_draft(from_plain(DraftConfig, p.draft, "draft"), config, target, corpus)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and rank == 0:
+        former = Path(p.former_dir) if p.former_dir else None
+        read = functools.partial(load_target, where, Path(p.cache_dir))
+        warm_start(draft, config, target, corpus, store or (), former, whole=read)
     device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
     draft.to(device)
+    if checkpoint is None:
+        share(draft)
     half = bool((p.deepspeed.get("bf16") or {}).get("enabled"))
     step = TrainStep(
         draft,
@@ -113,30 +126,32 @@ def train_worker(plan: dict[str, Any]) -> None:
     if config.position_weights == "survival":
         survival = SurvivalWeights(draft.config.tokens_per_block, config.survival_floor, config.survival_memory)
     first = 0
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoints.opened(checkpoint, world=world, local_rank=context.get_local_rank()) as past:
+    gather = half or stage == 3
+    counted = dict.fromkeys(COUNTS, 0.0)  # since the run began: what a checkpoint holds of them is rank 0's
+    with checkpoints.opened(checkpoint, run=run, world=world, local_rank=context.get_local_rank()) as past:
         engine, optimizer = make_engine(objective, p.deepspeed, config, world, past is not None and past.universal)
         average = None
         if config.ema:
-            average = Average(engine.module.named_parameters(), config.ema, rank, world, gather=half or stage == 3)
+            average = Average(engine.module.named_parameters(), config.ema, rank, world, gather)
         if past is not None:
             past.load(engine, average)
             first = past.step
             if survival is not None:
                 survival.load(past.survival)
             if rank == 0:
+                counted |= {name: past.counts.get(name, 0.0) for name in COUNTS}
                 moved = f" with {world} workers instead of {past.world}" if past.universal else ""
                 print(f"train: goes on from step {first} of {config.steps}{moved}", flush=True)
     history = History(Path(p.history), first) if rank == 0 else None
     batches = _batches(store, stream, config, features, rank, world, first)
 
     window: list[StepMetrics] = []
-    began, waited, anchors, not_finite, noticed = time.perf_counter(), 0.0, 0.0, 0, False
+    began, waited, anchors, noticed = time.perf_counter(), 0.0, 0.0, False
     for number in range(first, config.steps):
         asked = time.perf_counter()
         parts, lost = next(batches)
         waited += time.perf_counter() - asked
-        not_finite += lost
+        counted["not_finite_samples"] += lost
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
         if survival is not None:
@@ -146,7 +161,17 @@ def train_worker(plan: dict[str, Any]) -> None:
         flags, survived, blocks = reduce(torch.cat((flags, metrics.survival, metrics.blocks[:1]))).tensor_split((2, -1))
         if flags[0]:
             # Said by a file and not by raising: Ray Train would take the same step again, max_failures times.
-            _keep_for_replay(Path(p.history), number, rank, [r for rows in parts for r in rows])
+            replay.keep(
+                Path(p.history),
+                step,
+                parts,
+                number,
+                rank,
+                world,
+                learning_rate=learning_rate(number, config),
+                loss=metrics.loss,
+                draft=_state(draft, gather),
+            )
             return
         apply()
         if average is not None:
@@ -155,6 +180,7 @@ def train_worker(plan: dict[str, Any]) -> None:
             survival.observe(survived, blocks)
         window.append(metrics)
         anchors += float(metrics.count[0])
+        counted["skipped_samples"] += float(metrics.skipped)
         last, stop = number + 1 == config.steps, bool(flags[1])
         save = last or stop or (number + 1) % config.checkpoint_every == 0
         if not (save or (number + 1) % config.log_every == 0):
@@ -165,15 +191,17 @@ def train_worker(plan: dict[str, Any]) -> None:
         summary = StepMetrics.total(window, reduce).summary()
         window = []
         spent = time.perf_counter() - began
-        totals = reduce(torch.tensor([anchors, waited, float(not_finite), peak_memory(device)])).tolist()
+        own = [anchors, waited, peak_memory(device), *counted.values()]
+        totals = reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+        counts = dict(zip(counted, totals[3:], strict=True))
         summary |= {
             "step": number + 1,
             "lr": learning_rate(number, config),
             "anchors_per_second": totals[0] / spent,
             "starved_seconds": totals[1] / world,
-            "not_finite_samples": totals[2],
-            "memory_gib": totals[3] / world,
+            "memory_gib": totals[2] / world,
             "eta_seconds": spent / (number + 1 - first) * (config.steps - number - 1),
+            **counts,
         }
         if survival is not None:
             summary |= {f"weight_{k}": w for k, w in enumerate(step.position_weights.tolist(), start=1)}
@@ -182,7 +210,15 @@ def train_worker(plan: dict[str, Any]) -> None:
         if save:
             state = survival.state() if survival else []
             folder = checkpoints.save(
-                engine, average, step=number + 1, rank=rank, world=world, stage=stage, survival=state
+                engine,
+                average,
+                run=run,
+                step=number + 1,
+                rank=rank,
+                world=world,
+                stage=stage,
+                survival=state,
+                counts=counts,
             )
             ray.train.report(
                 summary,
@@ -254,22 +290,19 @@ def _batches(
             stream.rows, stream.ask, stream.get, config, rank, world, first, request_rows=features.shard_rows
         )
     assert store is not None
-    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first))
+    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first, expect=store.expect))
+
+
+def _state(draft: Draft, gather: bool) -> Iterator[tuple[str, Tensor]]:
+    """A draft's tensors by name, whole and with weights in fp32; every rank goes through them."""
+    parameters = dict(draft.named_parameters())
+    for name, tensor in draft.trainable_state().items():
+        yield name, whole(parameters[name], gather) if name in parameters else tensor
 
 
 def stopped_file(history: Path) -> Path:
     """Where a run that was asked to stop says at which step it did."""
     return history.with_name(f"{history.stem}-stopped.json")
-
-
-def replay_files(history: Path) -> list[Path]:
-    """The batches of a step whose loss was not finite, one file per rank."""
-    return sorted(history.parent.glob(f"{history.stem}-not-finite-*.json"))
-
-
-def _keep_for_replay(history: Path, number: int, rank: int, batch: list[Any]) -> None:
-    file = history.with_name(f"{history.stem}-not-finite-step-{number}-rank-{rank}.json")
-    write_json(file, {"step": number, "rank": rank, "sample_ids": [r.sample_id for r in batch]})
 
 
 def _publish(

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus.build import SPLITS, build_corpus, read_rows, read_table, read_token_counts
+from pipeline.corpus import build
+from pipeline.corpus.build import SPLITS, RowReader, build_corpus, read_rows, read_table, read_token_counts
 from pipeline.corpus.rows import TemplateError, TokenRow, sample_id_of
 from pipeline.errors import ArtifactError, DraftlineError
 from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template, write_lines
@@ -157,9 +158,43 @@ def test_an_altered_artifact_is_refused(tmp_path, chatml, name: str) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    for read in (lambda: read_table(tmp_path / "corpus", "train"), lambda: read_token_counts(tmp_path / "corpus")):
+    with pytest.raises(ArtifactError, match=f"{name} was altered"):
+        read_table(tmp_path / "corpus", "train")
+    if name == "token_counts.npy":
         with pytest.raises(ArtifactError, match=f"{name} was altered"):
-            read()
+            read_token_counts(tmp_path / "corpus")
+
+
+def test_a_reader_gives_the_rows_that_are_asked_for_and_reads_no_others(tmp_path, source, chatml, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_ROW_GROUP", 8)
+    build_corpus(_config(source), chatml, IDENTITY, tmp_path / "corpus")
+    whole = read_rows(tmp_path / "corpus", "train")
+    reader = RowReader(tmp_path / "corpus", "train")
+    assert len(reader) == len(whole) > 24
+    for numbers in (range(len(whole)), [len(whole) - 1, 0, 9, 9, 8], []):
+        given = reader.rows(numbers)
+        assert [r.sample_id for r in given] == [whole[n].sample_id for n in numbers]
+        for row, n in zip(given, numbers, strict=True):
+            assert np.array_equal(row.input_ids, whole[n].input_ids) and row.input_ids.dtype == np.int32
+            assert np.array_equal(row.loss_mask, whole[n].loss_mask) and row.loss_mask.dtype == bool
+            assert (row.source, row.prompt_length) == (whole[n].source, whole[n].prompt_length)
+    with pytest.raises(IndexError, match=f"row {len(whole)} of a corpus split"):
+        reader.rows([0, len(whole)])
+
+    file = tmp_path / "corpus" / "rows-train.parquet"
+    first = pq.read_metadata(file).row_group(0).column(0)
+    after = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    assert first.data_page_offset < after
+    content[after - 40 : len(content) // 2] = bytes(len(content) // 2 - after + 40)
+    (tmp_path / "broken").mkdir()
+    for other in file.parent.iterdir():
+        (tmp_path / "broken" / other.name).write_bytes(content if other == file else other.read_bytes())
+    broken = RowReader(tmp_path / "broken", "train")
+    assert [r.sample_id for r in broken.rows(range(8))] == [r.sample_id for r in whole[:8]]
+    with pytest.raises(OSError):
+        broken.rows([9])
+    assert len(RowReader(tmp_path / "corpus", "heldout")) == 60 - len(whole)
 
 
 def test_a_corpus_with_nothing_in_it_is_refused_and_leaves_nothing_behind(tmp_path, source, chatml) -> None:

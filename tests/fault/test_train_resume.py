@@ -10,8 +10,10 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import TargetConfig
+from pipeline.target import load_target
 from pipeline.training.schedule import rows_of_step
-from tests.training.runs import TIMINGS, Signaller, make_place, reported
+from tests.training.runs import TIMINGS, Signaller, make_features, make_place, reported
 
 STEPS, EVERY = 18, 6
 
@@ -35,9 +37,11 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(tmp_path: 
         killer.start()
         # Weights learned on the way are state that a checkpoint must hold, too.
         settings = {"steps": STEPS, "checkpoint_every": EVERY, "position_weights": "survival", "lk": 0.2}
-        killed = place.train("killed", settings)
+        target = load_target(TargetConfig(path="tiny"), place.cache)
+        features = make_features(target, place.corpus, tmp_path / "masked", masked=(3, 11))
+        killed = place.train("killed", settings, features=features)
         assert EVERY < killer.sent_after < STEPS, "no worker was killed while the run was going"
-        whole = place.train("whole", settings)
+        whole = place.train("whole", settings, features=features)
     finally:
         ray.shutdown()
 
@@ -49,3 +53,5 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(tmp_path: 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert curves[1][-1]["loss"] < curves[1][0]["loss"]
     assert curves[1][0]["weight_3"] != curves[1][1]["weight_3"] != curves[1][-1]["weight_3"]
+    skipped = [r["skipped_samples"] for r in curves[0]]
+    assert skipped == sorted(skipped) and 0 < skipped[EVERY - 1] < skipped[-1], "counted on over the kill"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -14,10 +17,10 @@ from pipeline.config import TargetConfig
 from pipeline.corpus.build import read_rows
 from pipeline.drafts.config import default_layer_ids
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
-from pipeline.features.extract import extract, with_layers
+from pipeline.features.extract import Extractor, extract, with_layers
 from pipeline.features.forward import batches, feature_rows
-from pipeline.features.store import FeatureStore
-from pipeline.features.stream import feature_stream
+from pipeline.features.store import FeatureStore, shard_name
+from pipeline.features.stream import StreamExtractor, feature_stream
 from pipeline.target import load_target
 from tests.features.conftest import FEATURES, TARGET
 
@@ -75,6 +78,32 @@ def test_the_stream_gives_the_rows_of_the_store_bit_for_bit(store, corpus_dir, c
         for name in ("input_ids", "loss_mask", "taps", "last_hidden"):
             a, b = getattr(store[i], name), getattr(sent, name)
             assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+def test_an_actor_neither_hashes_nor_parses_the_corpus_to_make_its_shard(
+    store, corpus_dir, cache_dir, tmp_path, monkeypatch
+) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("the whole split was read")
+
+    monkeypatch.setattr("pipeline.artifact.sha256_file", refuse)
+    monkeypatch.setattr("pyarrow.parquet.read_table", refuse)
+    actor = Extractor(FEATURES, TARGET, str(corpus_dir), "train", str(tmp_path), str(cache_dir))
+    actor({"shard": np.array([6])})
+    assert (tmp_path / shard_name(6)).read_bytes() == (store.path / shard_name(6)).read_bytes()
+    streaming = StreamExtractor(FEATURES, TARGET, str(corpus_dir), "train", str(cache_dir))
+    given = streaming.features([25, 3])
+    assert [row and row["sample_id"] for row in given] == [store[25].sample_id, store[3].sample_id]
+
+
+def test_an_altered_corpus_is_refused_before_anything_streams(corpus_dir, cache_dir, tmp_path) -> None:
+    shutil.copytree(corpus_dir, tmp_path / "corpus")
+    file = tmp_path / "corpus" / "rows-train.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="rows-train.parquet was altered"):
+        feature_stream(FEATURES, TARGET, tmp_path / "corpus", cache_dir)
 
 
 @pytest.mark.fault

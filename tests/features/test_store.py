@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_rows_come_back_bit_for_bit_in_any_order_across_shards_with_and_without_
 
 def test_a_store_travels_to_another_process_after_it_was_read(path) -> None:
     store = FeatureStore(path)
+    store.expect([0])
     assert_same(store[2], ROWS[2])
     assert_same(pickle.loads(pickle.dumps(store))[2], ROWS[2])
 
@@ -79,6 +81,43 @@ def test_one_altered_byte_is_found_at_the_shards_first_row_and_other_shards_stil
     assert_same(store[0], ROWS[0])
     with pytest.raises(ArtifactError, match=rf"{shard_name(2)} was altered.*run jobs/extract.py again"):
         store[2]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Every file that is hashed, and whether by the thread that reads."""
+    done: list[tuple[str, bool]] = []
+    original = artifact.sha256_file
+
+    def noted(file: Path) -> str:
+        done.append((file.name, threading.current_thread() is threading.main_thread()))
+        return original(file)
+
+    monkeypatch.setattr("pipeline.artifact.sha256_file", noted)
+    return done
+
+
+def test_expected_shards_are_hashed_once_and_not_by_the_reader(path, hashed) -> None:
+    store = FeatureStore(path)
+    assert store.expect([2]) is True
+    assert store.expect([1, 2]) is False, "the shard without rows is nobody's to ask for"
+    assert store.expect([0, 2]) is False
+    for i in (2, 0, 1, 2):
+        assert_same(store[i], ROWS[i])
+    assert sorted(hashed) == [(shard_name(0), False), (shard_name(2), False)]
+
+
+def test_a_damaged_shard_that_was_expected_is_said_where_its_row_is_read(path) -> None:
+    file = path / shard_name(2)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    store = FeatureStore(path)
+    store.expect(range(3))
+    assert_same(store[1], ROWS[1])
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=rf"{shard_name(2)} was altered.*run jobs/extract.py again"):
+            store[2]
 
 
 def test_a_truncated_or_missing_shard_is_found_on_opening(path) -> None:

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from pipeline.config import TrainerConfig
+from pipeline.errors import ConfigError
 from pipeline.target import Target
-from pipeline.training.engine import Objective, make_engine, take_step, wait_for_operator
+from pipeline.training import engine
+from pipeline.training.engine import Objective, check_settings, make_engine, take_step, wait_for_operator
 from pipeline.training.step import TrainStep, Weights
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
@@ -49,6 +53,44 @@ def test_the_lock_of_a_killed_build_is_taken_away_and_a_living_one_waited_for(
     assert "of a build that was killed: removed" in said and "waits for another process" in said
 
 
+class _Asked(dict[str, Any]):
+    """Notes the top-level keys that are asked for."""
+
+    names: ClassVar[set[str]] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Asked:
+        return self
+
+
+def test_the_settings_that_pass_are_those_deepspeed_asks_for() -> None:
+    from deepspeed.runtime import config as deepspeed_config
+
+    deepspeed_config.DeepSpeedConfig(_Asked(train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 2}))
+    refused = set(getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()))
+    with_ranks = {"sequence_parallel_size"}  # asked for where there is a process group
+    assert set(engine._DEEPSPEED.split()) == (_Asked.names | with_ranks) - refused
+
+
+def test_a_setting_that_deepspeed_would_pass_over_is_refused_with_the_nearest_name() -> None:
+    for file in (Path(__file__).parents[2] / "conf" / "deepspeed").glob("*.yaml"):
+        check_settings(yaml.safe_load(file.read_text()))
+    with pytest.raises(ConfigError, match=r"deepspeed.zero_optimisation is not .*Did you mean 'zero_optimization'\?"):
+        check_settings({"zero_optimisation": {"stage": 3}, "zero_optimization": {"stage": 2}})
+    with pytest.raises(ConfigError, match=r"zero_optimization.stage=0 must be 1, 2 or 3"):
+        check_settings({"zero_optimization": {"stage": 0}})
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Target) -> None:  # noqa: F811
     from deepspeed.utils import safe_get_full_fp32_param
@@ -60,12 +102,12 @@ def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Targe
     )
     config = TrainerConfig(lr=1e-5, workers=1, sequences_per_step=2, accumulate=2, weight_decay=0.0)
     bf16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    engine, _ = make_engine(Objective(step), bf16, config, 1, universal=False)
+    made, _ = make_engine(Objective(step), bf16, config, 1, universal=False)
     assert draft.fc.weight.dtype == torch.bfloat16
     assert draft.inv_freq.dtype == torch.float32 and torch.equal(draft.inv_freq, frequencies)
     assert draft.temperatures.dtype == torch.float32
 
-    _, apply = take_step(engine, step, [[_row(tiny, 30, 1)], [_row(tiny, 21, 2)]], 0, "tokens", lambda t: t, 1)
+    _, apply = take_step(made, step, [[_row(tiny, 30, 1)], [_row(tiny, 21, 2)]], 0, "tokens", lambda t: t, 1)
     apply()
     weight = draft.decoder_layers[0].mlp.gate_proj.weight
     master = safe_get_full_fp32_param(weight)

@@ -67,6 +67,31 @@ def test_store_and_stream_give_the_rows_of_the_step(world: int, first: int) -> N
     assert all(len(parts) == 2 and all(len(p) == 4 // world for p in parts) for parts in by_rank[0])
 
 
+def test_rows_of_coming_steps_are_told_ahead_of_their_reading_until_no_more_are_wanted() -> None:
+    config = _config(steps=9)
+    events: list[tuple[str, list[int]]] = []
+
+    class Store:
+        def __len__(self) -> int:
+            return len(ROWS)
+
+        def __getitem__(self, index: int) -> Any:
+            events.append(("read", [index]))
+            return ROWS[index]
+
+    def expect(rows: list[int]) -> bool:
+        events.append(("told", rows))
+        return sum(kind == "told" for kind, _ in events) < 6
+
+    taken = [_ids(parts) for parts in stored(Store(), config, 1, 2, 2, expect=expect, ahead=3)]
+    plain = [_ids(parts) for parts in stored(ROWS, config, 1, 2, 2)]  # type: ignore[arg-type]
+    assert taken == plain
+    told = [rows for kind, rows in events if kind == "told"]
+    assert told == [[i for part in step for i in part] for step in plain[:6]]
+    kinds = [kind for kind, _ in events]
+    assert kinds[:3] == ["told"] * 3 and kinds[3:7] == ["read"] * 4 and kinds[7] == "told"
+
+
 def test_a_stream_asks_ahead_within_bounds_and_once_for_each_row() -> None:
     config = _config(steps=10)
     outstanding, most = 0, 0

@@ -4,8 +4,10 @@ streamed. Every run here is a real one (Ray Train, DeepSpeed, two processes)."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 from ray.train.v2.api.preemption import PreemptionInfo
 from safetensors.torch import load_file
 
+from pipeline.artifact import digest_json
 from pipeline.config import TargetConfig
 from pipeline.corpus.build import read_rows
 from pipeline.errors import DraftlineError
 from pipeline.target import load_target
+from pipeline.training import replay
 from pipeline.training.average import read_average
 from pipeline.training.preemption import HeedSigterm
 from pipeline.training.schedule import rows_of_step
@@ -69,7 +73,17 @@ def test_two_workers_stopped_by_sigterm_are_gone_on_with_by_one(place: Place, al
     assert not (run / "draft").exists()
     _has_nothing_borrowed(_checkpoint(run))
 
-    place.train("moved", {**COMMON, "workers": 1})
+    (history,) = run.glob("train/history-*.jsonl")
+    stale = Path(tempfile.gettempdir()) / f"draftline-{digest_json(str(history))[:12]}-checkpoint-of-a-killed-worker"
+    stale.mkdir()
+    rows = place.corpus / "rows-train.parquet"
+    content = rows.read_bytes()
+    rows.write_bytes(bytes(len(content)))  # bigrams would be counted from it: a start is not computed again
+    try:
+        place.train("moved", {**COMMON, "workers": 1})
+    finally:
+        rows.write_bytes(content)
+    assert not stale.exists()
     assert [r["step"] for r in reported(run)] == list(range(1, STEPS + 1))
     assert curve(run) == pytest.approx(curve(alone), rel=1e-5)
     mine, theirs = (load_file(d / "draft" / "model.safetensors") for d in (run, alone))
@@ -125,6 +139,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(place: Place) -> 
     kept = json.loads(file.read_text())
     assert read_rows(place.corpus, "train")[0].sample_id in kept["sample_ids"]
     assert len(kept["sample_ids"]) == 4
+    again = replay.read(file)
+    assert (again.step, [len(rows) for rows in again.microbatches]) == (kept["step"], [4])
+    assert any(bool(row.taps.isnan().any()) for row in again.microbatches[0])
+    assert {"fc.weight", "d2t"} <= again.draft.keys() and all(bool(t.isfinite().all()) for t in again.draft.values())
     assert [r["step"] for r in reported(place.path / "spoilt-run")] == list(range(1, kept["step"] + 1))
     assert not (place.path / "spoilt-run" / "draft").exists()
 
@@ -154,8 +172,7 @@ def test_ranks_without_anything_to_learn_from_hang_nobody(place: Place) -> None:
     assert skipped == [r["skipped_samples"] for r in reported(alone)]
     rows = len(read_rows(place.corpus, "train"))
     due = [rows_of_step(n, rows, 4, 0) for n in range(STEPS)]
-    assert skipped == [sum(i not in kept for i in step) for step in due]
-    assert max(skipped) >= 3
+    assert skipped == list(itertools.accumulate(sum(i not in kept for i in step) for step in due))
 
 
 class _Noticed(HeedSigterm):
