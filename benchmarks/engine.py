@@ -211,7 +211,7 @@ def overhead(engine: Engine, drafts: dict[str, Draft], prompts: list[list[int]],
         try:
             for prompt in prompts:
                 engine.submit(Request(prompt, args.max_new_tokens))
-                while not any(s.prefilled for s in engine._running):
+                while not any(s.prefilled for s in engine.batch.running):
                     engine.step()
                 for kind in timers:
                     timers[kind] = 0.0

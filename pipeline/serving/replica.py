@@ -18,7 +18,8 @@ import torch
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.corpus.conversations import Message, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, TemplateError
-from pipeline.decoding.engine import Engine, QueueFull
+from pipeline.decoding.batch import QueueFull
+from pipeline.decoding.engine import Engine
 from pipeline.decoding.proposers import make_proposer
 from pipeline.decoding.request import Completion, Request, StepEvent, TokenLogprob
 from pipeline.decoding.text import TextStream

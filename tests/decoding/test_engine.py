@@ -111,8 +111,8 @@ def test_steps_fill_the_runners_buckets(
     inner = engine.runner.step
 
     def step(segments: Any, token_ids: list[int], rows: list[int]) -> Any:
-        room = len(engine._running) + sum(min(4, s.draft_limit) for s in engine._running)
-        if room >= 9 and all(s.prefilled for s in engine._running):
+        room = len(engine.batch.running) + sum(min(4, s.draft_limit) for s in engine.batch.running)
+        if room >= 9 and all(s.prefilled for s in engine.batch.running):
             sizes.append(len(token_ids))
         return inner(segments, token_ids, rows)
 
@@ -136,8 +136,8 @@ def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, 
     engine.set_proposer(proposer)
     engine.submit(Request(prompt_ids(tiny)[1], max_new_tokens=20, temperature=2.0))
     engine.step()
-    (sequence,) = engine._running
-    engine._reserve()
+    (sequence,) = engine.batch.running
+    engine.batch.reserve()
     known: dict[tuple[int, ...], float] = {}
     for seed in range(60):
         sequence.request.seed = seed

@@ -359,14 +359,14 @@ def test_a_pool_that_runs_out_changes_no_text(
     target = load_target(TargetConfig(path="tiny"), cache_dir)
     engine = engine_of(target, proposer(target, name), pages=15, prefix_cache=keep)
     gave_up: list[str] = []
-    inner = engine._preempt
+    inner = engine.batch.preempt
 
     def preempt(s: Sequence) -> None:
-        assert s is not engine._running[0], "the oldest stays"
+        assert s is not engine.batch.running[0], "the oldest stays"
         gave_up.append(s.request.id)
         inner(s)
 
-    engine._preempt = preempt  # type: ignore[method-assign]
+    engine.batch.preempt = preempt  # type: ignore[method-assign]
     events: dict[str, list[int]] = {}
     asked = [Request(i, max_new_tokens=NEW, logprobs=1, id=f"{n}") for n, i in enumerate(prompts)]
     done = engine.generate(asked, lambda e: events.setdefault(e.request_id, []).extend(e.token_ids))
@@ -466,13 +466,13 @@ def test_a_preempted_request_comes_back_with_its_draft_or_the_default_once_that_
     for step in range(200):
         if step == 8:
             engine.change_drafts(default="dflash")
-            engine._preempt(engine._running[0])
+            engine.batch.preempt(engine.batch.running[0])
         if step == 12:
-            assert [s.metrics.draft for s in engine._running] == ["dspark", "dspark"]
+            assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dspark"]
             engine.change_drafts(default="dflash", remove=["dspark"])
-            engine._preempt(engine._running[1])
+            engine.batch.preempt(engine.batch.running[1])
         if step == 14:
-            assert [s.metrics.draft for s in engine._running] == ["dspark", "dflash"]
+            assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dflash"]
         done |= {e.request_id: e.finished for e in engine.step() if e.finished}
         if len(done) == 2:
             break

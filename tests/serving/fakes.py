@@ -16,7 +16,7 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.decoding.engine import QueueFull
+from pipeline.decoding.batch import QueueFull
 from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent, TokenLogprob
 from pipeline.serving.http import build
 from pipeline.serving.replica import TargetReplica
