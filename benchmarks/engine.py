@@ -50,7 +50,7 @@ def timed(engine: Engine, request: Request) -> tuple[int, float]:
     """(tokens after the first, their seconds) of a request."""
     (done,) = engine.generate([request])
     if done.error:
-        raise SystemExit(done.error)
+        raise SystemExit(f"{request.id}: {done.error}")
     return done.metrics.decoded, done.metrics.decode_seconds
 
 

@@ -16,14 +16,13 @@ from pipeline.decoding.cache import PagedKV
 from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Proposer
-from pipeline.decoding.request import Sequence
+from pipeline.decoding.request import RequestRefused, Sequence
 from pipeline.decoding.tables import PageTables
-from pipeline.errors import DraftlineError
 
 log = logging.getLogger(__name__)
 
 
-class QueueFull(DraftlineError):
+class QueueFull(RequestRefused):
     """The engine's queue is at its bound; the client should retry later (HTTP 429)."""
 
 
@@ -67,17 +66,18 @@ class Batch:
         """Puts a new request last.
 
         Raises:
-            DraftlineError: another with its id is not finished, or it would not fit the pages were it alone.
+            RequestRefused: another with its id is not finished, or it would not fit the pages were it alone.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request = s.request
         if any(other.request.id == request.id for other in self):
-            raise DraftlineError(f"Request {request.id}: another request with this id is not finished.")
+            raise RequestRefused("another request with this id is not finished.", request.id)
         self._tables.check(request, self.proposer.block_size)
         if len(self.waiting) >= self._most_waiting:
             raise QueueFull(
-                f"Request {request.id}: {len(self.waiting)} requests are waiting, the most allowed "
-                f"(engine.max_queue={self._most_waiting}). Try again later."
+                f"{len(self.waiting)} requests are waiting, the most allowed (engine.max_queue={self._most_waiting}). "
+                "Try again later.",
+                request.id,
             )
         self.waiting.append(s)
 
@@ -91,6 +91,7 @@ class Batch:
             if not s.admitted:
                 s.admitted = time.perf_counter()
                 s.metrics.queue_seconds = s.admitted - s.submitted
+                s.metrics.cached_prompt = s.computed
             self.proposer.admit(s)
             self.running.append(s)
             # One that comes back goes before those that came after it.

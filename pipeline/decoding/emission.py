@@ -141,7 +141,7 @@ def _take(s: Sequence, new: list[int]) -> tuple[list[int], str | None]:
 
 def _completion(s: Sequence, reason: str) -> Completion:
     s.metrics.seconds = time.perf_counter() - (s.admitted or s.submitted)
-    error = f"Request {s.request.id}: {s.failure}" if reason == "error" else None
+    error = s.failure if reason == "error" else None
     matched: str | int | None = None if s.text is None else s.text.matched
     if matched is None and reason == "stop" and s.tokens[-1] in s.request.stop_ids:
         matched = s.tokens[-1]

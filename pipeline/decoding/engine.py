@@ -26,7 +26,7 @@ from pipeline.decoding.plan import StepPlan, plan_step
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.proposers.several import SeveralDrafts
-from pipeline.decoding.request import Completion, Request, Sequence, StepEvent
+from pipeline.decoding.request import Completion, Request, RequestRefused, Sequence, StepEvent
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
 from pipeline.decoding.step_cost import StepCost
@@ -163,28 +163,31 @@ class Engine:
         """Queues a request.
 
         Raises:
-            DraftlineError: an invalid field, more tokens than all pages hold, or sampling under a rule and scheduler
+            RequestRefused: an invalid field, more tokens than all pages hold, or sampling under a rule and scheduler
                 that are not exact together or with a draft made for the other rule.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request.check(self.target.vocab_size, self.config.max_context)
         if request.temperature > 0 and self.rule == "ratio" and not self.scheduler.causal:
-            raise DraftlineError(
-                f"Request {request.id}: temperature {request.temperature} with engine.rule=ratio and "
-                f"engine.scheduler={self.scheduler.name} would not follow the target's distribution (the schedule sees "
-                "the tokens it decides on). Use engine.scheduler=asynchronous or early_stop, or engine.rule=coupled."
+            raise RequestRefused(
+                f"{request.temperature} with engine.rule=ratio and engine.scheduler={self.scheduler.name} would not "
+                "follow the target's distribution (the schedule sees the tokens it decides on). Use "
+                "engine.scheduler=asynchronous or early_stop, or engine.rule=coupled.",
+                request.id,
+                "temperature",
             )
         drawn = getattr(self.proposer, "rule", None) or self.rule
         if request.temperature > 0 and drawn != self.rule:
-            raise DraftlineError(
-                f"Request {request.id}: temperature {request.temperature}, but the draft draws its tokens for the "
-                f"{drawn} rule and the engine verifies by the {self.rule} rule. Make the proposer with "
-                f"rule={self.rule!r}."
+            raise RequestRefused(
+                f"{request.temperature}, but the draft draws its tokens for the {drawn} rule and the engine verifies "
+                f"by the {self.rule} rule. Make the proposer with rule={self.rule!r}.",
+                request.id,
+                "temperature",
             )
         if isinstance(self.proposer, SeveralDrafts):
-            self.proposer.check(request.draft)
+            self.proposer.check(request)
         elif request.draft is not None:
-            raise DraftlineError(f"Request {request.id}: draft is {request.draft!r}, but this engine has one, unnamed.")
+            raise RequestRefused(f"is {request.draft!r}, but this engine has one, unnamed.", request.id, "draft")
         stop = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._eos)
         text = TextStream(self.target.text, request.stop) if request.stop else None
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
