@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from draftline_kernels import transform
+from draftline_kernels.verify import _accept_equal as _right
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, RequestMetrics, StepCost, make_proposer
 from pipeline.decoding.proposers.base import Proposal
@@ -241,6 +243,34 @@ def test_penalties_hold_at_every_position_of_a_block(target: Target, draft: Draf
     assert 0.03 < accepted < 0.95
     # Power: the same counts are not those of the unpenalised target.
     assert p_value(counts, other) < 1e-6
+
+
+def _gullible(
+    choice: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    accepted, following = _right(choice, tokens, lengths, starts)
+    fooled = torch.arange(len(lengths)) % 4 == 0
+    accepted = torch.where(fooled, lengths, accepted)
+    return accepted, torch.where(fooled, choice[starts[:-1] + accepted], following)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scheduler", "part", "fault"),
+    [
+        # A correction drawn from p instead of what p has over q.
+        ("ratio", "fixed", "_residual", lambda p, *_: p),
+        # What is drafted for every fourth request is taken as it is.
+        ("coupled", "global", "_accept_equal", _gullible),
+    ],
+)
+def test_a_faulty_verifier_is_caught(
+    target: Target, draft: Draft, monkeypatch: pytest.MonkeyPatch, rule: str, scheduler: str, part: str, fault: Any
+) -> None:
+    """The statistics above refuse, with as many draws, what a verifier gets wrong."""
+    wanted = exact(target, ASKS["plain"])
+    monkeypatch.setattr(sys.modules["draftline_kernels.verify"], part, fault)
+    counts, _ = decode(target, draft, "dspark", rule, scheduler, ASKS["plain"], draws=REQUESTS // 3)
+    assert p_value(counts, wanted) < 1e-6
 
 
 def test_a_draft_that_lies_about_its_distribution_is_caught(target: Target, draft: Draft) -> None:
