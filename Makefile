@@ -63,8 +63,14 @@ bench: env ## the comparison tables of benchmarks/
 	@$(PY) benchmarks/levers.py
 	@$(PY) benchmarks/kernels.py
 
-bench-gpu: env ## the kernels against their references and the copy bandwidth, on a CUDA device
+DEMO_DRAFT := outputs/demo/calibrated
+bench-gpu: env ## on a CUDA device: kernels against a copy and other attentions, the engine with SmolLM2 and at Qwen3-4B's size
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu measures a CUDA device, and torch sees none here.')"
+	@[ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }
 	@$(PY) benchmarks/kernels.py --only speed
+	@$(PY) benchmarks/engine.py --device cuda --dtype bfloat16 --draft $(DEMO_DRAFT)
+	@$(PY) benchmarks/load.py --device cuda --dtype bfloat16 --draft $(DEMO_DRAFT) --levels 1,2,4,8,16,32,64
+	@$(PY) benchmarks/injected.py --device cuda
 
 serve: env ## serves the champion of the demo on a local cluster until Ctrl-C
 	@$(PY) infra/local/demo.py --experiment demo --job serve

@@ -50,7 +50,7 @@ def timed(engine: Engine, request: Request) -> tuple[int, float]:
     """(tokens after the first, their seconds) of a request."""
     (done,) = engine.generate([request])
     if done.error:
-        raise SystemExit(done.error)
+        raise SystemExit(f"{request.id}: {done.error}")
     return done.metrics.decoded, done.metrics.decode_seconds
 
 
@@ -211,7 +211,7 @@ def overhead(engine: Engine, drafts: dict[str, Draft], prompts: list[list[int]],
         try:
             for prompt in prompts:
                 engine.submit(Request(prompt, args.max_new_tokens))
-                while not any(s.prefilled for s in engine._running):
+                while not any(s.prefilled for s in engine.batch.running):
                     engine.step()
                 for kind in timers:
                     timers[kind] = 0.0
@@ -250,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=9)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=40, help="timings of a step")
     parser.add_argument("--context", type=int, default=4096, help="the longest context timed")

@@ -45,8 +45,8 @@ from draftline_kernels import (
 )
 from draftline_kernels.markov_block import reference as reference_block
 from draftline_kernels.ragged_paged_attention import reference as reference_attention
+from draftline_kernels.row_losses import RowTargets, reference_, row_losses_
 from draftline_kernels.verify import reference as reference_verify
-from draftline_kernels.vocab_loss import RowTargets, reference_, row_losses_
 
 VOCABULARY, HIDDEN, RANK, SLOTS = 151_936, 1024, 256, 7
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16

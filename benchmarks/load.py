@@ -1,6 +1,8 @@
 """Speculation under load: tokens per second at 1 to 64 concurrent requests, plain, n-gram and with a draft.
 
-python benchmarks/load.py --draft outputs/demo/calibrated --passes 6 --json load.json --plot load.svg
+python benchmarks/load.py --draft outputs/demo/calibrated --levels 1,2,4,8 --json low.json
+python benchmarks/load.py --draft outputs/demo/calibrated --levels 16,32 --passes 3 --json high.json
+python benchmarks/load.py --join low.json high.json --plot load.svg
 
 Every arm decodes the same prompts (chat, math and code in turn) in one process, pass by pass, the order of arms
 rotating. A pass keeps so many requests in flight and counts tokens and seconds while all places are taken, prompts
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +61,7 @@ def drive(engine: Engine, requests: list[Request], users: int) -> Pass:
             flying -= 1
             m = event.finished.metrics
             if event.finished.error:
-                raise SystemExit(event.finished.error)
+                raise SystemExit(f"{event.request_id}: {event.finished.error}")
             if m.decoded:
                 out.per_user.append(m.decoded / m.decode_seconds)
             out.rounds += m.target_steps
@@ -70,12 +74,16 @@ def drive(engine: Engine, requests: list[Request], users: int) -> Pass:
 
 
 def measure(
-    engine: Engine, arms: list[Arm], made: Proposers, levels: list[int], args: argparse.Namespace
+    engine: Engine,
+    arms: list[Arm],
+    made: Proposers,
+    levels: list[int],
+    prompts: list[list[int]],
+    args: argparse.Namespace,
 ) -> dict[int, dict[str, list[Pass]]]:
-    """Passes by level and arm."""
+    """Passes by level and arm, each pass over prompts of its own."""
     shared = engine.step_cost or engine.profile()
     done: dict[int, dict[str, list[Pass]]] = {}
-    prompts = mixed_prompts(engine.target, args.passes * max(levels) * args.requests_per_user, args.seed)
 
     def one(arm: Arm, cost: StepCost, users: int, texts: list[list[int]], tokens: int) -> Pass:
         engine.step_cost = cost
@@ -117,6 +125,31 @@ def summarise(passes: list[Pass], base: list[Pass], args: argparse.Namespace) ->
     }
 
 
+def summaries(
+    done: dict[int, dict[str, list[Pass]]], args: argparse.Namespace
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By level and arm."""
+    return {
+        str(users): {name: summarise(passes, of["none"], args) for name, passes in of.items()}
+        for users, of in done.items()
+    }
+
+
+def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """The table."""
+    print(
+        f"\n{'users':>5}  {'arm':<15}{'tokens/s':>10}{'per user':>10}{'over plain':>12}{'95 %':>18}{'mean l':>8}"
+        f"{'accepted':>10}{'skipped':>9}"
+    )
+    for users, of in results.items():
+        for name, r in of.items():
+            interval = f"[{r['totals_low']:.3f}, {r['totals_high']:.3f}]"
+            print(
+                f"{users:>5}  {name:<15}{r['tokens_per_second']:>10.1f}{r['per_user']:>10.1f}{r['totals']:>12.3f}"
+                f"{interval:>18}{r['mean_length']:>8.2f}{r['accepted']:>10.2f}{r['skipped']:>9.2f}"
+            )
+
+
 def plot(results: dict[str, dict[str, dict[str, float]]], file: Any) -> None:
     """Throughput against per-user speed, and the mean verified length against load."""
     import matplotlib
@@ -144,30 +177,35 @@ def plot(results: dict[str, dict[str, dict[str, float]]], file: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--levels", default="1,2,4,8,16", help="concurrent requests")
-    parser.add_argument("--more", action="store_true", help="32 and 64 too")
-    parser.add_argument("--passes", type=int, default=6)
+    parser.add_argument("--levels", default="1,2,4,8", help="concurrent requests")
+    parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--requests-per-user", type=int, default=2, help="requests of a pass, by concurrent ones")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--arms", default=",".join(a.name for a in ARMS), help="none is always among them")
-    parser.add_argument("--plot", help="FILE.png or FILE.svg; wants matplotlib")
+    parser.add_argument("--plot", help="FILE.png or FILE.svg")
+    parser.add_argument("--join", type=Path, nargs="+", default=[], help="measure nothing, show these reports as one")
     args = parser.parse_args()
-    if args.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plot wants matplotlib, which is not in this environment; --json keeps the numbers.")
+    if args.join:
+        reports = [json.loads(f.read_text()) for f in args.join]
+        if len(machines := {r["hardware"] for r in reports}) > 1:
+            parser.error(f"--join: these reports are of several machines ({', '.join(sorted(machines))}).")
+        joined = {level: of for r in reports for level, of in r["results"].items()}
+        joined = {level: joined[level] for level in sorted(joined, key=int)}
+        show(joined)
+        if args.plot:
+            plot(joined, args.plot)
+        return
     wanted = {"none", *(a.strip() for a in args.arms.split(","))}
     unknown = wanted - {a.name for a in ARMS}
     if unknown:
         parser.error(f"--arms: {', '.join(sorted(unknown))} is not one of {', '.join(a.name for a in ARMS)}.")
-    levels = sorted({int(n) for n in args.levels.split(",")} | ({32, 64} if args.more else set()))
+    levels = sorted({int(n) for n in args.levels.split(",")})
     target = load(args)
     drafts = load_drafts(args, target)
     arms = [a for a in ARMS if a.name in wanted and (a.proposer != "draft" or drafts)]
-    prompts = mixed_prompts(target, max(levels), args.seed)
-    room = 2 * max(map(len, prompts)) + args.max_new_tokens + 64
+    prompts = mixed_prompts(target, args.passes * max(levels) * args.requests_per_user, args.seed)
+    room = max(map(len, prompts)) + args.max_new_tokens + 64
     config = EngineConfig(
         max_requests=max(levels),
         max_context=max(512, room),
@@ -177,22 +215,9 @@ def main() -> None:
     )
     made = proposers(arms, drafts, config) if drafts else {a.key: make_proposer(a.proposer) for a in arms}
     engine = Engine(target, config)
-    done = measure(engine, arms, made, levels, args)
-    results = {
-        str(users): {name: summarise(passes, of["none"], args) for name, passes in of.items()}
-        for users, of in done.items()
-    }
-    print(
-        f"\n{'users':>5}  {'arm':<12}{'tokens/s':>10}{'per user':>10}{'over plain':>12}{'95 %':>18}{'mean l':>8}"
-        f"{'accepted':>10}{'skipped':>9}"
-    )
-    for users, of in results.items():
-        for name, r in of.items():
-            interval = f"[{r['totals_low']:.3f}, {r['totals_high']:.3f}]"
-            print(
-                f"{users:>5}  {name:<12}{r['tokens_per_second']:>10.1f}{r['per_user']:>10.1f}{r['totals']:>12.3f}"
-                f"{interval:>18}{r['mean_length']:>8.2f}{r['accepted']:>10.2f}{r['skipped']:>9.2f}"
-            )
+    done = measure(engine, arms, made, levels, prompts, args)
+    results = summaries(done, args)
+    show(results)
     hardware = (engine.step_cost or engine.profile()).hardware
     if args.json:
         write_json(args.json, rounded({"settings": settings(args), "hardware": hardware, "results": results}))

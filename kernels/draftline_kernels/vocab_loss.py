@@ -1,92 +1,25 @@
 """The vocabulary loss without a [N, V] tensor: CE, both KLs, total variation and acceptance per row, with gradients.
 
-For row i with draft logits z = cap(h W^T) + m U^T over the draft vocabulary (W the frozen lm_head rows, U = W2 of the
-Markov head, cap(x) = c tanh(x / c) where the target softcaps its logits), q = softmax(z), p the target's probabilities
-on the draft vocabulary and p_out its mass outside:
-
-    CE_i = -log q[y_i] (labels inside the draft vocabulary only)
-    KL_i = sum_j p_j log(p_j / (m q_j)), m = sum_j p_j   (m KL(p/m || q): what p leaves outside weighs nothing)
-    L1_i = sum_j |q_j - p_j| + p_out            (twice the total variation; eq. 10 of arXiv 2607.05147 has no 1/2)
-    acceptance_i = 1 - L1_i / 2
-    d CE / d z = q - onehot(y);   d KL / d z = m q - p;   d L1 / d z_j = q_j (s_j - sum_i q_i s_i),  s = sign(q - p)
-
-and where they are asked for, with a = sum_j min(p_j, q_j) the acceptance, itself without gradient in l:
-
-    RKL_i = sum_j q_j log(q_j / p_j)            (KL(q || p): q is 0 outside)
-    LK_i = -log a                               (L^alpha of arXiv 2602.23881; its tangent in a below FLOOR)
-    hybrid_i = l KL_i + (1 - l) L1_i / 2, l = exp(-eta a)   (L^lambda there, l by row; eta 3 is its best)
-    d RKL / d z_j = q_j (log(q_j / p_j) - RKL);   d LK / d z = d L1 / d z / (2 a)
-
 Rows are processed in chunks. A chunk's logits come from plain matrix products (the device's own are faster than any
 product inside a kernel, which would also have to be made twice: the gradient needs the statistics of the whole row);
-`row_losses_` reduces them and leaves their gradient in their place, and a second product takes it back to the hidden
-states. Two or three chunk-sized buffers, [N, D], [N, r] and [Vd, r] are all that ever exists.
+`row_losses_` (row_losses.py, which also says what each loss is) reduces them and leaves their gradient in their place,
+and a second product takes it back to the hidden states. Two or three chunk-sized buffers, [N, D], [N, r] and [Vd, r]
+are all that ever exists.
 
-`row_losses_` runs in Triton on CUDA and here, in torch, elsewhere.
 Letters: N rows, C rows of a chunk, D hidden, r Markov rank, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .sampling import largest
+from .row_losses import ETA, FLOOR, RowStats, RowTargets, part, row_losses_
 
 _CPU_BYTES = 80 << 20
 _CUDA_BYTES = 128 << 20
-_CACHE_BYTES = 2 << 20
-ETA = 3.0
-FLOOR = 1e-5  # the gradient of a smaller acceptance is lost in float32 sums over a vocabulary
-
-
-@dataclasses.dataclass
-class RowStats:
-    """Per row, without gradient: ce (0 where the label is outside), kl, l1, agree (argmaxes equal): [N] each. rkl and
-    overlap (sum of min(p, q), the acceptance to more digits) only where a loss asks for them."""
-
-    ce: Tensor
-    kl: Tensor
-    l1: Tensor
-    agree: Tensor
-    rkl: Tensor | None = None
-    overlap: Tensor | None = None
-
-    @property
-    def acceptance(self) -> Tensor:
-        """1 - total variation: the probability that the ratio rule keeps a token drawn from q. float32[N]."""
-        return 1 - 0.5 * self.l1
-
-
-@dataclasses.dataclass(frozen=True)
-class RowTargets:
-    """What each row is compared with, [N] each; the fields are `vocab_loss`'s arguments of the same names."""
-
-    log_normaliser: Tensor | None
-    target_best: Tensor | None
-    labels: Tensor
-    ce_weight: Tensor
-    kl_weight: Tensor
-    l1_weight: Tensor
-    rkl_weight: Tensor | None = None
-    lk_weight: Tensor | None = None
-    hybrid_weight: Tensor | None = None
-
-    @property
-    def wants_overlap(self) -> bool:
-        """Whether a loss is made of the acceptance itself."""
-        return self.lk_weight is not None or self.hybrid_weight is not None
-
-
-_R = TypeVar("_R", RowStats, RowTargets)
-
-
-def _part(of: _R, rows: slice) -> _R:
-    cut: dict[str, Any] = {name: None if v is None else v[rows] for name, v in vars(of).items()}
-    return type(of)(**cut)
 
 
 def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
@@ -98,162 +31,6 @@ def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.devi
     budget = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
     most = max(1, budget // (vocabulary * itemsize))
     return -(-rows // max(1, -(-rows // most))) or 1
-
-
-def row_losses_(
-    base: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    targets: RowTargets,
-    out: RowStats,
-    *,
-    softcap: float = 0.0,
-    eta: float = ETA,
-    gradient: bool = True,
-) -> None:
-    """Statistics of a chunk of rows from their logits; the logits are overwritten with the loss's gradient.
-
-    Args:
-        base: [C, Vd], lm_head's logits before the softcap. Overwritten with d loss / d base (`gradient`), or undefined.
-        bias: [C, Vd], the Markov head's, added behind the softcap; None: none. Overwritten with d loss / d bias.
-        target: [C, Vd], the target's logits before the softcap. Overwritten with undefined values.
-        targets: C rows. out: [C] tensors, written; those that the targets ask for.
-        softcap: 0 for none. eta: of the hybrid.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit; the message names the argument.
-    """
-    _check_rows(base, bias, target, targets)
-    for name, asked in (("rkl", targets.rkl_weight is not None), ("overlap", targets.wants_overlap)):
-        if asked and getattr(out, name) is None:
-            raise ValueError(f"out.{name} is None, but a weight asks for it: give a float32 [{base.shape[0]}]")
-    if base.device.type == "cuda":
-        from . import vocab_loss_triton
-
-        vocab_loss_triton.row_losses_(base, bias, target, targets, out, softcap=softcap, eta=eta, gradient=gradient)
-        return
-    # A few rows at a time, so that what one step writes the next one finds in the cache.
-    group = max(1, _CACHE_BYTES // (base.shape[1] * 4))
-    for start in range(0, base.shape[0], group):
-        part = slice(start, start + group)
-        more = None if bias is None else bias[part]
-        reference_(base[part], more, target[part], _part(targets, part), _part(out, part), softcap, gradient, eta)
-
-
-def reference_(
-    base: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    targets: RowTargets,
-    out: RowStats,
-    softcap: float,
-    gradient: bool,
-    eta: float = ETA,
-) -> None:
-    """`row_losses_` in torch, on any device, arguments unchecked. Tensors are reused: the first touch of a fresh page
-    costs as much as the arithmetic on it."""
-    # float32 inputs are worked on in place; narrower ones in a float32 copy.
-    z, t = base.float(), target.float()
-    slope = None
-    if softcap:
-        z.div_(softcap).tanh_()
-        if gradient:
-            slope = z.square().neg_().add_(1.0)
-        z.mul_(softcap)
-        t = t.div_(softcap).tanh_().mul_(softcap)
-    if bias is not None:
-        z += bias
-    best, _ = largest(z)
-    target_best, normaliser = targets.target_best, targets.log_normaliser
-    if target_best is None:
-        target_best, _ = largest(t)
-    if normaliser is None:
-        normaliser = t.logsumexp(-1)
-    out.agree.copy_(best == target_best)
-    z -= z.gather(-1, best[:, None])
-    inside = targets.labels >= 0
-    column = targets.labels.clamp(min=0)[:, None]
-    at_label = z.gather(-1, column).squeeze(-1)
-    t -= normaliser[:, None]
-    p = t.exp()
-    within = p.sum(-1)
-    # sum p (log p - log q) + m log(1 / m), in three sums instead of another [C, Vd] of logarithms.
-    t.sub_(z)
-    ratio = None if targets.rkl_weight is None else t.clone()
-    apart = t.mul_(p).sum(-1)
-    q = z.exp_()
-    mass = q.sum(-1, keepdim=True)
-    q /= mass
-    log_mass = mass.log_().squeeze(-1)
-    out.ce.copy_((log_mass - at_label).mul_(inside))
-    out.kl.copy_(apart.add_(within * (log_mass - within.clamp(min=1e-30).log_())))  # p may stay outside altogether
-    rkl_weight, rkl = targets.rkl_weight, out.rkl
-    if ratio is not None and rkl is not None:
-        ratio.add_(log_mass[:, None]).neg_()  # log(q / p)
-        torch.sum(torch.mul(q, ratio, out=t), -1, out=rkl)
-    kl_weight, l1_weight = targets.kl_weight, targets.l1_weight
-    if targets.wants_overlap and out.overlap is not None:
-        torch.sum(torch.minimum(q, p, out=t), -1, out=out.overlap)
-        if targets.lk_weight is not None:
-            l1_weight = l1_weight + targets.lk_weight / (2 * out.overlap.clamp(min=FLOOR))
-        if targets.hybrid_weight is not None:
-            share = torch.exp(-eta * out.overlap)
-            kl_weight = kl_weight + targets.hybrid_weight * share
-            l1_weight = l1_weight + targets.hybrid_weight * (1 - share) / 2
-    torch.sub(q, p, out=t)
-    scratch = t.abs()
-    out.l1.copy_(scratch.sum(-1).add_((1 - within).clamp_(min=0)))
-    if not gradient:
-        return
-    sign = t.sign_()
-    mean = torch.mul(q, sign, out=scratch).sum(-1)
-    own = targets.ce_weight * inside
-    shift = own + kl_weight * within - l1_weight * mean
-    sign.mul_(l1_weight[:, None])
-    if ratio is not None and rkl_weight is not None and rkl is not None:
-        sign.addcmul_(ratio, rkl_weight[:, None])
-        shift -= rkl_weight * rkl
-    sign.add_(shift[:, None])
-    grad = q.mul_(sign).addcmul_(p, kl_weight[:, None], value=-1)
-    grad.scatter_add_(-1, column, -own[:, None])
-    if bias is not None:
-        bias.copy_(grad)
-    if slope is not None:
-        grad.mul_(slope)
-    if grad is not base:
-        base.copy_(grad)
-
-
-def _check_rows(base: Tensor, bias: Tensor | None, target: Tensor, targets: RowTargets) -> None:
-    """Raises ValueError, naming the argument, unless the tensors of `row_losses_` fit each other."""
-    if base.dim() != 2 or base.dtype not in (torch.float32, torch.bfloat16, torch.float16) or base.shape[1] == 0:
-        raise ValueError(f"base is {base.dtype} {list(base.shape)}; expected float32, bfloat16 or float16 [C, Vd > 0]")
-    for name, value in (("base", base), ("bias", bias), ("target", target)):
-        if value is None:
-            continue
-        if value.shape != base.shape or value.dtype != base.dtype or value.device != base.device:
-            raise ValueError(
-                f"{name} is {value.dtype} {list(value.shape)} on {value.device}; "
-                f"base is {base.dtype} {list(base.shape)} on {base.device}, and they must agree"
-            )
-        if value.stride(1) != 1 or value.stride(0) < value.shape[1]:
-            raise ValueError(f"{name} has strides {value.stride()}; it is overwritten row by row: pass a dense tensor")
-    _check_targets(targets, base.shape[0], base.device)
-
-
-def _check_targets(targets: RowTargets, rows: int, device: torch.device) -> None:
-    """Raises ValueError unless every field is [rows] on `device`, of its documented dtype."""
-    for field in dataclasses.fields(targets):
-        value = getattr(targets, field.name)
-        if value is None and field.name not in ("labels", "ce_weight", "kl_weight", "l1_weight"):
-            continue
-        if value.shape != (rows,) or value.device != device:
-            raise ValueError(
-                f"{field.name} has shape {list(value.shape)} on {value.device}; expected [{rows}] on {device}"
-            )
-        whole = field.name in ("target_best", "labels")
-        if value.dtype != (torch.int64 if whole else torch.float32):
-            raise ValueError(f"{field.name} is {value.dtype}; expected {'int64' if whole else 'float32'}")
 
 
 class _VocabLoss(torch.autograd.Function):
@@ -287,27 +64,27 @@ class _VocabLoss(torch.autograd.Function):
         apart = codes is not None and (bool(softcap) or compute != torch.float32)
         buffers = torch.empty(2 + apart, min(chunk, rows), lm_rows.shape[0], dtype=compute, device=device)
         for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
-            base, target, *more = buffers[:, : part.stop - start].unbind(0)
-            torch.mm(hidden[part].to(compute), lm_rows.T, out=base)
-            torch.mm(target_hidden[part].to(compute), lm_rows.T, out=target)
+            some = slice(start, min(start + chunk, rows))
+            base, target, *more = buffers[:, : some.stop - start].unbind(0)
+            torch.mm(hidden[some].to(compute), lm_rows.T, out=base)
+            torch.mm(target_hidden[some].to(compute), lm_rows.T, out=target)
             bias = more[0] if more else None
             if codes is not None:
                 if bias is not None:
-                    torch.mm(codes[0][part], codes[1].T, out=bias)
+                    torch.mm(codes[0][some], codes[1].T, out=bias)
                 else:
-                    base.addmm_(codes[0][part], codes[1].T)
-            to, out = _part(targets, part), _part(stats, part)
+                    base.addmm_(codes[0][some], codes[1].T)
+            to, out = part(targets, some), part(stats, some)
             row_losses_(base, bias, target, to, out, softcap=softcap, eta=eta, gradient=gradient)
             if grad_hidden is not None:
-                grad_hidden[part] = base @ lm_rows
+                grad_hidden[some] = base @ lm_rows
             if codes is not None and grad_markov is not None and grad_w2 is not None:
                 back = base if bias is None else bias
-                grad_markov[part] = back @ codes[1]
+                grad_markov[some] = back @ codes[1]
                 if compute == torch.float32:
-                    grad_w2.addmm_(back.T, codes[0][part])
+                    grad_w2.addmm_(back.T, codes[0][some])
                 else:
-                    grad_w2 += back.T @ codes[0][part]
+                    grad_w2 += back.T @ codes[0][some]
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
         ctx.dtypes = hidden.dtype, None if markov is None else markov.dtype, None if w2 is None else w2.dtype
         ctx.mark_non_differentiable(*(t for t in vars(stats).values() if t is not None))
@@ -398,7 +175,7 @@ def vocab_loss(
         raise ValueError(f"eta {eta} must be at least 0")
     more = rkl_weight, lk_weight, hybrid_weight
     targets = RowTargets(log_normaliser, target_best, labels, ce_weight, kl_weight, l1_weight, *more)
-    _check_targets(targets, rows, device)
+    targets.check(rows, device)
     if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
         raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
     size = chunk or rows_per_chunk(rows, vocabulary, lm_rows.element_size(), device)

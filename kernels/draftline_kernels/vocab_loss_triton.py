@@ -1,4 +1,4 @@
-"""`vocab_loss.row_losses_` in Triton: one program per row, three sweeps over the row's logits (four where the target's
+"""`row_losses.row_losses_` in Triton: one program per row, three sweeps over the row's logits (four where the target's
 normaliser is not given).
 
 Sweep 1 takes the maximum, sum-exp and argmax of the draft's logits online, and of the target's (whose normaliser is
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .vocab_loss import FLOOR, RowStats, RowTargets
+from .row_losses import FLOOR, RowStats, RowTargets
 
 
 @triton.jit

@@ -1,6 +1,8 @@
-"""The speculative decoding engine (see engine.py): requests, slots, proposers, scheduling, verification."""
+"""The speculative decoding engine (see engine.py): requests, pages, proposers, scheduling, verification."""
 
-from pipeline.decoding.engine import Engine, QueueFull, RoundTrace
+from pipeline.decoding.batch import QueueFull
+from pipeline.decoding.emission import RoundTrace
+from pipeline.decoding.engine import Engine
 from pipeline.decoding.proposers import make_proposer
 from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent

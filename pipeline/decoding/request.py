@@ -15,6 +15,23 @@ MOST_LOGPROBS = 20
 _ids = itertools.count()
 
 
+class RequestRefused(DraftlineError):
+    """A request that can't be served.
+
+    Attributes:
+        what: is wrong, in words that follow the field's name if there is one.
+        request_id: of the request. field: of Request, "" where it is not about one.
+    """
+
+    def __init__(self, what: str, request_id: str = "", field: str = "") -> None:
+        super().__init__(what)
+        self.what, self.request_id, self.field = what, request_id, field
+
+    def __str__(self) -> str:
+        whose = f"Request {self.request_id}: " if self.request_id else ""
+        return whose + " ".join(filter(None, (self.field, self.what)))
+
+
 @dataclasses.dataclass
 class Request:
     """One text to continue.
@@ -57,10 +74,10 @@ class Request:
     id: str = dataclasses.field(default_factory=lambda: f"request-{next(_ids)}")
 
     def check(self, vocab_size: int, max_context: int) -> None:
-        """Raises DraftlineError naming the first field whose value can't be served."""
+        """Raises RequestRefused naming the first field whose value can't be served."""
 
         def refuse(field: str, value: object, rule: str) -> None:
-            raise DraftlineError(f"Request {self.id}: {field} is {value!r}; it must be {rule}.")
+            raise RequestRefused(f"is {value!r}; it must be {rule}.", self.id, field)
 
         if not self.prompt_ids:
             refuse("prompt_ids", self.prompt_ids, "at least one token")
@@ -123,8 +140,8 @@ class RequestMetrics:
     right after the anchor; `offered[k]` counts rounds in which position k was verified after all before it were
     accepted, so `accepted_at[k] / offered[k]` is the conditional acceptance. Times are wall seconds; in a batch,
     `draft_seconds` and `target_seconds` are those of the shared steps. `skipped` counts decoding steps that
-    had room for a draft and none was made, `cached` positions found in pages of earlier texts, `preempted` how often
-    it gave its pages up and was computed again.
+    had room for a draft and none was made, `cached` positions found in pages of earlier texts (`cached_prompt`: when it
+    began), `preempted` how often it gave its pages up and was computed again.
     """
 
     draft: str = ""
@@ -136,6 +153,7 @@ class RequestMetrics:
     accepted: int = 0
     skipped: int = 0
     cached: int = 0
+    cached_prompt: int = 0
     preempted: int = 0
     offered: list[int] = dataclasses.field(default_factory=list)
     accepted_at: list[int] = dataclasses.field(default_factory=list)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from pipeline.decoding.pages import PagePool, chain_key
-from pipeline.decoding.request import Request, Sequence
-from pipeline.errors import DraftlineError
+from pipeline.decoding.request import Request, RequestRefused, Sequence
 
 Tag = Callable[[Sequence, int], Hashable | None]
 """(request, end of a page in positions) -> what the page must bear for its draft to find its own keys there."""
@@ -23,13 +22,14 @@ class PageTables:
         self.pool, self.keep = pool, keep
 
     def check(self, request: Request, block: int) -> None:
-        """Raises DraftlineError for a request that would not fit were it alone, with `block` slots behind its text."""
+        """Raises RequestRefused for a request that would not fit were it alone, with `block` slots behind its text."""
         most = len(request.prompt_ids) + request.max_new_tokens
         if self.pool.needed(most + block) > self.pool.pages:
-            raise DraftlineError(
-                f"Request {request.id}: prompt_ids + max_new_tokens is {most}; with a block of {block} behind them "
-                f"they would never fit the {self.pool.pages} pages of {self.pool.size} tokens that there are. Raise "
-                "engine.kv_gib, or free memory where it is 0."
+            raise RequestRefused(
+                f"is {most}; with a block of {block} behind them they would never fit the {self.pool.pages} pages of "
+                f"{self.pool.size} tokens that there are. Raise engine.kv_gib, or free memory where it is 0.",
+                request.id,
+                "prompt_ids + max_new_tokens",
             )
 
     def admit(self, s: Sequence, tag: Tag, spare: int) -> bool:

@@ -65,7 +65,7 @@ class EngineLoop:
             listener: called in the engine's thread with each event of this request; it must not block. One that raises
                 is not called again, and its request ends as an error with that cause.
         Returns:
-            a future that is done when the engine has the request, or holds the engine's refusal (DraftlineError,
+            a future that is done when the engine has the request, or holds the engine's refusal (RequestRefused,
             QueueFull).
         """
         accepted: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -139,7 +139,7 @@ class EngineLoop:
         for command in commands:
             command()
         for request_id in list(self._listeners):
-            lost = Completion(request_id, [], "error", RequestMetrics(), f"The engine stopped: {self.error!r}")
+            lost = Completion(request_id, [], "error", RequestMetrics(), f"the engine stopped: {self.error!r}")
             self._tell(StepEvent(request_id, [], lost))
 
     def _tell(self, event: StepEvent) -> None:

@@ -281,9 +281,16 @@ class _Shape:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
 
-def _usage(done: list[dict[str, Any]]) -> dict[str, int]:
+def _usage(done: list[dict[str, Any]]) -> dict[str, Any]:
     prompt, answer = done[0]["prompt_tokens"], sum(d["completion_tokens"] for d in done)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    # The prompt counts once, whatever the choices: what one of them had to compute was not cached.
+    cached = min(d["cached_tokens"] for d in done)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _worth(done: list[dict[str, Any]]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Sampled(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def job(self) -> dict[str, Any]:
-        """The plain form that goes to the target's replica; an absent seed becomes a random one."""
+        """The plain form that goes to the target's replica; an absent seed becomes a random one. `limit` is the name by
+        which the client gave max_tokens."""
         return {
             "model": self.model,
             "temperature": 1.0 if self.temperature is None else float(self.temperature),
@@ -139,6 +140,7 @@ class Sampled(_Strict):
             "seed": secrets.randbits(62) if self.seed is None else self.seed & (2**63 - 1),
             "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             "max_tokens": self.max_tokens,
+            "limit": "max_tokens",
             "n": self.choices,
             "logprobs": None,
             "max_draft": self._max_draft,
@@ -160,7 +162,7 @@ class ChatRequest(Sampled):
     def job(self) -> dict[str, Any]:
         job = super().job()
         if self.max_completion_tokens is not None:
-            job["max_tokens"] = self.max_completion_tokens
+            job["max_tokens"], job["limit"] = self.max_completion_tokens, "max_completion_tokens"
         if self.logprobs:
             job["logprobs"] = self.top_logprobs or 0
         roles = {"developer": "system"}  # OpenAI's newer name for it
@@ -229,6 +231,14 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
             400,
             f"top_logprobs is {request.top_logprobs}, but logprobs is not true; set it to true.",
             "top_logprobs",
+            "invalid_value",
+        )
+    if isinstance(request, ChatRequest) and len({request.max_tokens, request.max_completion_tokens} - {None}) > 1:
+        raise ApiError(
+            400,
+            f"max_tokens is {request.max_tokens} and max_completion_tokens is {request.max_completion_tokens}; they "
+            "mean the same: give one of them.",
+            "max_tokens",
             "invalid_value",
         )
     prompt = request.prompt if isinstance(request, CompletionRequest) else ""

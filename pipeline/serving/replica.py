@@ -18,9 +18,10 @@ import torch
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.corpus.conversations import Message, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, TemplateError
-from pipeline.decoding.engine import Engine, QueueFull
+from pipeline.decoding.batch import QueueFull
+from pipeline.decoding.engine import Engine
 from pipeline.decoding.proposers import make_proposer
-from pipeline.decoding.request import Completion, Request, StepEvent, TokenLogprob
+from pipeline.decoding.request import Completion, Request, RequestRefused, StepEvent, TokenLogprob
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.serving.engine_loop import EngineLoop
@@ -137,8 +138,8 @@ class TargetReplica:
         Yields:
             `accepted` (model: the target's id, prompt_tokens) once the engine has it, then for each of the job's n
             choices (index) `text` (text, logprobs: of the tokens of that step or None), at most one per engine step,
-            and `done` (finish_reason, stop_reason, prompt_tokens, completion_tokens, draftline). Or `error` (status,
-            message, param, code), at the start or in place of the first `done`.
+            and `done` (finish_reason, stop_reason, prompt_tokens, cached_tokens of them, completion_tokens, draftline).
+            Or `error` (status, message, param, code), at the start or in place of the first `done`.
         """
         try:
             request = self._request(job)
@@ -161,10 +162,10 @@ class TargetReplica:
                 for taken in [self._loop.submit(r, tell) for r in samples]:
                     await asyncio.wrap_future(taken)
             except QueueFull as e:
-                yield ApiError(429, str(e), code="queue_full").item()
+                yield ApiError(429, _sentence(e.what), code="queue_full").item()
                 return
-            except DraftlineError as e:
-                yield ApiError(400, str(e), code="invalid_value").item()
+            except RequestRefused as e:
+                yield _refusal(e, job).item()
                 return
             except RuntimeError as e:
                 yield ApiError(503, str(e), code="engine_stopped").item()
@@ -177,10 +178,10 @@ class TargetReplica:
                     said = self._said(choice, event)
                 except Exception as e:  # the text of this answer alone
                     log.exception("The text of request %s failed", event.request_id)
-                    cause = f"Request {event.request_id}: its text failed: {type(e).__name__}: {e}"
+                    cause = f"its text failed: {type(e).__name__}: {e}"
                     going.discard(event.request_id)
                     self._loop.cancel(event.request_id, cause)
-                    yield ApiError(500, cause, code="error").item()
+                    yield _failure(cause).item()
                     return
                 if said is not None:
                     yield said
@@ -223,9 +224,9 @@ class TargetReplica:
         if wanted > room:
             raise ApiError(
                 400,
-                f"max_tokens is {wanted}; {len(ids)} tokens of {field} leave {room} of the context of "
+                f"{job['limit']} is {wanted}; {len(ids)} tokens of {field} leave {room} of the context of "
                 f"{self._context} tokens.",
-                "max_tokens",
+                job["limit"],
                 "context_length_exceeded",
             )
         return Request(
@@ -274,8 +275,9 @@ class TargetReplica:
 
     def _done(self, done: Completion, request: Request, index: int) -> dict[str, Any]:
         if done.finish_reason not in ("stop", "length"):
-            cause = done.error or "The request was cancelled by the server."
-            return ApiError(500 if done.finish_reason == "error" else 503, cause, code=done.finish_reason).item()
+            if done.error is not None:
+                return _failure(done.error).item()
+            return ApiError(503, "The request was cancelled by the server.", code=done.finish_reason).item()
         m = done.metrics
         return {
             "kind": "done",
@@ -283,6 +285,7 @@ class TargetReplica:
             "finish_reason": done.finish_reason,
             "stop_reason": done.stop_reason,
             "prompt_tokens": len(request.prompt_ids),
+            "cached_tokens": m.cached_prompt,
             "completion_tokens": len(done.token_ids),
             "draftline": {
                 "tau": round(m.tau, 4),
@@ -293,3 +296,26 @@ class TargetReplica:
                 "draft_version": self._draft_version,
             },
         }
+
+
+def _refusal(e: RequestRefused, job: dict[str, Any]) -> ApiError:
+    """The engine's refusal in the client's words: its fields by the API's names, no ids that only the server knows."""
+    prompt = "messages" if "messages" in job else "prompt"
+    names = {
+        "prompt_ids": prompt,
+        "max_new_tokens": job["limit"],
+        "prompt_ids + max_new_tokens": f"{prompt} + {job['limit']}",
+        "max_draft": "speculation.max_tokens",
+    }
+    if not e.field:
+        return ApiError(400, _sentence(e.what), code="invalid_value")
+    name = names.get(e.field, e.field)
+    return ApiError(400, f"{name} {e.what}", job["limit"] if "+" in name else name, "invalid_value")
+
+
+def _failure(cause: str) -> ApiError:
+    return ApiError(500, f"This answer failed: {cause}", code="error")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,8 +1,7 @@
-"""benchmarks/load.py and benchmarks/engine.py run to their end and write what they print."""
+"""The benchmarks of decoding run to their end and write what they print."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config import TargetConfig
 from pipeline.drafts.checkpoint import save_draft
@@ -28,32 +28,35 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--draft", str(root / "draft"), "--cache", str(root / "cache"), "--target", "tiny", "--threads", "1"]
 
 
-def results(script: str, *options: str) -> dict[str, Any]:
-    out = Path(options[options.index("--json") + 1])
-    ran = subprocess.run(
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, f"benchmarks/{script}", *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
     )
+
+
+def results(script: str, *options: str) -> dict[str, Any]:
+    ran = run(script, *options)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, Any] = json.loads(out.read_text())["results"]
+    found: dict[str, Any] = json.loads(Path(options[options.index("--json") + 1]).read_text())["results"]
     return found
 
 
 def test_load(places: list[str], tmp_path: Path) -> None:
     plot = tmp_path / "load.svg"
-    options = ["--levels", "1,3", "--passes", "2", "--max-new-tokens", "8", "--bootstrap", "50"]
-    if drawn := importlib.util.find_spec("matplotlib") is not None:
-        options += ["--plot", str(plot)]
+    options = ["--levels", "1,3", "--passes", "2", "--max-new-tokens", "8", "--bootstrap", "50", "--plot", str(plot)]
     found = results("load.py", *places, *options, "--json", str(tmp_path / "load.json"))
     assert [set(found[n]) for n in ("1", "3")] == [{"none", "ngram", "draft fixed", "draft"}] * 2
     for arms in found.values():
         assert arms["none"]["totals"] == 1.0 and arms["none"]["mean_length"] == 0.0
         assert arms["draft fixed"]["skipped"] == 0.0 < arms["draft fixed"]["mean_length"]
         assert all(r["totals_low"] <= r["totals"] <= r["totals_high"] for r in arms.values())
-    assert not drawn or plot.stat().st_size > 1000
+    assert plot.stat().st_size > 1000
+    joined = run("load.py", "--join", str(tmp_path / "load.json"), "--plot", str(tmp_path / "joined.png"))
+    assert joined.returncode == 0 and "draft fixed" in joined.stdout and (tmp_path / "joined.png").stat().st_size > 1000
 
 
 def test_engine(places: list[str], tmp_path: Path) -> None:
@@ -65,3 +68,32 @@ def test_engine(places: list[str], tmp_path: Path) -> None:
     assert found["context"]["output of 24, quarter 4"]["milliseconds"] > 0
     shares = found["overhead"]["draft"]
     assert sum(shares[k] for k in ("target", "draft", "verify", "outside")) == pytest.approx(1, abs=1e-3)
+
+
+def shape(folder: Path) -> Path:
+    """A config.json of a small model."""
+    sizes = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+    file = folder / "small.json"
+    file.write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **sizes, **heads}))
+    return file
+
+
+def test_injected_acceptance_is_what_was_asked_and_labelled(tmp_path: Path) -> None:
+    out = tmp_path / "injected.json"
+    sizes = ["--levels", "1,3", "--passes", "2", "--max-new-tokens", "40", "--prompt-tokens", "20", "--bootstrap", "50"]
+    sizes += ["--draft-layers", "1", "--block", "3", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
+    found = results("injected.py", "--shape", str(shape(tmp_path)), *sizes, "--acceptance", "0.9", "--json", str(out))
+    assert json.loads(out.read_text())["acceptance"] == "injected"
+    for arms in found.values():
+        assert set(arms) == {"none", "injected fixed", "injected"}
+        fixed = arms["injected fixed"]
+        # 0.9 + 0.81 + 0.73 of blocks of three, less where a text ends inside one.
+        assert fixed["accepted"] == pytest.approx(2.44, abs=0.4) and fixed["mean_length"] > 2.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [["injected.py"], ["kernels.py", "--only", "speed"]])
+def test_without_a_cuda_device_what_needs_one_says_so(command: list[str]) -> None:
+    ran = run(*command)
+    assert ran.returncode == 2 and "no CUDA device here" in ran.stdout + ran.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,11 @@ KINDS = {
 }
 
 
-def proposer_for(target: Target, name: str, rule: str = "coupled") -> Any:
-    """A proposer by name, with a small random draft where it needs one."""
+def proposer_for(target: Target, name: str, rule: str = "coupled", **changes: Any) -> Any:
+    """A proposer by name, with a small random draft where it needs one (of changed settings)."""
     if name not in KINDS:
         return make_proposer(name)
-    return make_proposer(name, small_draft(target, **KINDS[name]), rule=rule)
+    return make_proposer(name, small_draft(target, **{**KINDS[name], **changes}), rule=rule)
 
 
 def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:  # noqa: F811
@@ -111,8 +112,8 @@ def test_steps_fill_the_runners_buckets(
     inner = engine.runner.step
 
     def step(segments: Any, token_ids: list[int], rows: list[int]) -> Any:
-        room = len(engine._running) + sum(min(4, s.draft_limit) for s in engine._running)
-        if room >= 9 and all(s.prefilled for s in engine._running):
+        room = len(engine.batch.running) + sum(min(4, s.draft_limit) for s in engine.batch.running)
+        if room >= 9 and all(s.prefilled for s in engine.batch.running):
             sizes.append(len(token_ids))
         return inner(segments, token_ids, rows)
 
@@ -136,8 +137,8 @@ def test_confidence_has_not_seen_the_token_it_is_about(tiny: Target, head: str, 
     engine.set_proposer(proposer)
     engine.submit(Request(prompt_ids(tiny)[1], max_new_tokens=20, temperature=2.0))
     engine.step()
-    (sequence,) = engine._running
-    engine._reserve()
+    (sequence,) = engine.batch.running
+    engine.batch.reserve()
     known: dict[tuple[int, ...], float] = {}
     for seed in range(60):
         sequence.request.seed = seed
@@ -218,20 +219,53 @@ def test_a_perfect_draft_is_accepted_whole(tiny: Target, draft: DSparkDraft, exp
     assert done.metrics.tau == 5.0 and done.metrics.target_steps == 20
 
 
-@pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
-def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, draft: DSparkDraft, name: str) -> None:  # noqa: F811
-    """Alone or batched, plain or drafted, long blocks or scheduled ones: the same sampled text."""
-    ids = prompt_ids(tiny)
-    ask = {"max_new_tokens": 50, "temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 11}
-    proposer = proposer_for(tiny, name)
-    plain = engine_for(tiny, draft, "none")
-    alone = [plain.generate([Request(i, **ask)])[0].token_ids for i in ids]  # type: ignore[arg-type]
-    plain.set_proposer(proposer)
-    for scheduler in ("global", "fixed"):
-        plain.set_schedule(scheduler)
-        batch = plain.generate([Request(i, **ask) for i in ids])  # type: ignore[arg-type]
-        assert [b.token_ids for b in batch] == alone
-    assert len(set(map(tuple, alone))) == len(alone)
+@pytest.fixture(scope="module")
+def sampled(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+    """Texts of `asked`, each decoded alone and plainly."""
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    engine = engine_for(target, None, "none")  # type: ignore[arg-type]
+    texts = [engine.generate([r])[0].token_ids for r in asked(target)]
+    assert len(set(map(tuple, texts))) == len(texts)
+    return texts
+
+
+def asked(target: Target) -> list[Request]:
+    """Requests of every sampler."""
+    samplers: list[dict[str, Any]] = [
+        {"temperature": 0.9, "top_p": 0.95, "top_k": 100},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "min_p": 0.05, "frequency_penalty": 0.4},
+        {"temperature": 1.2, "top_k": 20, "repetition_penalty": 1.2},
+        {"temperature": 0.8, "top_p": 0.8, "logit_bias": {70: 2.0}},
+    ]
+    return [Request(p, max_new_tokens=30, seed=11, **s) for p, s in zip(prompt_ids(target), samplers, strict=True)]
+
+
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("none", "ngram", *KINDS)},
+    "gated": ("dspark", {"markov_head_type": "gated"}),
+    "rnn": ("dspark", {"markov_head_type": "rnn"}),
+    "dflash from the anchor": ("dflash", {"sample_from_anchor": True}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, sampled: list[list[int]], head: str) -> None:  # noqa: F811
+    """Alone or batched, plain or drafted, by whatever schedule, in short blocks or long ones: the same sampled text."""
+    name, changes = HEADS[head]
+    short, long = ({}, {}) if name in ("none", "ngram") else ({"block_size": 2}, {"block_size": 7})
+    ways = [(scheduler, changes) for scheduler in ("global", "early_stop", "asynchronous", "threshold", "fixed")]
+    ways += [("fixed", {**changes, **short}), ("global", {**changes, **long})]
+    made = [proposer_for(tiny, name, **settings) for _, settings in ways]
+    engine = engine_for(tiny, None, "none")  # type: ignore[arg-type]
+    verified = 0
+    for (scheduler, settings), proposer in zip(ways, made, strict=True):
+        engine.set_proposer(proposer)
+        engine.set_schedule(scheduler)
+        done = engine.generate(asked(tiny))
+        assert [c.token_ids for c in done] == sampled, (scheduler, settings)
+        verified += sum(c.metrics.verified for c in done)
+    assert (verified > 0) == (name != "none")
 
 
 def test_draft_context_is_the_training_forwards(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
@@ -319,7 +353,8 @@ def test_not_finite_logits_fail_one_request_only(
     engine.runner.step = poison  # type: ignore[method-assign]
     done = engine.generate([good, bad])
     assert done[0].token_ids == expected[0][:20]
-    assert done[1].finish_reason == "error" and "not finite" in (done[1].error or "")
+    assert done[1].finish_reason == "error"
+    assert re.search(r"logits at position \d+ are not finite \(after \d+ tokens, step \d+\)", done[1].error or "")
 
 
 @pytest.mark.parametrize("name", ["none", "dspark", "eagle3"])

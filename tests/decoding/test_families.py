@@ -100,7 +100,7 @@ def test_a_step_s_taps_and_logits_are_the_plain_forward_s(name: str) -> None:
     seen: list[torch.Tensor] = []
 
     def mine() -> list[int] | None:
-        return next((s.pages for s in engine._running if s.request.prompt_ids == ids), None)
+        return next((s.pages for s in engine.batch.running if s.request.prompt_ids == ids), None)
 
     inner = engine.runner.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, SeveralDrafts, make_proposer
+from pipeline.decoding.batch import Batch
 from pipeline.decoding.cache import page_bytes, pool_pages
+from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.pages import PagePool, chain_key
-from pipeline.decoding.request import Sequence
-from pipeline.decoding.tables import PageTables
+from pipeline.decoding.request import RequestRefused, Sequence
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.test_engine import KINDS, prompt_ids
@@ -31,50 +33,63 @@ NEW = 40
 
 
 class Model:
-    """An engine without a target: requests come, are read in chunks, decode with blocks, are cancelled or preempted.
+    """The engine's own Batch without a target: requests come, are read in chunks, decode with blocks and leave.
 
-    `cells` says of every cell which text's position was written last, `drafts` the same of the draft's; what a request
-    would attend to is compared with its own text after every move.
+    The model stands for the target and for the draft. `cells` says of every cell which text's position was written
+    last, `drafts` the same of the draft's; what a request would attend to is compared with its own text after every
+    move.
     """
 
     def __init__(self, pages: int, most: int, block: int, kind: str, seed: int) -> None:
         self.pool = PagePool(pages, SIZE)
-        self.tables = PageTables(self.pool, keep=True)
-        self.most, self.block, self.kind = most, block, kind
+        self.block_size, self.kind = block, kind
+        config = EngineConfig(max_requests=most, max_queue=12)
+        self.batch = Batch(self.pool, self, config, self, HeldCommits())  # type: ignore[arg-type]
         self.random = random.Random(seed)
-        self.running: list[Sequence] = []
-        self.queue: list[Sequence] = []
         self.cells: dict[int, tuple[int, ...]] = {}
         self.drafts: dict[int, tuple[int, ...]] = {}
         self.context: dict[Sequence, int] = {}
         self.ended: list[Sequence] = []
         self.hits = self.preempted = 0
 
+    # -- what the batch asks of the cache and of the draft --
+
     def tag(self, s: Sequence, end: int) -> Any:
         return None if self.kind == "none" else (7, s.tokens[end] if self.kind == "eagle3" else None)
 
+    def admit(self, s: Sequence) -> None:
+        self.hits += s.computed
+        self.context[s] = s.computed
+
+    def release(self, s: Sequence) -> None:
+        del self.context[s]
+
+    def wipe(self, pages: list[int]) -> None:
+        for page in pages:
+            assert self.pool.refs[page] == 1, "what others read is not wiped"
+            for cell in range(page * SIZE, (page + 1) * SIZE):
+                self.cells.pop(cell, None)
+                self.drafts.pop(cell, None)
+
+    # -- moves --
+
     def arrive(self, prompt: list[int], new: int) -> None:
-        if self.pool.needed(len(prompt) + new + self.block) <= self.pool.pages:
-            self.queue.append(Sequence(Request(prompt, max_new_tokens=new), frozenset(), list(prompt)))
+        with contextlib.suppress(RequestRefused):  # too long for the pool, or the queue is full
+            self.batch.enqueue(Sequence(Request(prompt, max_new_tokens=new), frozenset(), list(prompt)))
+
+    def preempt(self, s: Sequence) -> None:
+        self.batch.preempt(s)
+        self.preempted += 1
 
     def step(self) -> None:
-        while self.queue and len(self.running) < self.most:
-            if not self.tables.admit(self.queue[0], self.tag, spare=len(self.running)):
-                break
-            s = self.queue.pop(0)
-            self.hits += s.computed
-            self.context[s] = s.computed
-            self.running.append(s)
-            self.running.sort(key=lambda s: s.submitted)
-        for s in list(self.running):
-            while s in self.running and s.prefilled and not self.tables.reserve(s, s.computed + 1 + self.block):
-                youngest = self.running[-1]
-                assert youngest is not self.running[0], "the oldest always fits"
-                self.release(youngest)
-                self.preempted += 1
-                self.queue.insert(0, youngest)
+        self.batch.admit()
+        before = list(self.batch.running)
+        assert self.batch.reserve() is None, "the oldest always fits"
+        after = self.batch.running
+        assert after == before[: len(after)], "the youngest go first"
+        self.preempted += len(before) - len(after)
         self.check()
-        for s in list(self.running):
+        for s in list(after):
             if not s.prefilled:
                 end = min(s.computed + 6, s.prefill_end)
                 self.write(s, s.computed, s.tokens[s.computed : end])
@@ -82,18 +97,16 @@ class Model:
                 if s.prefilled and len(s.tokens) == s.prompt_length:
                     s.tokens.append(self.random.randrange(3))
             else:
-                proposed = [self.random.randrange(3) for _ in range(self.block)]
+                proposed = [self.random.randrange(3) for _ in range(min(self.block_size, s.draft_limit))]
                 self.write(s, s.computed, [s.tokens[-1], *proposed], draft=False)
-                accepted = self.random.randrange(self.block + 1)
-                for token in [*proposed[:accepted], self.random.randrange(3)]:
-                    if len(s.tokens) < s.prompt_length + s.request.max_new_tokens:
-                        s.tokens.append(token)
+                accepted = self.random.randrange(len(proposed) + 1)
+                s.tokens += [*proposed[:accepted], self.random.randrange(3)]
                 s.computed += accepted + 1
             self.commit(s)
             if s.prefilled:
-                self.tables.settle(s)
+                self.batch.settle(s)
             if len(s.tokens) >= s.prompt_length + s.request.max_new_tokens:
-                self.release(s)
+                self.batch.remove(s, sound=True)
                 self.ended.append(s)
 
     def write(self, s: Sequence, start: int, tokens: list[int], draft: bool = True) -> None:
@@ -114,17 +127,13 @@ class Model:
         for i in range(self.context[s] // SIZE, end // SIZE):
             self.pool.mark(s.pages[i], self.tag(s, (i + 1) * SIZE))
         self.context[s] = end
-        for p in range(end, min(end + self.block, len(s.pages) * SIZE)):
+        for p in range(end, min(end + self.block_size, len(s.pages) * SIZE)):
             self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] = (-1,)
-
-    def release(self, s: Sequence) -> None:
-        self.running.remove(s)
-        self.tables.release(s)
-        del self.context[s]
 
     def check(self) -> None:
         held: dict[int, int] = {}
-        for s in self.running:
+        assert {*self.context} == {*self.batch.running} and not any(s.pages for s in self.batch.waiting)
+        for s in self.batch.running:
             assert len(set(s.pages)) == len(s.pages)
             for page in s.pages:
                 held[page] = held.get(page, 0) + 1
@@ -149,7 +158,8 @@ class Model:
     block=st.integers(0, 5),
     kind=st.sampled_from(["none", "dspark", "eagle3"]),
     moves=st.lists(
-        st.tuples(st.sampled_from(["arrive", "step", "step", "step", "cancel"]), st.integers(0, 10**6)), max_size=60
+        st.tuples(st.sampled_from(["arrive", "step", "step", "step", "cancel", "preempt"]), st.integers(0, 10**6)),
+        max_size=60,
     ),
 )
 def test_pages_are_never_lost_or_used_twice(
@@ -162,17 +172,20 @@ def test_pages_are_never_lost_or_used_twice(
             # Few tokens and common beginnings: many prompts find each other's pages.
             prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0][: chance.randrange(10)] + [0] * chance.randrange(1, 8)
             model.arrive(prompt + [chance.randrange(3) for _ in range(chance.randrange(3))], chance.randrange(1, 20))
-        elif move == "cancel" and model.running:
-            model.release(model.running[number % len(model.running)])
+        elif move == "cancel" and not model.batch.empty:
+            everyone = list(model.batch)
+            model.batch.remove(everyone[number % len(everyone)], sound=False)
+        elif move == "preempt" and model.batch.running:
+            model.preempt(model.batch.running[number % len(model.batch.running)])
         else:
             model.step()
         model.check()
     for _ in range(2000):
-        if not model.running and not model.queue:
+        if model.batch.empty:
             break
         model.step()
     model.check()
-    assert not model.running and not model.queue, "everyone gets to the end"
+    assert model.batch.empty, "everyone gets to the end"
     assert model.pool.available == model.pool.pages and not model.pool.refs.any()
     model.pool.forget()
     assert model.pool.kept == 0 and model.pool._free.all() and not model.pool._tags
@@ -183,7 +196,7 @@ def test_the_model_of_the_test_above_has_hits_and_preemptions() -> None:
     for i in range(12):
         model.arrive([0, 1, 2, 0, 1, 1, 2, 2, 0, i % 2, 1, 1, 2], 18)
         model.step()
-    while model.running or model.queue:
+    while not model.batch.empty:
         model.step()
     assert model.hits > 50 and model.preempted > 3 and len(model.ended) == 12
 
@@ -318,6 +331,7 @@ def test_a_prefix_hit_changes_no_text_and_no_draft(
     # 50 tokens alike are three whole pages; of a prompt met again at least its last token is computed.
     assert [m.cached for m in found[1][:6]] == [0, 48, 32, 48, len(prompts[0]) // 16 * 16, 0]
     assert [m.cached for m in found[1][6:]] == [(len(i) - 1) // 16 * 16 for i in prompts]
+    assert all(m.cached_prompt == m.cached for ms in found for m in ms)
     if name != "ngram":  # its confidences and tries are of all texts so far
         assert same_rounds(*found)
 
@@ -359,20 +373,23 @@ def test_a_pool_that_runs_out_changes_no_text(
     target = load_target(TargetConfig(path="tiny"), cache_dir)
     engine = engine_of(target, proposer(target, name), pages=15, prefix_cache=keep)
     gave_up: list[str] = []
-    inner = engine._preempt
+    inner = engine.batch.preempt
 
     def preempt(s: Sequence) -> None:
-        assert s is not engine._running[0], "the oldest stays"
+        assert s is not engine.batch.running[0], "the oldest stays"
         gave_up.append(s.request.id)
         inner(s)
 
-    engine._preempt = preempt  # type: ignore[method-assign]
+    engine.batch.preempt = preempt  # type: ignore[method-assign]
     events: dict[str, list[int]] = {}
     asked = [Request(i, max_new_tokens=NEW, logprobs=1, id=f"{n}") for n, i in enumerate(prompts)]
     done = engine.generate(asked, lambda e: events.setdefault(e.request_id, []).extend(e.token_ids))
     assert [c.token_ids for c in done] == expected
     assert [events[r.id] for r in asked] == expected, "nothing is said twice"
     assert sum(c.metrics.preempted for c in done) == len(gave_up) > 0
+    # What a request finds of itself when it comes back is no part of its prompt that was cached.
+    assert all(c.metrics.cached_prompt <= c.metrics.cached * keep for c in done)
+    assert all(c.metrics.cached_prompt < len(i) for c, i in zip(done, prompts, strict=True))
     for c in done:
         assert c.logprobs is not None and [p.token_id for p in c.logprobs] == c.token_ids
         assert c.metrics.decoded == len(c.token_ids) - 1 and c.metrics.ttft > 0
@@ -466,13 +483,13 @@ def test_a_preempted_request_comes_back_with_its_draft_or_the_default_once_that_
     for step in range(200):
         if step == 8:
             engine.change_drafts(default="dflash")
-            engine._preempt(engine._running[0])
+            engine.batch.preempt(engine.batch.running[0])
         if step == 12:
-            assert [s.metrics.draft for s in engine._running] == ["dspark", "dspark"]
+            assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dspark"]
             engine.change_drafts(default="dflash", remove=["dspark"])
-            engine._preempt(engine._running[1])
+            engine.batch.preempt(engine.batch.running[1])
         if step == 14:
-            assert [s.metrics.draft for s in engine._running] == ["dspark", "dflash"]
+            assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dflash"]
         done |= {e.request_id: e.finished for e in engine.step() if e.finished}
         if len(done) == 2:
             break

@@ -129,7 +129,7 @@ def test_a_draft_that_is_to_be_weighed_waits_for_step_costs(tiny: Target) -> Non
 def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:  # noqa: F811
     drafts = several(tiny)
     engine = engine_of(tiny, drafts)
-    with pytest.raises(DraftlineError, match=r"no draft 'dspurk'.*Did you mean 'dspark'"):
+    with pytest.raises(DraftlineError, match=r"draft is 'dspurk'.*Did you mean 'dspark'"):
         engine.submit(Request([1, 2], 4, draft="dspurk"))
     for change, words in [
         ({"add": {"dspark": proposer(tiny, "ngram")}, "default": "dspark"}, "already"),

@@ -125,7 +125,7 @@ def test_a_request_whose_text_fails_ends_alone(
     monkeypatch.setattr(TextStream, "push", push)
     done = engine.generate(requests)
     assert done[1].finish_reason == "error"
-    assert "Request r1: ValueError after 5 tokens: no such byte" in str(done[1].error)
+    assert "ValueError after 5 tokens: no such byte" in str(done[1].error)
     assert [d.token_ids for i, d in enumerate(done) if i != 1] == [t for i, t in enumerate(texts) if i != 1]
     assert len(PROMPTS) == len(done) and not engine.has_work
     again = engine.generate([Request(prompt_ids(tiny)[1], LONG)])
@@ -147,6 +147,6 @@ def test_a_request_that_its_owner_gives_up_for_a_fault_is_an_error_with_that_cau
     while engine.has_work:
         done |= {e.request_id: e.finished for e in engine.step() if e.finished}
     assert done[requests[0].id].finish_reason == "error"
-    assert done[requests[0].id].error == f"Request {requests[0].id}: its listener failed: OSError: gone"
+    assert done[requests[0].id].error == "its listener failed: OSError: gone"
     assert (done[requests[1].id].finish_reason, done[requests[1].id].error) == ("cancelled", None)
     assert [done[r.id].token_ids for r in requests[2:]] == texts[2:]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from draftline_kernels import vocab_loss
+from draftline_kernels import row_losses, vocab_loss
 from draftline_kernels.vocab_loss import rows_per_chunk
 
 N, D, R, V = 12, 6, 3, 40
@@ -45,7 +44,7 @@ def run(inputs: dict[str, Any], **options: Any) -> list[torch.Tensor]:
 def test_chunks_and_groups_of_rows_change_nothing(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case()
     whole = run(inputs, softcap=softcap)
-    monkeypatch.setattr(sys.modules["draftline_kernels.vocab_loss"], "_CACHE_BYTES", 3 * V * 4)
+    monkeypatch.setattr(row_losses, "_CACHE_BYTES", 3 * V * 4)
     for got, wanted in zip(run(inputs, softcap=softcap, chunk=5), whole, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 

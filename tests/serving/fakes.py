@@ -16,8 +16,8 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.decoding.engine import QueueFull
-from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent, TokenLogprob
+from pipeline.decoding.batch import QueueFull
+from pipeline.decoding.request import Completion, Request, RequestMetrics, RequestRefused, StepEvent, TokenLogprob
 from pipeline.serving.http import build
 from pipeline.serving.replica import TargetReplica
 
@@ -52,7 +52,7 @@ class FakeEngine:
     """Answers every request with `answer`, `per_step` tokens a step, taking `delay` seconds a step.
 
     `cancelled` lists the ids that were cancelled, `failures` has why, where that was told; `fail` makes the next step
-    raise.
+    raise, `refusal` the next submission. `cached` tokens of every prompt were found.
     """
 
     def __init__(self, answer: str = "Hello!", per_step: int = 3, delay: float = 0.0, max_queue: int = 8) -> None:
@@ -68,6 +68,8 @@ class FakeEngine:
         self.failures: dict[str, str] = {}
         self.most_at_once = 0
         self.fail: BaseException | None = None
+        self.refusal: RequestRefused | None = None
+        self.cached = 0
 
     @property
     def has_work(self) -> bool:
@@ -75,8 +77,10 @@ class FakeEngine:
 
     def submit(self, request: Request) -> None:
         if len(self.running) >= self.max_queue:
-            raise QueueFull(f"{len(self.running)} requests are waiting")
+            raise QueueFull(f"{len(self.running)} requests are waiting.", request.id)
         request.check(300, self.config.max_context)
+        if self.refusal is not None:
+            raise self.refusal
         self.requests.append(request)
         self.running[request.id] = (request, [])
 
@@ -109,7 +113,9 @@ class FakeEngine:
             reason = "cancelled" if name in self.cancelled else reason
             done = None
             if reason:
-                metrics = RequestMetrics(target_steps=2, decoded=5, drafted=6, verified=4, accepted=3)
+                metrics = RequestMetrics(
+                    target_steps=2, decoded=5, drafted=6, verified=4, accepted=3, cached_prompt=self.cached
+                )
                 done = Completion(name, list(out), reason, metrics, stop_reason=matched)
                 del self.running[name]
             events.append(StepEvent(name, new, done, said))

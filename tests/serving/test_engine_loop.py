@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline.decoding.engine import QueueFull
+from pipeline.decoding.batch import QueueFull
 from pipeline.decoding.request import Request
 from pipeline.serving.engine_loop import EngineLoop
 from tests.serving.fakes import FakeEngine, until

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from pipeline.decoding.request import RequestRefused
 from tests.serving.fakes import FakeEngine, byte_tokenizer, serving, until
 
 ASK = {"model": "fake/target", "messages": [{"role": "user", "content": "hi"}]}
@@ -214,6 +215,9 @@ def test_requests_that_come_together_are_decoded_together():
         ({"temperature": -1}, 400, "temperature", "-1"),
         ({"model": "other"}, 404, "model", "'fake/target'"),
         ({"max_tokens": 1000}, 400, "max_tokens", "1000"),
+        ({"max_completion_tokens": 1000}, 400, "max_completion_tokens", "max_completion_tokens is 1000"),
+        ({"logit_bias": {"999": 1}}, 400, "logit_bias", "logit_bias is 999; it must be of token ids"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias[5]", "101"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, "messages", "256"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "messages", "<|im_end|>"),
         (
@@ -232,6 +236,36 @@ def test_errors_have_openais_shape_and_status(change, status, param, text, strea
     assert set(e.value.body) == {"message", "type", "param", "code"}
     assert e.value.param == param
     assert text in e.value.body["message"]
+    assert "request-" not in e.value.body["message"].lower(), "ids that only the server knows"
+
+
+def test_the_engine_s_refusals_name_the_api_s_fields():
+    engine = FakeEngine()
+    with serving(engine) as (url, _):
+        api = client(url)
+        with pytest.raises(openai.BadRequestError, match="prompt is 999; it must be a token id") as e:
+            api.completions.create(model="fake/target", prompt=[5, 999])
+        assert e.value.param == "prompt"
+        engine.refusal = RequestRefused("is 61; 4 pages are too few.", "request-7/0", "prompt_ids + max_new_tokens")
+        for limit in ("max_tokens", "max_completion_tokens"):
+            with pytest.raises(openai.BadRequestError, match=rf"messages \+ {limit} is 61; 4 pages") as e:
+                api.chat.completions.create(**ASK, **{limit: 50})
+            assert (e.value.param, e.value.code) == (limit, "invalid_value")
+        engine.refusal = RequestRefused("it is too late for that.", "request-8/0")
+        with pytest.raises(openai.BadRequestError, match="- It is too late for that.") as e:
+            api.chat.completions.create(**ASK)
+        assert e.value.param is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_tells_how_much_of_the_prompt_was_cached(stream):
+    engine = FakeEngine()
+    engine.cached = 16
+    with serving(engine) as (url, _):
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = client(url).chat.completions.create(**ASK, n=2, stream=stream, **options)
+        usage = [c.usage for c in answer][-1] if stream else answer.usage
+    assert usage.prompt_tokens_details.cached_tokens == 16 < usage.prompt_tokens
 
 
 @pytest.mark.parametrize(("path", "body", "status"), [("/v1/nothing", b"{}", 404), ("/v1/completions", b"{", 400)])
@@ -261,6 +295,7 @@ def test_a_full_queue_is_429_and_a_draining_server_503():
         with pytest.raises(openai.RateLimitError) as e:
             api.chat.completions.create(**ASK)
         assert (e.value.code, e.value.response.headers["retry-after"]) == ("queue_full", "1")
+        assert e.value.body["message"] == "1 requests are waiting."
         stream.close()
         until(lambda: not engine.running)
         import asyncio
@@ -307,7 +342,7 @@ def test_an_answer_whose_text_fails_is_an_error_with_its_cause_and_the_others_go
         until(lambda: engine.running)
         replica._text = inner
         good = api.chat.completions.create(**ASK)
-        with pytest.raises(openai.APIError, match=r"Request request-\d+/\d: .* ValueError: no such byte") as e:
+        with pytest.raises(openai.APIError, match="This answer failed: its text failed: ValueError: no") as e:
             failing.result()
         until(lambda: not engine.running)
     assert good.choices[0].message.content == "x" * 40

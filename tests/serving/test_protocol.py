@@ -31,7 +31,8 @@ def test_all_fields_arrive():
     assert {k: job[k] for k in shaping} == shaping and job["logit_bias"] == {12: -5.0}
     plain = parse(ChatRequest, CHAT).job()
     assert (plain["min_p"], plain["repetition_penalty"], plain["logit_bias"]) == (0.0, 1.0, {})
-    assert parse(ChatRequest, {**CHAT, "max_tokens": 3, "max_completion_tokens": 5}).job()["max_tokens"] == 5
+    for given in ({"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
+        assert parse(ChatRequest, {**CHAT, **given}).job()["max_tokens"] == 5
     assert (plain["n"], plain["logprobs"], plain["max_draft"]) == (1, None, None)
     assert parse(ChatRequest, {**CHAT, "n": 3, "logprobs": True, "top_logprobs": 2}).job()["logprobs"] == 2
     assert parse(CompletionRequest, {"model": "m", "prompt": "x", "logprobs": 0}).job()["logprobs"] == 0
@@ -70,6 +71,7 @@ def test_prompts_are_a_text_or_token_ids(prompt):
         ({"top_k": -1}, "top_k", "-1"),
         ({"max_tokens": 0}, "max_tokens", "0"),
         ({"max_completion_tokens": 2.5}, "max_completion_tokens", "2.5"),
+        ({"max_tokens": 3, "max_completion_tokens": 5}, "max_tokens", "3 and max_completion_tokens is 5"),
         ({"seed": "x"}, "seed", "'x'"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "5 strings"),
         ({"stop": [""]}, "stop", "''"),

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
-from pipeline.decoding.request import Sequence
+from pipeline.decoding.request import Request, RequestRefused, Sequence
 from pipeline.errors import ConfigError, DraftlineError, nearest
 
 
@@ -89,11 +89,12 @@ class SeveralDrafts:
         # Until the next change: a draft that leaves meanwhile must not move the columns of taps on their way.
         self.layer_ids = sorted({i for p in self.resident for i in p.layer_ids})
 
-    def check(self, draft: str | None) -> None:
-        """Raises DraftlineError for a name that no request may ask for."""
-        if draft is not None and draft not in self._drafts:
-            hint = nearest(draft, self.names)
-            raise DraftlineError(f"There is no draft {draft!r}; there are {', '.join(self.names)}.{hint}")
+    def check(self, request: Request) -> None:
+        """Raises RequestRefused where it asks for a draft that no request may ask for."""
+        name = request.draft
+        if name is not None and name not in self._drafts:
+            hint = nearest(name, self.names)
+            raise RequestRefused(f"is {name!r}; there are {', '.join(self.names)}.{hint}", request.id, "draft")
 
     def page_bytes(self, size: int) -> int:
         return sum(p.page_bytes(size) for p in self.resident)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draftline_kernels import RowStats, vocab_loss, vocab_loss_triton
-from draftline_kernels.vocab_loss import ETA, RowTargets
+from draftline_kernels.row_losses import ETA, RowTargets
 
 N = 9
 
