@@ -1,9 +1,9 @@
 """DeepSpec's checkpoints (MIT; `DSparkModel` and `Eagle3Model` of Qwen3 and Gemma4), with a flat config.json.
 
 Its DFlash is its DSpark without either head.
-The target's embedding and lm_head are in the file, full vocabulary. Layer ids count as ours do: id L is the output of
-decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has five tapped layers
-and QK norm.
+Embedding and lm_head, the target's or the draft's own, are in the file, full vocabulary. Layer ids count as ours do: id
+L is the output of decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has
+five tapped layers and QK norm.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def read(path: Path | str, target: Target) -> Draft:
             raw,
             tensors,
             target,
-            layer_ids=raw.get("target_layer_ids"),
+            layer_ids=files.present(path, raw.get("target_layer_ids"), "target_layer_ids"),
             steps=int(raw.get("ttt_length") or eagle3.STEPS),
             d2t=None,
             required=(),

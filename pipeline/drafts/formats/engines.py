@@ -129,6 +129,8 @@ def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
                 {"draft.markov_head_type": "vanilla"},
             )
         )
+    if engine == "sglang":
+        found += files.owned_obstacles(draft, "SGLang's block draft", files.EMBED, files.LM_HEAD)
     if engine == "sglang" and not files.full_vocabulary(draft):
         found.append(
             Obstacle(
@@ -154,7 +156,9 @@ def _eagle3_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
         found.append(
             Obstacle(f"{name} has Llama's layer, without QK norm; this draft has it.", {"draft.qk_norm": "false"})
         )
-    return found + (eagle3.residual_obstacle(draft, name) if engine == "sglang" else [])
+    if engine == "sglang":
+        found += files.owned_obstacles(draft, name, files.EMBED) + eagle3.residual_obstacle(draft, name)
+    return found
 
 
 def _unreadable(engine: str, format: str, algorithm: str) -> str | None:

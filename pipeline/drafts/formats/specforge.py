@@ -40,8 +40,10 @@ def obstacles(draft: Draft) -> list[Obstacle]:
                     {"draft.qk_norm": "false"},
                 )
             )
+        found += files.owned_obstacles(draft, "SpecForge's Eagle3", files.EMBED)
         return found + eagle3.residual_obstacle(draft, "SpecForge's Eagle3")
     found = qwen3.obstacles(draft, "SpecForge")
+    found += files.owned_obstacles(draft, "SpecForge's block draft", files.EMBED, files.LM_HEAD)
     if not files.full_vocabulary(draft):
         found.append(
             Obstacle(
@@ -168,6 +170,7 @@ def _write_eagle3(
 
 
 def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: Target) -> Draft:
+    ids = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     size = raw.get("draft_vocab_size") or target.vocab_size
     reduced = size != target.vocab_size
     return eagle3.read(
@@ -175,7 +178,7 @@ def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch
         raw,
         {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")},
         target,
-        layer_ids=(raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"),
+        layer_ids=files.present(path, ids, "eagle_config.eagle_aux_hidden_state_layer_ids"),
         steps=int(raw.get("ttt_length") or eagle3.STEPS),
         d2t=vocabulary.read(path, tensors, size, target.vocab_size) if reduced else None,
         layer=_LAYER,
