@@ -11,19 +11,23 @@ import sys
 if sys.path and sys.path[0].endswith("jobs"):
     del sys.path[0]  # as a script: this folder's pipeline.py shadows the package of that name
 
+import json
+
 from pipeline import artifact
 from pipeline.config import PipelineConfig
 from pipeline.entry import StageRecord, run
 
 
 def registered_name(config: PipelineConfig) -> str:
-    """`tracking.model_name`, or one derived from the target and the draft's family."""
+    """`tracking.model_name`, or one derived from the calibrated draft's target and algorithm."""
     from pipeline.registry.promotion import model_name
 
     if config.tracking.model_name:
         return config.tracking.model_name
-    target = artifact.load(config.run_dir / "calibrated", "draft", verify=False).target or {}
-    return model_name(target["id"], config.draft.algorithm)
+    draft = config.run_dir / "calibrated"
+    target = artifact.load(draft, "draft", verify=False).target or {}
+    # The draft's own word: one that was converted is not what the run's settings would train.
+    return model_name(target["id"], json.loads((draft / "config.json").read_text())["algorithm"])
 
 
 def stage(config: PipelineConfig, parent: str | None = None) -> str:

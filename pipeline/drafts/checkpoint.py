@@ -92,6 +92,11 @@ def load_draft(path: Path | str, target: Target) -> Draft:
         ArtifactError: damaged, made for another target, or not fitting it; the message lists every difference.
     """
     path = Path(path)
+    if (path / CONFIG).is_file() and not (path / artifact.MANIFEST).is_file():
+        raise ArtifactError(
+            f"{path} is no draft artifact: it has no {artifact.MANIFEST}. If it is a checkpoint of another project, "
+            f"jobs/convert.py makes a draft of it: convert.checkpoint={path}."
+        )
     manifest = artifact.load(path, "draft")
     mine, theirs = target.identity.as_dict(), manifest.target or {}
     differing = [

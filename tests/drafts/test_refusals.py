@@ -63,3 +63,9 @@ def test_a_sound_checkpoint_is_not(tmp_path: Path, tiny: Target) -> None:
     draft = small_draft(tiny)
     save_draft(tmp_path / "draft", draft, target=tiny.identity.as_dict(), config={}, inputs={})
     assert torch.equal(load_draft(tmp_path / "draft", tiny).d2t, draft.d2t)
+
+
+def test_a_checkpoint_of_another_project_is_not_taken_for_a_draft(tmp_path: Path, tiny: Target) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3DSparkModel"]}')
+    with pytest.raises(ArtifactError, match=f"jobs/convert.py makes a draft of it: convert.checkpoint={tmp_path}"):
+        load_draft(tmp_path, tiny)

@@ -24,6 +24,11 @@ _ANCHORS = 512  # of a training sequence, which its readers insist on
 _STEP_DECAY = 0.8  # what a step of the unrolled loss weighs of the one before; nothing that a reader computes
 
 
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return files.first_architecture(raw) in _ARCHITECTURES
+
+
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
     c = draft.config

@@ -17,7 +17,7 @@ from pipeline.drafts.formats import deepspec, eagle3, files, specforge, speculat
 from pipeline.drafts.formats.files import Obstacle
 
 FORMATS: dict[str, ModuleType] = {"speculators": speculators, "specforge": specforge, "deepspec": deepspec}
-"""Each has `obstacles(draft)`, `write(draft, target, out, ...)` and `read(path, target)`."""
+"""Each has `recognises(config.json)`, `obstacles(draft)`, `write(draft, target, out, ...)` and `read(path, target)`."""
 OWN = {"vllm": "speculators", "sglang": "specforge"}
 """Engine -> the format that it loads most drafts from."""
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}

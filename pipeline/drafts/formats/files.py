@@ -146,6 +146,11 @@ def load(path: Path, project: str) -> tuple[dict[str, Any], dict[str, torch.Tens
         raise ArtifactError(f"{path} is not a {project} checkpoint that can be read: {e}") from None
 
 
+def first_architecture(raw: Mapping[str, Any]) -> str:
+    """What a config.json calls its model; "none" if it does not say."""
+    return (raw.get("architectures") or ["none"])[0]
+
+
 def architecture(path: Path, raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
     """The algorithm of a checkpoint, from its first architecture.
 
@@ -154,7 +159,7 @@ def architecture(path: Path, raw: Mapping[str, Any], known: Mapping[str, str]) -
     Raises:
         ArtifactError: another architecture.
     """
-    name = (raw.get("architectures") or ["none"])[0]
+    name = first_architecture(raw)
     if name not in known:
         raise ArtifactError(f"{path} is a {name}; this reads {' and '.join(known)}.")
     return known[name]
@@ -232,18 +237,17 @@ def build(
     temperatures = _temperatures(path, config.tokens_per_block, problems)
     if problems:
         raise ArtifactError(f"The draft at {path} does not match: " + "; ".join(sorted(problems)) + ".")
-    draft.load_state_dict(
-        {n: tensors[_NAMES.get(n, n)].float() for n in draft.state_dict() if n not in ("d2t", "temperatures")},
-        strict=False,
-    )
+    ours = {theirs: n for n, theirs in _NAMES.items()}
+    draft.load_state_dict({ours.get(n, n): tensors[n].float() for n in expected}, strict=False)
     if temperatures is not None:
         draft.temperatures.copy_(temperatures)
     return draft.to(target.device).eval()
 
 
 def _differs(theirs: torch.Tensor, mine: torch.Tensor) -> bool:
-    """Whether a file's matrix is another than the target's, in the precision of the file."""
-    return theirs.shape == mine.shape and not torch.equal(theirs, mine.to("cpu", theirs.dtype))
+    """Whether a file's matrix is another than the target's, in the narrower precision of the two."""
+    dtype = min(theirs.dtype, mine.dtype, key=lambda d: d.itemsize)
+    return theirs.shape == mine.shape and not torch.equal(theirs.to(dtype), mine.to("cpu", dtype))
 
 
 def _temperatures(path: Path, count: int, problems: list[str]) -> torch.Tensor | None:

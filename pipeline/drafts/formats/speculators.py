@@ -33,6 +33,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return "speculators_model_type" in raw
+
+
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
     return eagle3.obstacles(draft) if draft.config.algorithm == "eagle3" else qwen3.obstacles(draft, "speculators")

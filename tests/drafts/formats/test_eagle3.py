@@ -140,7 +140,7 @@ def test_what_a_format_cannot_hold_is_refused_with_what_can(
     [
         (specforge, THREE, settings(num_hidden_layers=2), "has 2 layers"),
         (specforge, THREE, settings(model_type="phi3"), "model_type 'phi3'"),
-        (specforge, THREE, settings(eagle_config=None), "no eagle_config.eagle_aux_hidden_state_layer_ids"),
+        (specforge, THREE, settings(eagle_config=None), r"no eagle_config.eagle_aux_.*engines take \[1, 2, 2\]"),
         (specforge, THREE, tensors(lambda t: t.pop("midlayer.hidden_norm.weight")), "hidden_norm.weight is missing"),
         (specforge, THREE, tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
         (specforge, {**THREE, "vocabulary": 60}, tensors(lambda t: t["d2t"].add_(500)), "d2t leads to token"),
