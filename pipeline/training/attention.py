@@ -162,7 +162,7 @@ def flex_step_attention(
     context: tuple[Tensor, Tensor],
     own: list[tuple[Tensor, Tensor]],
     mask: BlockMask,
-    attend: Callable[..., tuple[Tensor, Any]] = flex_attention,  # type: ignore[assignment]
+    attend: Callable[..., Any] = flex_attention,
 ) -> Tensor:
     """`step_attention` by FlexAttention over the context, joined with the few earlier steps by sums of exponentials.
 
