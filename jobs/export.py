@@ -17,17 +17,33 @@ from pathlib import Path
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
+from pipeline.errors import ConfigError
 
-CALIBRATED = "calibrated"
+CALIBRATED, TRAINED = "calibrated", "trained"
 
 
 def chosen(config: PipelineConfig) -> tuple[Path, str]:
-    """The draft of `export.version`: its directory, and in words where it is from."""
+    """The draft of `export.version`: its directory, and in words where it is from.
+
+    Raises:
+        ConfigError: a registered version is asked for, but the run has only a trained draft.
+    """
     from pipeline.registry.promotion import lookup, registered_name
 
     which = config.export.version
     if which == CALIBRATED:
         return config.run_dir / CALIBRATED, f"calibrated draft of the run {config.name}"
+    if which == TRAINED:
+        return config.run_dir / "draft", f"draft of the run {config.name} as trained, neither calibrated nor measured"
+    if Path(which).is_dir():
+        return Path(which), f"draft at {Path(which).absolute()}"
+    unnamed = not config.tracking.model_name and not (config.run_dir / CALIBRATED).is_dir()
+    if unnamed and (config.run_dir / "draft").is_dir():
+        raise ConfigError(
+            f"export.version={which!r} is a registered version, and the run {config.name} has a trained draft only. "
+            "Calibrate, check, evaluate and register it, or export it as it is with export.version=trained; where the "
+            "engine does not decode the target (deepseek_v4), that is the way."
+        )
     found = lookup(recorder(config), registered_name(config), which, config.cache / "champions")
     return found.draft_dir, f"{found.name} version {found.version}"
 

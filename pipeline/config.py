@@ -244,9 +244,9 @@ class ExportConfig:
     """A draft for another engine. engine: vllm or sglang. format: speculators, specforge or deepspec ("": the engine's
     own).
 
-    version: of the registered model, by number or alias (champion), or calibrated: the run's own draft. out: a
-    directory ("": export-<engine> of the run). served_target: hub id or path by which the engine finds the target
-    ("": target.path).
+    version: of the registered model, by number or alias (champion); calibrated or trained: the run's own draft, behind
+    or before calibration; or a draft artifact's directory. out: a directory ("": export-<engine> of the run).
+    served_target: hub id or path by which the engine finds the target ("": target.path).
     """
 
     engine: str = "vllm"
@@ -254,6 +254,15 @@ class ExportConfig:
     version: str = "champion"
     out: str = ""
     served_target: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Another project's draft as the run's own. checkpoint: its directory. format: speculators, specforge or deepspec
+    ("": by its config.json)."""
+
+    checkpoint: str = ""
+    format: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +329,7 @@ class PipelineConfig:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    convert: ConvertConfig = dataclasses.field(default_factory=ConvertConfig)
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
@@ -350,6 +360,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "draft.algorithm": ("dspark", "dflash", "eagle3"),
     "export.engine": ("vllm", "sglang"),
     "export.format": ("", "speculators", "specforge", "deepspec"),
+    "convert.format": ("", "speculators", "specforge", "deepspec"),
     "draft.markov_head_type": ("none", "vanilla", "gated", "rnn"),
 }
 _POSITIVE = (

@@ -68,6 +68,15 @@ def test_a_mixture_s_active_parameters_are_those_a_token_is_routed_to(tmp_path: 
     assert size_target(config.target, config.plan.target_config, tmp_path).active / 1e9 == pytest.approx(13, rel=0.1)
 
 
+def test_matrices_of_the_draft_s_own_are_trained_and_paid_for(tmp_path: Path, cache: Path) -> None:
+    borrowed = plan(smoke(tmp_path, cache))
+    owned = plan(smoke(tmp_path, cache, "draft.own_embedding=true", "draft.own_lm_head=true"))
+    more = (borrowed.target.vocabulary + borrowed.draft.d2t.shape[0]) * borrowed.target.hidden
+    assert owned.parameters == borrowed.parameters + more
+    assert owned.memory(2).optimizer - borrowed.memory(2).optimizer == 12 * more / owned.config.trainer.workers
+    assert owned.step_flops > borrowed.step_flops
+
+
 def test_parameters_and_bytes_are_those_of_the_draft_and_the_shard(tiny: Target, tmp_path: Path, cache: Path) -> None:
     p = plan(smoke(tmp_path, cache))
     full = resolve(p.config.draft, tiny.config, tiny.unused_token)

@@ -1,8 +1,8 @@
 """What rows of a vocabulary loss come to: every loss per row, from its logits, and its gradient in their place.
 
-For row i with draft logits z = cap(h W^T) + m U^T over the draft vocabulary (W the frozen lm_head rows, U = W2 of the
-Markov head, cap(x) = c tanh(x / c) where the target softcaps its logits), q = softmax(z), p the target's probabilities
-on the draft vocabulary and p_out its mass outside:
+For row i with draft logits z = cap(h W^T) + m U^T over the draft vocabulary (W the lm_head rows, frozen unless they are
+the draft's own, U = W2 of the Markov head, cap(x) = c tanh(x / c) where the target softcaps its logits), q =
+softmax(z), p the target's probabilities on the draft vocabulary and p_out its mass outside:
 
     CE_i = -log q[y_i] (labels inside the draft vocabulary only)
     KL_i = sum_j p_j log(p_j / (m q_j)), m = sum_j p_j   (m KL(p/m || q): what p leaves outside weighs nothing)

@@ -4,7 +4,7 @@ Rows are processed in chunks. A chunk's logits come from plain matrix products (
 product inside a kernel, which would also have to be made twice: the gradient needs the statistics of the whole row);
 `row_losses_` (row_losses.py, which also says what each loss is) reduces them and leaves their gradient in their place,
 and a second product takes it back to the hidden states. Two or three chunk-sized buffers, [N, D], [N, r] and [Vd, r]
-are all that ever exists.
+are all that ever exists, and [Vd, D] where the rows of lm_head are trained.
 
 Letters: N rows, C rows of a chunk, D hidden, r Markov rank, Vd draft vocabulary.
 """
@@ -33,6 +33,14 @@ def rows_per_chunk(rows: int, vocabulary: int, itemsize: int, device: torch.devi
     return -(-rows // max(1, -(-rows // most))) or 1
 
 
+def _add_product(into: Tensor, rows: Tensor, codes: Tensor) -> None:
+    """into += rows^T codes; products of narrow numbers are summed over chunks in float32."""
+    if rows.dtype == torch.float32:
+        into.addmm_(rows.T, codes)
+    else:
+        into += rows.T @ codes
+
+
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -41,6 +49,7 @@ class _VocabLoss(torch.autograd.Function):
         markov: Tensor | None,
         w2: Tensor | None,
         lm_rows: Tensor,
+        target_rows: Tensor,
         target_hidden: Tensor,
         targets: RowTargets,
         softcap: float,
@@ -48,12 +57,14 @@ class _VocabLoss(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor | None, ...]:
         compute, device, rows = lm_rows.dtype, lm_rows.device, hidden.shape[0]
-        gradient = any(ctx.needs_input_grad[:3])
+        gradient = any(ctx.needs_input_grad[:4])
         ce, kl, l1, rkl, overlap = (torch.zeros(rows, device=device) for _ in range(5))
         stats = RowStats(ce, kl, l1, torch.zeros(rows, dtype=torch.bool, device=device))
         stats.rkl = None if targets.rkl_weight is None else rkl
         stats.overlap = overlap if targets.wants_overlap else None
-        grad_hidden = grad_markov = grad_w2 = None
+        grad_hidden = grad_markov = grad_w2 = grad_rows = None
+        if ctx.needs_input_grad[3]:
+            grad_rows = torch.zeros(lm_rows.shape, device=device)
         if gradient:
             grad_hidden = torch.empty(rows, hidden.shape[1], device=device)
             if markov is not None and w2 is not None:
@@ -66,8 +77,9 @@ class _VocabLoss(torch.autograd.Function):
         for start in range(0, rows, chunk):
             some = slice(start, min(start + chunk, rows))
             base, target, *more = buffers[:, : some.stop - start].unbind(0)
-            torch.mm(hidden[some].to(compute), lm_rows.T, out=base)
-            torch.mm(target_hidden[some].to(compute), lm_rows.T, out=target)
+            seen = hidden[some].to(compute)
+            torch.mm(seen, lm_rows.T, out=base)
+            torch.mm(target_hidden[some].to(compute), target_rows.T, out=target)
             bias = more[0] if more else None
             if codes is not None:
                 if bias is not None:
@@ -78,15 +90,14 @@ class _VocabLoss(torch.autograd.Function):
             row_losses_(base, bias, target, to, out, softcap=softcap, eta=eta, gradient=gradient)
             if grad_hidden is not None:
                 grad_hidden[some] = base @ lm_rows
+            if grad_rows is not None:
+                _add_product(grad_rows, base, seen)
             if codes is not None and grad_markov is not None and grad_w2 is not None:
                 back = base if bias is None else bias
                 grad_markov[some] = back @ codes[1]
-                if compute == torch.float32:
-                    grad_w2.addmm_(back.T, codes[0][some])
-                else:
-                    grad_w2 += back.T @ codes[0][some]
-        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
-        ctx.dtypes = hidden.dtype, None if markov is None else markov.dtype, None if w2 is None else w2.dtype
+                _add_product(grad_w2, back, codes[0][some])
+        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2, grad_rows)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, markov, w2, lm_rows)]
         ctx.mark_non_differentiable(*(t for t in vars(stats).values() if t is not None))
         loss = (ce * targets.ce_weight).sum() + (kl * targets.kl_weight).sum() + (l1 * targets.l1_weight).sum()
         if targets.rkl_weight is not None:
@@ -101,7 +112,7 @@ class _VocabLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place: the gradient of w2 is as large as w2. (A second backward over the graph is refused by autograd.)
+        # In place: the gradients of w2 and lm_rows are as large as they. (A second backward is refused by autograd.)
         grads = (
             None if saved is None else saved.mul_(grad_loss).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -128,9 +139,10 @@ def vocab_loss(
     eta: float = ETA,
     softcap: float = 0.0,
     chunk: int | None = None,
+    target_rows: Tensor | None = None,
 ) -> tuple[Tensor, RowStats]:
     """sum_i ce_weight_i CE_i + kl_weight_i KL_i + l1_weight_i L1_i, and RKL, LK and hybrid likewise, with gradients to
-    hidden, markov and w2.
+    hidden, markov, w2 and lm_rows.
 
     Args:
         hidden: [N, D], the draft's. markov: [N, r], codes of the Markov head at each slot. w2: [Vd, r]. Both or none.
@@ -145,6 +157,8 @@ def vocab_loss(
         rkl_weight, lk_weight, hybrid_weight: likewise; None: not computed. eta: of the hybrid, at least 0.
         softcap: c of the target's c tanh(logits / c), 0 for none.
         chunk: rows at once; None: `rows_per_chunk`.
+        target_rows: [Vd, D] like lm_rows, what the target's logits are made of where lm_rows are the draft's own; None:
+            lm_rows.
 
     Returns:
         The scalar loss (float32) and the rows' statistics. Without an input that asks for gradients none is formed.
@@ -161,6 +175,8 @@ def vocab_loss(
         ("hidden", hidden, (rows, width)),
         ("target_hidden", target_hidden, (rows, width)),
     ]
+    if target_rows is not None:
+        wanted.append(("target_rows", target_rows, (vocabulary, width)))
     if markov is not None:
         wanted += [("markov", markov, (rows, markov.shape[-1])), ("w2", w2, (vocabulary, markov.shape[-1]))]
     for name, value, shape in wanted:
@@ -179,5 +195,6 @@ def vocab_loss(
     if device.type == "cpu" and rows and int(labels.max()) >= vocabulary:
         raise ValueError(f"a label is {int(labels.max())}; the draft vocabulary has {vocabulary} ids (-1: outside)")
     size = chunk or rows_per_chunk(rows, vocabulary, lm_rows.element_size(), device)
-    loss, *stats = _VocabLoss.apply(hidden, markov, w2, lm_rows, target_hidden, targets, softcap, eta, size)
+    theirs = (lm_rows if target_rows is None else target_rows).detach().to(lm_rows.dtype)
+    loss, *stats = _VocabLoss.apply(hidden, markov, w2, lm_rows, theirs, target_hidden, targets, softcap, eta, size)
     return loss, RowStats(*stats)

@@ -133,7 +133,7 @@ def refused(target: Target, why: str) -> DraftlineError:
     """The error of a target that the engine can't run."""
     return DraftlineError(
         f"The decoding engine can't run this target ({target.family.name}): {why}. Features, training and drafts of it "
-        "work; decode it with another engine."
+        "work; decode it with another engine (export.version=trained)."
     )
 
 

@@ -1,5 +1,5 @@
-"""What every draft is: matrices borrowed from the target, a draft vocabulary, and what turns hidden states into
-proposals.
+"""What every draft is: embedding and lm_head, the target's or its own, a draft vocabulary, and what turns hidden states
+into proposals.
 
 Letters: N positions, D hidden, d head dim, V target vocabulary, Vd draft vocabulary, G tokens per block.
 """
@@ -20,8 +20,9 @@ class Draft(nn.Module):
 
     Args:
         config: resolved (no zeros left).
-        embed: float[V, D], the target's embedding. lm_head: float[V, D], its output rows. Both are kept as
-            references outside the state dict (lm_head only its rows in the draft vocabulary).
+        embed: float[V, D], the target's embedding. lm_head: float[V, D], its output rows (kept are those in the draft
+            vocabulary). Borrowed, they are references outside the state dict; a draft's own start as float32 copies,
+            and are parameters.
         d2t: int64[Vd], ascending target ids of the draft vocabulary.
         embed_scale, logit_softcap: the target family's.
     Attributes:
@@ -57,15 +58,31 @@ class Draft(nn.Module):
         self.confidence_head = None
         self.register_buffer("d2t", d2t.clone())
         self.register_buffer("temperatures", torch.ones(c.tokens_per_block))
-        self.register_buffer("embed", embed.detach(), persistent=False)
         full = d2t.shape[0] == lm_head.shape[0]
-        self.register_buffer("lm_rows", lm_head.detach() if full else lm_head.detach()[d2t], persistent=False)
+        self._target_dtype = lm_head.dtype
+        self._take("embed", embed.detach(), c.own_embedding)
+        self._take("lm_rows", lm_head.detach() if full else lm_head.detach()[d2t], c.own_lm_head)
         steps = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         # Dimensions that don't rotate have the frequency 0 (what transformers calls proportional).
         turning = torch.arange(c.head_dim // 2) < int((c.rope_fraction or 0.0) * c.head_dim // 2)
         frequencies = c.rope_theta**-steps
         rotated = frequencies if c.rope_fraction is None else frequencies * turning
         self.register_buffer("inv_freq", rotated, persistent=False)
+
+    def _take(self, name: str, matrix: torch.Tensor, own: bool) -> None:
+        if own:
+            self.register_parameter(name, nn.Parameter(matrix.to(torch.float32, copy=True)))
+        else:
+            self.register_buffer(name, matrix, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the target computes in: a draft decodes in it, whatever its weights are trained in."""
+        return self._target_dtype if self.config.own_lm_head else self.lm_rows.dtype
+
+    def borrowed(self) -> dict[int, torch.Tensor]:
+        """What a copy of the draft shares with it, by id, as `copy.deepcopy` takes it."""
+        return {id(t): t for t in (self.embed, self.lm_rows) if not isinstance(t, nn.Parameter)}
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [N, 1, d] of int64 positions [N]."""
@@ -74,7 +91,7 @@ class Draft(nn.Module):
         return angles.cos(), angles.sin()
 
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The target's embeddings [.., D] of tokens [..], scaled as its family does."""
+        """Embeddings [.., D] of tokens [..], scaled as the target's family does."""
         x = self.embed[tokens]
         return x * self.embed_scale if self.embed_scale != 1.0 else x
 

@@ -25,7 +25,7 @@ ALGORITHMS: dict[str, type[Draft]] = {"dspark": DSparkDraft, "dflash": DSparkDra
 
 
 def make_draft(config: DraftConfig, target: Target, d2t: torch.Tensor) -> Draft:
-    """A freshly initialised draft of a resolved config, borrowing the target's embedding and lm_head."""
+    """A freshly initialised draft of a resolved config, with the target's embedding and lm_head, borrowed or copied."""
     family = target.family
     head = getattr(family.lm_head, "weight", None)
     if head is None:
@@ -92,6 +92,11 @@ def load_draft(path: Path | str, target: Target) -> Draft:
         ArtifactError: damaged, made for another target, or not fitting it; the message lists every difference.
     """
     path = Path(path)
+    if (path / CONFIG).is_file() and not (path / artifact.MANIFEST).is_file():
+        raise ArtifactError(
+            f"{path} is no draft artifact: it has no {artifact.MANIFEST}. If it is a checkpoint of another project, "
+            f"jobs/convert.py makes a draft of it: convert.checkpoint={path}."
+        )
     manifest = artifact.load(path, "draft")
     mine, theirs = target.identity.as_dict(), manifest.target or {}
     differing = [
@@ -116,9 +121,9 @@ def load_draft(path: Path | str, target: Target) -> Draft:
     d2t = tensors.get("d2t")
     if d2t is None or d2t.dim() != 1 or not len(d2t) or bool((d2t.diff() <= 0).any()):
         raise ArtifactError(f"The draft at {path} has no ascending draft vocabulary (tensor d2t).")
-    if int(d2t[0]) < 0 or int(d2t[-1]) >= target.vocab_size:
+    if len(outside := d2t[(d2t < 0) | (d2t >= target.vocab_size)]):
         raise ArtifactError(
-            f"The draft at {path} has token {int(d2t[-1])} in its vocabulary; the target has {target.vocab_size}."
+            f"The draft at {path} has token {int(outside[0])} in its vocabulary; the target has {target.vocab_size}."
         )
     if config.draft_vocab_size and len(d2t) != config.draft_vocab_size:
         raise ArtifactError(

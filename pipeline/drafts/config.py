@@ -18,7 +18,8 @@ class DraftConfig:
         sample_from_anchor: whether the anchor's slot predicts too (see pipeline/drafts/dspark.py).
         num_layers: draft layers. target_layer_ids: tapped target layers, 0-based.
         hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rope_theta, rms_norm_eps: of the draft's
-            layers; hidden_size must be the target's, whose embedding and lm_head are borrowed.
+            layers; hidden_size must be the target's, whose states are read and whose embedding and lm_head are borrowed
+            or copied.
         layer_family: llama (qwen3's with qk_norm) or gemma4: what the layers compute (see pipeline/drafts/layers.py).
             gemma4's take heads, KV heads and head dim of the target's layers with full attention.
         qk_norm: RMSNorm on queries and keys.
@@ -31,6 +32,8 @@ class DraftConfig:
         enable_confidence_head, confidence_head_with_markov: the confidence head and whether it sees the Markov
             embedding of the token before.
         draft_vocab_size: Vd, most frequent tokens of the corpus (0: the target's whole vocabulary).
+        own_embedding, own_lm_head: weights of the draft's own, which start as the target's and are trained, instead of
+            the target's (of lm_head the rows of the draft vocabulary).
     """
 
     algorithm: str = "dspark"
@@ -57,6 +60,8 @@ class DraftConfig:
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     draft_vocab_size: int = 0
+    own_embedding: bool = False
+    own_lm_head: bool = False
 
     @property
     def has_markov(self) -> bool:
@@ -182,7 +187,7 @@ def check(config: DraftConfig, hidden_size: int, vocab_rows: int, num_layers: in
         raise ConfigError(f"draft.markov_rank={config.markov_rank} must be 0 (no Markov head) or more.")
     if config.hidden_size != hidden_size:
         raise ConfigError(
-            f"draft.hidden_size={config.hidden_size}, but the target's embedding, which the draft borrows, has "
+            f"draft.hidden_size={config.hidden_size}, but the target's embedding, which the draft takes over, has "
             f"{hidden_size}. Leave it 0."
         )
     if not 0 <= config.mask_token_id < vocab_rows:

@@ -57,10 +57,15 @@ def model_name(target_id: str, family: str) -> str:
 
 
 def registered_name(config: PipelineConfig) -> str:
-    """The registered model that every job of a configuration means; needs no run of it and no weights."""
+    """The registered model that every job of a configuration means; needs no run of it and no weights.
+
+    Where the run has a draft, its algorithm counts: one that was converted is not what the settings would train.
+    """
     from pipeline.target import target_id
 
-    return config.tracking.model_name or model_name(target_id(config.target), config.draft.algorithm)
+    own = config.run_dir / "draft" / "config.json"
+    algorithm = json.loads(own.read_text())["algorithm"] if own.is_file() else config.draft.algorithm
+    return config.tracking.model_name or model_name(target_id(config.target), algorithm)
 
 
 def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str, report_dir: Path | str) -> str:

@@ -85,7 +85,7 @@ def notes(plan: Plan) -> list[str]:
         kind = plan.target.config.model_type
         found.append(
             f"draftline's engine does not decode {kind} targets ({ENGINE_OBSTACLES[kind]}): train the draft, export it "
-            "and measure it in vLLM or SGLang."
+            "(export.version=trained) and measure it in vLLM or SGLang."
         )
     return found
 

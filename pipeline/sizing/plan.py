@@ -101,7 +101,8 @@ class Plan:
         copies = 0 if half or not trainer.autocast else p * 2  # what autocast keeps of the weights during a step
         states = 12 * p / w + (4 * p / w if trainer.ema else 0)  # fp32 masters, two moments, the running average
         d, v, vd = self.target.hidden, self.target.vocabulary, self.draft.d2t.shape[0]
-        frozen = v * d * ITEM[self.config.target.dtype] + v * d * compute + (vd * d * compute if vd < v else 0)
+        frozen = v * d * compute + (vd * d * compute if vd < v else 0)
+        frozen += 0 if c.own_embedding else v * d * ITEM[self.config.target.dtype]
 
         sequences = trainer.sequences_per_step // (w * trainer.accumulate)
         length = float(self.config.corpus.max_length)
@@ -112,11 +113,13 @@ class Plan:
         of_blocks = slots * c.num_layers * wide * (c.tokens_per_block if c.algorithm == "eagle3" else 1)
         if c.algorithm == "eagle3":
             of_blocks /= c.block_size  # a block is one slot at a time, unrolled
+        if c.algorithm == "eagle3" and not trainer.use_gpu:
             # Its attention keeps what every anchor's steps give to the whole row; 1.7 was measured on autograd.
             of_blocks += 1.7 * sequences * anchors * length * c.num_heads * c.tokens_per_block
         device = torch.device("cuda" if trainer.use_gpu else "cpu")
         chunk = trainer.chunk_rows or rows_per_chunk(int(slots), vd, compute, device)
         loss = 3 * chunk * vd * compute + chunk * v * compute + slots * (d + c.markov_rank) * 4
+        loss += vd * d * 4 if c.own_lm_head else 0
         return Memory(
             stage,
             weights=(p * item / w if stage == 3 else p * item) + copies,
@@ -163,8 +166,9 @@ class Plan:
         width = 2 * d if c.algorithm == "eagle3" else d
         per_slot = width * (q + kv) + q * d + 3 * d * c.intermediate_size + 2 * q * (self.tokens_per_row / 2)
         markov = slots * vd * c.markov_rank if c.has_markov else 0.0
-        # Three products of a slot: its logits, the target's, and the gradient (the matrices are frozen).
-        frozen = slots * vd * d * 3 + trainer.sequences_per_step * self.loss_tokens_per_row * v * d
+        # Three products of a slot: its logits, the target's, and the gradient; a fourth where lm_head is trained.
+        products = 4 if c.own_lm_head else 3
+        frozen = slots * vd * d * products + trainer.sequences_per_step * self.loss_tokens_per_row * v * d
         return 2 * (3 * (context + slots * c.num_layers * per_slot + markov) + frozen)
 
     @property

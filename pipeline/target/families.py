@@ -105,7 +105,8 @@ def _gemma(model: Any) -> Family:
         # transformers' multimodal Gemma 3 leaves the cap out, whatever its config says.
         logit_softcap=None if model.config.model_type == "gemma3" else config.final_logit_softcapping or None,
         norm_offset=0.0 if four else 1.0,
-        layer_obstacle="its layers normalise what attention and MLP give back, and use GELU; a draft's do neither",
+        layer_obstacle="its layers normalise what attention and MLP give back, and use GELU; "
+        + ("a draft's with draft.layer_family=gemma4 do too, but start untrained" if four else "a draft's do neither"),
     )
 
 

@@ -140,12 +140,14 @@ class TrainStep:
         self.num_anchors, self.seed, self.chunk = num_anchors, seed, chunk
         self.autocast = autocast
         self.dtype = autocast or draft.fc.weight.dtype
-        compute = autocast or draft.lm_rows.dtype
+        compute = autocast or draft.dtype
         self.compute = compute
         device = self.device = draft.embed.device
-        self.lm_rows = draft.lm_rows.detach().to(compute)
         full = draft.d2t.shape[0] == lm_head.shape[0]
-        self.lm_head = self.lm_rows if full else lm_head.detach().to(device, compute)
+        own = draft.config.own_lm_head
+        rows = draft.lm_rows if not own else lm_head if full else lm_head[draft.d2t.to(lm_head.device)]
+        self.target_rows = rows.detach().to(device, compute)
+        self.lm_head = self.target_rows if full else lm_head.detach().to(device, compute)
         self.softcap = draft.logit_softcap or 0.0
         self.t2d = torch.full((lm_head.shape[0],), -1, dtype=torch.int64, device=device)
         self.t2d[draft.d2t] = torch.arange(draft.d2t.shape[0], device=device)
@@ -198,8 +200,7 @@ class TrainStep:
         supervised = torch.cat([b.supervised for _, b in picked])
         draft_labels, all_weight, ce_weight = self._slots(picked)
         keep = supervised.flatten().nonzero().squeeze(-1)
-        device_type = self.draft.embed.device.type
-        with torch.autocast(device_type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             hidden = self.hidden(picked)
             previous = torch.cat([self._previous(r, b) for r, b in picked])
             head = self.draft.markov_head
@@ -216,7 +217,7 @@ class TrainStep:
             hidden,
             markov,
             None if head is None else head.markov_w2.weight,
-            self.lm_rows,
+            self.draft.lm_rows.to(self.compute) if self.draft.config.own_lm_head else self.target_rows,
             torch.cat([self._target_hidden(r, b) for r, b in picked]).flatten(0, 1)[keep],
             torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
             torch.cat([best for _, best in scored]).flatten()[keep],
@@ -228,6 +229,7 @@ class TrainStep:
             eta=w.lk_eta,
             softcap=self.softcap,
             chunk=self.chunk,
+            target_rows=self.target_rows,
         )
         if confidence is not None and w.confidence:
             bce = F.binary_cross_entropy_with_logits(confidence.float(), stats.acceptance.clamp(0, 1), reduction="none")
@@ -276,7 +278,7 @@ class TrainStep:
 
     def _nothing(self) -> tuple[Row, Blocks]:
         """A block of which no slot counts, for a batch without any."""
-        width, hidden = len(self.draft.config.target_layer_ids), self.draft.embed.shape[1]
+        width, hidden = len(self.draft.config.target_layer_ids), self.draft.config.hidden_size
         row = _PlacedRow(
             "0" * 32,
             torch.zeros(2, dtype=torch.int64, device=self.device),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.artifact import MANIFEST
-from pipeline.drafts.checkpoint import CONFIG, load_draft, save_draft
+from pipeline.drafts.checkpoint import CONFIG, load_draft, make_draft, save_draft
 from pipeline.drafts.config import DraftConfig, default_layer_ids, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.vocabulary import choose_vocabulary
@@ -34,6 +34,22 @@ def test_a_draft_survives_the_round_trip(tmp_path: Path, draft: DSparkDraft, tin
 
 def test_nothing_borrowed_is_stored(draft: DSparkDraft) -> None:
     assert not {"embed", "lm_rows"} & set(draft.state_dict())
+
+
+def test_matrices_of_its_own_start_as_the_targets_and_are_stored(tmp_path: Path, tiny: Target) -> None:
+    config = DraftConfig(target_layer_ids=[0, 2], own_embedding=True, own_lm_head=True)
+    ids = torch.arange(0, tiny.vocab_size, 2)
+    draft = make_draft(resolve(config, tiny.config, tiny.unused_token), tiny, ids)
+    embedding, head = tiny.family.embed_tokens.weight.detach(), tiny.lm_head_weight.detach()
+    assert torch.equal(draft.embed, embedding) and torch.equal(draft.lm_rows, head[ids])
+    assert {"embed", "lm_rows"} <= {n for n, p in draft.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        draft.embed += 1
+        draft.lm_rows += 2
+    assert not torch.equal(draft.embed, tiny.family.embed_tokens.weight), "a copy"
+    save_draft(tmp_path / "draft", draft, target=tiny.identity.as_dict(), config={}, inputs={})
+    again = load_draft(tmp_path / "draft", tiny)
+    assert torch.equal(again.embed, embedding + 1) and torch.equal(again.lm_rows, head[ids] + 2)
 
 
 def test_a_draft_of_another_target_is_refused_naming_what_differs(

@@ -87,6 +87,17 @@ def test_a_decoded_block_has_the_training_forwards_logits(tiny: Target, pack: bo
         assert set(proposal.tokens[row].tolist()) <= set(draft.d2t.tolist())
 
 
+@pytest.mark.parametrize("kind", ["own matrices", "eagle3, own matrices"])
+def test_decoding_in_16_bits_leaves_the_draft_s_own_matrices_as_they_are(tiny: Target, kind: str) -> None:
+    """The proposer works on a copy in the target's dtype."""
+    tiny.model.bfloat16()
+    draft = small_draft(tiny, **KINDS[kind])
+    assert draft.dtype == torch.bfloat16 and draft.lm_rows.dtype == torch.float32
+    proposer = make_proposer(draft.config.algorithm, draft)
+    assert {p.dtype for p in proposer.draft.parameters()} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in draft.parameters())
+
+
 def test_a_block_left_behind_in_the_cache_does_not_change_the_next_one(tiny: Target) -> None:
     draft = small_draft(tiny)
     generator = torch.Generator().manual_seed(4)

@@ -45,6 +45,8 @@ def test_a_setting_that_cannot_work_is_named(tiny: Target, changes: dict[str, An
         (lambda d: d.fc.weight.data[0].fill_(float("nan")), "fc.weight has values that are not finite"),
         (lambda d: setattr(d, "d2t", d.d2t[:-1]), "59 tokens in its vocabulary .*config says 60"),
         (lambda d: d.d2t.copy_(d.d2t.flip(0)), "no ascending draft vocabulary"),
+        (lambda d: d.d2t[0].fill_(-7), "has token -7 in its vocabulary; the target has 384"),
+        (lambda d: d.d2t[-1].fill_(384), "has token 384 in its vocabulary"),
     ],
 )
 def test_a_checkpoint_that_cannot_decode_is_refused(
@@ -61,3 +63,9 @@ def test_a_sound_checkpoint_is_not(tmp_path: Path, tiny: Target) -> None:
     draft = small_draft(tiny)
     save_draft(tmp_path / "draft", draft, target=tiny.identity.as_dict(), config={}, inputs={})
     assert torch.equal(load_draft(tmp_path / "draft", tiny).d2t, draft.d2t)
+
+
+def test_a_checkpoint_of_another_project_is_not_taken_for_a_draft(tmp_path: Path, tiny: Target) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3DSparkModel"]}')
+    with pytest.raises(ArtifactError, match=f"jobs/convert.py makes a draft of it: convert.checkpoint={tmp_path}"):
+        load_draft(tmp_path, tiny)

@@ -25,7 +25,7 @@ from tests.evaluation.conftest import ENGINE, TARGET, Places
 from tests.training.test_step import KINDS
 
 PARITY = ParityConfig(prompts=6, max_new_tokens=24)
-ASKED = {k: KINDS[k] for k in ("vanilla", "rnn", "windows", "dflash", "eagle3")}
+ASKED = {k: KINDS[k] for k in ("vanilla", "rnn", "windows", "dflash", "eagle3", "own matrices")}
 
 
 @dataclasses.dataclass

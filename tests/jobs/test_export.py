@@ -19,6 +19,7 @@ from pipeline.registry import promotion
 from pipeline.target import load_target
 from tests.drafts.samples import small_draft
 from tests.registry.reports import report
+from tests.target.tiny_families import tiny_target
 
 
 def prepare(place: Path, *, registered: bool = False, **changes: Any) -> list[str]:
@@ -121,3 +122,32 @@ def test_a_draft_that_the_engine_does_not_load_leaves_one_line_and_no_directory(
     assert "as it is with export.engine=vllm export.format=speculators" in said
     assert "draft.draft_vocab_size=0" in said
     assert not [p for p in (tmp_path / "smoke").iterdir() if "export" in p.name]
+
+
+def test_a_draft_that_cannot_be_registered_is_exported_as_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine does not decode DeepSeek-V4, so its drafts are neither calibrated nor measured here."""
+    plain = compose([f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache", "target=tiny"])
+    tiny_target("deepseek_v4").model.save_pretrained(tmp_path / "v4")
+    load_target(plain.target, plain.cache).tokenizer.save_pretrained(tmp_path / "v4")
+    overrides = ["experiment=smoke", f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"]
+    overrides.append(f"target.path={tmp_path / 'v4'}")
+    config = compose(overrides)
+    target = load_target(config.target, config.cache)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    made = save_draft(
+        config.run_dir / "draft",
+        small_draft(target, **sizes),
+        target=target.identity.as_dict(),
+        config={},
+        inputs={},
+    )
+    assert run(stage, "export", overrides, ray=False) == 2
+    assert "export it as it is with export.version=trained" in capsys.readouterr().err
+    assert run(stage, "export", [*overrides, "export.version=trained"], ray=False) == 0, capsys.readouterr().err
+    readme = (config.run_dir / "export-vllm" / "README.md").read_text()
+    assert "draft of the run smoke as trained, neither calibrated nor measured" in readme and made.digest in readme
+    out = [*overrides, f"export.version={config.run_dir / 'draft'}", f"export.out={tmp_path / 'again'}"]
+    assert run(stage, "export", out, ray=False) == 0
+    assert speculators.read(tmp_path / "again", target).config.algorithm == "dspark"

@@ -56,6 +56,28 @@ def test_a_whole_vocabulary_needs_neither_normaliser_nor_best_token() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_output_rows_of_the_draft_s_own_get_their_gradient(chunk: int) -> None:
+    """The target's logits come from its rows, the draft's from its own: what autograd makes of it in float64."""
+    inputs = case()
+    theirs = inputs["lm_rows"]
+    own = (theirs + 0.3 * torch.randn(V, D, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    loss, _ = vocab_loss(**{**inputs, "lm_rows": own}, target_rows=theirs, chunk=chunk)
+    loss.backward()
+    plain = own.detach().double().requires_grad_()
+    wide = {n: inputs[n].double() for n in ("hidden", "markov", "w2", "target_hidden")}
+    log_q = (wide["hidden"] @ plain.T + wide["markov"] @ wide["w2"].T).log_softmax(-1)
+    p = (wide["target_hidden"] @ theirs.double().T).softmax(-1)
+    labels = inputs["labels"]
+    ce = -log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
+    kl = (p * (p.log() - log_q)).sum(-1)
+    l1 = (log_q.exp() - p).abs().sum(-1)
+    wanted = (ce * inputs["ce_weight"] + kl * inputs["kl_weight"] + l1 * inputs["l1_weight"]).sum()
+    wanted.backward()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(own.grad.double(), plain.grad, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
 def test_bfloat16_products_stay_near_float32() -> None:
     inputs = case()
     narrow = run({**inputs, "lm_rows": inputs["lm_rows"].bfloat16()})
@@ -106,6 +128,7 @@ def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(rows: int, vocabul
         ({"markov": None}, "give both or neither"),
         ({"hidden": torch.zeros(N, D + 1)}, r"hidden has shape \[12, 7\].*expected \[12, 6\]"),
         ({"w2": torch.zeros(V - 1, R)}, r"w2 has shape \[39, 3\]"),
+        ({"target_rows": torch.zeros(V, D + 1)}, r"target_rows has shape \[40, 7\]"),
         ({"labels": torch.full((N,), V)}, "a label is 40"),
         ({"labels": torch.zeros(N)}, "labels is torch.float32"),
         ({"ce_weight": torch.zeros(N - 1)}, r"ce_weight has shape \[11\]"),

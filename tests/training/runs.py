@@ -41,9 +41,10 @@ class Place:
         changes: dict[str, Any],
         deepspeed: dict[str, Any] | None = None,
         features: Path | None = None,
+        draft: dict[str, Any] | None = None,
     ) -> Path:
-        """Trains (or goes on) with changed trainer settings, or other features; returns the run's directory."""
-        config = configured(changes, deepspeed)
+        """Trains (or goes on) with changed trainer or draft settings, or other features; returns the run's folder."""
+        config = configured(changes, deepspeed, draft)
         stream = config.features.mode == "stream"
         train(
             config,
@@ -56,7 +57,9 @@ class Place:
         return self.path / name
 
 
-def configured(changes: dict[str, Any], deepspeed: dict[str, Any] | None = None) -> PipelineConfig:
+def configured(
+    changes: dict[str, Any], deepspeed: dict[str, Any] | None = None, of_draft: dict[str, Any] | None = None
+) -> PipelineConfig:
     """A small run: 18 steps of 4 sequences on 2 workers. `changes` are the trainer's, but for `mode` (features)."""
     trainer = {
         "steps": 18, "sequences_per_step": 4, "num_anchors": 6, "workers": 2, "log_every": 1, "checkpoint_every": 6,
@@ -68,7 +71,7 @@ def configured(changes: dict[str, Any], deepspeed: dict[str, Any] | None = None)
         PipelineConfig,
         {
             "target": {"path": "tiny"},
-            "draft": draft,
+            "draft": draft | (of_draft or {}),
             "features": {"target_layer_ids": LAYERS, "mode": mode, "shard_rows": 8, "threads": 1},
             "trainer": trainer | {k: v for k, v in changes.items() if k != "mode"},
             "deepspeed": deepspeed or {"zero_optimization": {"stage": 2}},

@@ -109,12 +109,14 @@ EAGLE3: dict[str, Any] = {
     "markov_head_type": "none",
     "enable_confidence_head": False,
 }
+OWN = {"own_embedding": True, "own_lm_head": True}
 KINDS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "gated": {"markov_head_type": "gated"},
     "rnn": {"markov_head_type": "rnn"},
     "confidence on hidden": {"confidence_head_with_markov": False},
     "windows": {"sliding_windows": [6, 0]},
+    "own matrices": OWN,
     "dflash": {
         "algorithm": "dflash",
         "sample_from_anchor": False,
@@ -123,6 +125,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "eagle3": EAGLE3,
     "eagle3, residual after the norm": {**EAGLE3, "norm_before_residual": True},
+    "eagle3, own matrices": {**EAGLE3, **OWN},
 }
 
 

@@ -30,9 +30,8 @@ class DSparkProposer(WithContext):
     name = "dspark"
 
     def __init__(self, draft: DSparkDraft, *, rule: str = "coupled", pack: bool = True) -> None:
-        shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
-        self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
-        into_dtype(self.draft, draft.lm_rows.dtype)
+        self.draft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
+        into_dtype(self.draft, draft.dtype)
         c = self.config = draft.config
         self.block_size = c.tokens_per_block
         self.layer_ids = list(c.target_layer_ids)
@@ -42,11 +41,11 @@ class DSparkProposer(WithContext):
             LayerAttention(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, c.head_dim**-0.5, c.window(i), 0.0, i)
             for i in range(c.num_layers)
         ]
-        self.context = DraftContext(layers, draft.lm_rows.dtype, self.device)
+        self.context = DraftContext(layers, draft.dtype, self.device)
         self._lm_head = None
-        if pack and self.device.type == "cpu" and draft.lm_rows.dtype == torch.float32 and available():
+        if pack and self.device.type == "cpu" and draft.dtype == torch.float32 and available():
             prepack(self.draft)
-            self._lm_head = PackedLinear(draft.lm_rows)
+            self._lm_head = PackedLinear(self.draft.lm_rows)
         # On CPU the head's prepacked matrix is faster than the reference's plain one.
         self._fused = self.device.type == "cuda" and self.draft.confidence_head is not None
 
@@ -62,7 +61,7 @@ class DSparkProposer(WithContext):
         # As many rows need not be the same order: prompt chunks come last in a step and first among its commits.
         whole = more.rows == list(range(taps.shape[0]))
         chosen = taps if whole else taps[torch.tensor(more.rows, device=taps.device)]
-        context = self.draft.context(chosen.to(self.draft.lm_rows.dtype))
+        context = self.draft.context(chosen.to(self.draft.dtype))
         for i, (k, v) in enumerate(self.draft.context_kv(context, more.positions)):
             self.context.cache.write(i, more.cells, k.transpose(0, 1), v.transpose(0, 1))
 

@@ -34,15 +34,14 @@ class Eagle3Proposer(WithContext):
     name = "eagle3"
 
     def __init__(self, draft: Eagle3Draft, *, rule: str = "coupled", pack: bool = True) -> None:
-        shared = {id(draft.embed): draft.embed, id(draft.lm_rows): draft.lm_rows}
-        self.draft = copy.deepcopy(draft, shared).eval().requires_grad_(False)
-        into_dtype(self.draft, draft.lm_rows.dtype)
+        self.draft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
+        into_dtype(self.draft, draft.dtype)
         c = self.config = draft.config
         self.block_size = c.tokens_per_block
         self.layer_ids = list(c.target_layer_ids)
         self.rule = rule
         self.device = draft.embed.device
-        self._dtype = draft.lm_rows.dtype
+        self._dtype = draft.dtype
         layer = LayerAttention(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, c.head_dim**-0.5, 0, 0.0, 0)
         # A page's last pair holds the token after the page, which the page's own tokens don't tell.
         self.context = DraftContext([layer], self._dtype, self.device, lambda s, end: s.tokens[end])
@@ -50,7 +49,7 @@ class Eagle3Proposer(WithContext):
         self._lm_head = None
         if pack and self.device.type == "cpu" and self._dtype == torch.float32 and available():
             prepack(self.draft)
-            self._lm_head = PackedLinear(draft.lm_rows)
+            self._lm_head = PackedLinear(self.draft.lm_rows)
 
     def release(self, sequence: Sequence) -> None:
         super().release(sequence)

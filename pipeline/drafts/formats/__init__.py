@@ -1,6 +1,7 @@
 """Drafts in the files of other projects.
 
 export.py       a draft as a directory that vLLM or SGLang takes as it is
+conversion.py   a checkpoint of one of the projects as a draft artifact
 engines.py      which drafts they load, in which format; and when they don't, why, and the nearest that loads
 speculators.py  vllm-project/speculators' checkpoints, for vLLM
 specforge.py    SpecForge's checkpoints, for SGLang

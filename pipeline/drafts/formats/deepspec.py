@@ -1,9 +1,9 @@
 """DeepSpec's checkpoints (MIT; `DSparkModel` and `Eagle3Model` of Qwen3 and Gemma4), with a flat config.json.
 
 Its DFlash is its DSpark without either head.
-The target's embedding and lm_head are in the file, full vocabulary. Layer ids count as ours do: id L is the output of
-decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has five tapped layers
-and QK norm.
+Embedding and lm_head, the target's or the draft's own, are in the file, full vocabulary. Layer ids count as ours do: id
+L is the output of decoder layer L. Slots are DSpark's in both block drafters: the anchor's slot predicts. Eagle3 has
+five tapped layers and QK norm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from pipeline.target import Target
 _ARCHITECTURES = {f"{shape}{kind}Model": kind.lower() for shape in ("Qwen3", "Gemma4") for kind in ("DSpark", "Eagle3")}
 _ANCHORS = 512  # of a training sequence, which its readers insist on
 _STEP_DECAY = 0.8  # what a step of the unrolled loss weighs of the one before; nothing that a reader computes
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return files.first_architecture(raw) in _ARCHITECTURES
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:
@@ -116,7 +121,7 @@ def read(path: Path | str, target: Target) -> Draft:
             raw,
             tensors,
             target,
-            layer_ids=raw.get("target_layer_ids"),
+            layer_ids=files.present(path, raw.get("target_layer_ids"), "target_layer_ids"),
             steps=int(raw.get("ttt_length") or eagle3.STEPS),
             d2t=None,
             required=(),

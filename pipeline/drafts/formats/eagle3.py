@@ -93,7 +93,7 @@ def read(
     tensors: Mapping[str, torch.Tensor],
     target: Target,
     *,
-    layer_ids: list[int] | None,
+    layer_ids: list[int],
     steps: int,
     d2t: torch.Tensor | None,
     norm_before_residual: bool = False,
@@ -103,9 +103,9 @@ def read(
     """The draft of a checkpoint.
 
     Args:
-        layers: the Llama or Qwen3 fields of config.json. layer_ids: as ours; None where the file has none.
+        layers: the Llama or Qwen3 fields of config.json. layer_ids: as ours.
         steps: tokens of a block. d2t: int64[Vd], ascending target ids; None for the whole vocabulary.
-        layer: prefix of the layer's names in `tensors`. required: matrices that must be there, and be the target's.
+        layer: prefix of the layer's names in `tensors`. required: matrices that must be there.
     Raises:
         ArtifactError: fields or tensors that don't fit the target; the message lists every difference.
     """

@@ -17,7 +17,7 @@ from pipeline.drafts.formats import deepspec, eagle3, files, specforge, speculat
 from pipeline.drafts.formats.files import Obstacle
 
 FORMATS: dict[str, ModuleType] = {"speculators": speculators, "specforge": specforge, "deepspec": deepspec}
-"""Each has `obstacles(draft)`, `write(draft, target, out, ...)` and `read(path, target)`."""
+"""Each has `recognises(config.json)`, `obstacles(draft)`, `write(draft, target, out, ...)` and `read(path, target)`."""
 OWN = {"vllm": "speculators", "sglang": "specforge"}
 """Engine -> the format that it loads most drafts from."""
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -129,6 +129,8 @@ def _engine_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
                 {"draft.markov_head_type": "vanilla"},
             )
         )
+    if engine == "sglang":
+        found += files.owned_obstacles(draft, "SGLang's block draft", files.EMBED, files.LM_HEAD)
     if engine == "sglang" and not files.full_vocabulary(draft):
         found.append(
             Obstacle(
@@ -154,7 +156,9 @@ def _eagle3_obstacles(draft: Draft, engine: str) -> list[Obstacle]:
         found.append(
             Obstacle(f"{name} has Llama's layer, without QK norm; this draft has it.", {"draft.qk_norm": "false"})
         )
-    return found + (eagle3.residual_obstacle(draft, name) if engine == "sglang" else [])
+    if engine == "sglang":
+        found += files.owned_obstacles(draft, name, files.EMBED) + eagle3.residual_obstacle(draft, name)
+    return found
 
 
 def _unreadable(engine: str, format: str, algorithm: str) -> str | None:

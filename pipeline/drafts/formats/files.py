@@ -1,8 +1,8 @@
 """What the projects' checkpoint files have in common, whatever the shape of a draft's layers: one bfloat16 safetensors
 file and a config.json.
 
-Tensor names carry no `model.` prefix and are ours but for d2t and temperatures. Calibration is no part of any of the
-formats: `temperatures.json` beside the weights holds it, in the form that SGLang reads.
+Tensor names carry no `model.` prefix and are ours but for d2t, temperatures, embedding and lm_head. Calibration is no
+part of any of the formats: `temperatures.json` beside the weights holds it, in the form that SGLang reads.
 Letters: V target vocabulary rows, Vd draft vocabulary, D hidden, G tokens per block.
 """
 
@@ -27,6 +27,7 @@ from pipeline.target import Target
 
 WEIGHTS, CONFIG, TEMPERATURES = "model.safetensors", "config.json", "temperatures.json"
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+_NAMES = {"embed": EMBED, "lm_rows": LM_HEAD}  # ours -> the files'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,26 @@ def heads_of(c: DraftConfig) -> dict[str, Any]:
 
 def tensors_of(draft: Draft) -> dict[str, torch.Tensor]:
     """The draft's own weights by name, nothing borrowed."""
-    return {n: t for n, t in draft.trainable_state().items() if n not in ("d2t", "temperatures")}
+    kept = {n: t for n, t in draft.trainable_state().items() if n not in ("d2t", "temperatures")}
+    return {_NAMES.get(n, n): t for n, t in kept.items()}
+
+
+def owned(draft: Draft) -> dict[str, str]:
+    """Of the matrices that a draft may borrow those that are its own, with the setting that says so."""
+    c = draft.config
+    found = {EMBED: "draft.own_embedding"} if c.own_embedding else {}
+    return found | ({LM_HEAD: "draft.own_lm_head"} if c.own_lm_head else {})
+
+
+def owned_obstacles(draft: Draft, who: str, *matrices: str) -> list[Obstacle]:
+    """That a format or engine has no place for matrices of the draft's own, if the draft has them."""
+    mine = {n: key for n, key in owned(draft).items() if n in matrices}
+    if not mine:
+        return []
+    names = " and ".join(n.removesuffix(".weight") for n in mine)
+    return [
+        Obstacle(f"{who} takes the target's {names}; this draft has its own.", dict.fromkeys(mine.values(), "false"))
+    ]
 
 
 def save(
@@ -126,6 +146,11 @@ def load(path: Path, project: str) -> tuple[dict[str, Any], dict[str, torch.Tens
         raise ArtifactError(f"{path} is not a {project} checkpoint that can be read: {e}") from None
 
 
+def first_architecture(raw: Mapping[str, Any]) -> str:
+    """What a config.json calls its model; "none" if it does not say."""
+    return (raw.get("architectures") or ["none"])[0]
+
+
 def architecture(path: Path, raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
     """The algorithm of a checkpoint, from its first architecture.
 
@@ -134,10 +159,21 @@ def architecture(path: Path, raw: Mapping[str, Any], known: Mapping[str, str]) -
     Raises:
         ArtifactError: another architecture.
     """
-    name = (raw.get("architectures") or ["none"])[0]
+    name = first_architecture(raw)
     if name not in known:
         raise ArtifactError(f"{path} is a {name}; this reads {' and '.join(known)}.")
     return known[name]
+
+
+def present(path: Path, value: Any, key: str) -> Any:
+    """A value of config.json that must be there.
+
+    Raises:
+        ArtifactError: it is None.
+    """
+    if value is None:
+        raise ArtifactError(f"{path / CONFIG} has no {key}.")
+    return value
 
 
 def checked(path: Path, config: DraftConfig, target: Target, problems: list[str]) -> DraftConfig:
@@ -182,27 +218,36 @@ def build(
 
     Args:
         d2t: int64[Vd], ascending target ids; None for the whole vocabulary.
-        required, optional: which of the target's matrices the file must, or may, hold. They must be the target's.
+        required, optional: which of embedding and lm_head the file must, or may, hold. One that is not the target's is
+            the draft's own.
     Raises:
-        ArtifactError: names, shapes, values or borrowed matrices differ; the message lists every difference.
+        ArtifactError: names, shapes or values differ; the message lists every difference.
     """
-    draft = make_draft(config, target, torch.arange(target.vocab_size) if d2t is None else d2t)
-    own = {n: t for n, t in draft.state_dict().items() if n not in ("d2t", "temperatures")}
-    borrowed = {EMBED: draft.embed, LM_HEAD: draft.lm_rows}
-    borrowed = {n: t for n, t in borrowed.items() if n in required or (n in optional and n in tensors)}
-    problems = differences(tensors, own | borrowed)
-    for name, mine in borrowed.items():
-        theirs = tensors.get(name)
-        if theirs is not None and theirs.shape == mine.shape and not torch.equal(theirs, mine.to("cpu", theirs.dtype)):
-            far = float((theirs.float() - mine.float().cpu()).abs().max())
-            problems.append(f"{name} is not the target's (up to {far:.3g} apart)")
+    ids = torch.arange(target.vocab_size) if d2t is None else d2t
+    draft = make_draft(config, target, ids)
+    matrices = {EMBED: draft.embed, LM_HEAD: draft.lm_rows}
+    known = (*required, *optional)
+    apart = {n: n in known and n in tensors and _differs(tensors[n], mine) for n, mine in matrices.items()}
+    if any(apart.values()):
+        config = dataclasses.replace(config, own_embedding=apart[EMBED], own_lm_head=apart[LM_HEAD])
+        draft = make_draft(config, target, ids)
+    expected = tensors_of(draft)
+    held = {n: t for n, t in matrices.items() if n in required or (n in optional and n in tensors)}
+    problems = differences(tensors, held | expected)
     temperatures = _temperatures(path, config.tokens_per_block, problems)
     if problems:
         raise ArtifactError(f"The draft at {path} does not match: " + "; ".join(sorted(problems)) + ".")
-    draft.load_state_dict({n: tensors[n].float() for n in own}, strict=False)
+    ours = {theirs: n for n, theirs in _NAMES.items()}
+    draft.load_state_dict({ours.get(n, n): tensors[n].float() for n in expected}, strict=False)
     if temperatures is not None:
         draft.temperatures.copy_(temperatures)
     return draft.to(target.device).eval()
+
+
+def _differs(theirs: torch.Tensor, mine: torch.Tensor) -> bool:
+    """Whether a file's matrix is another than the target's, in the narrower precision of the two."""
+    dtype = min(theirs.dtype, mine.dtype, key=lambda d: d.itemsize)
+    return theirs.shape == mine.shape and not torch.equal(theirs.to(dtype), mine.to("cpu", dtype))
 
 
 def _temperatures(path: Path, count: int, problems: list[str]) -> torch.Tensor | None:

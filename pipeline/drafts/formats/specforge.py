@@ -28,6 +28,11 @@ _EAGLE3 = "LlamaForCausalLMEagle3"
 _LAYER = "midlayer."
 
 
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return files.first_architecture(raw) in (*_ARCHITECTURES.values(), _EAGLE3)
+
+
 def obstacles(draft: Draft) -> list[Obstacle]:
     """Why a draft can't be written in this format; empty if it can."""
     c = draft.config
@@ -40,8 +45,10 @@ def obstacles(draft: Draft) -> list[Obstacle]:
                     {"draft.qk_norm": "false"},
                 )
             )
+        found += files.owned_obstacles(draft, "SpecForge's Eagle3", files.EMBED)
         return found + eagle3.residual_obstacle(draft, "SpecForge's Eagle3")
     found = qwen3.obstacles(draft, "SpecForge")
+    found += files.owned_obstacles(draft, "SpecForge's block draft", files.EMBED, files.LM_HEAD)
     if not files.full_vocabulary(draft):
         found.append(
             Obstacle(
@@ -168,6 +175,13 @@ def _write_eagle3(
 
 
 def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: Target) -> Draft:
+    ids = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if ids is None:
+        n = target.num_layers
+        raise ArtifactError(
+            f"{path / files.CONFIG} has no eagle_config.eagle_aux_hidden_state_layer_ids. Write there the layers whose "
+            f"outputs the draft was trained on; where nothing is said, engines take [1, {n // 2 - 1}, {n - 4}]."
+        )
     size = raw.get("draft_vocab_size") or target.vocab_size
     reduced = size != target.vocab_size
     return eagle3.read(
@@ -175,7 +189,7 @@ def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch
         raw,
         {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")},
         target,
-        layer_ids=(raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"),
+        layer_ids=ids,
         steps=int(raw.get("ttt_length") or eagle3.STEPS),
         d2t=vocabulary.read(path, tensors, size, target.vocab_size) if reduced else None,
         layer=_LAYER,

@@ -3,7 +3,7 @@
 The draft's layers are in `transformer_layer_config`. Layer ids count hidden states: `aux_hidden_state_layer_ids` (of
 Eagle3 `eagle_aux_hidden_state_layer_ids`) L + 1 is the output of decoder layer L. `sample_from_anchor` states the slot
 layout. A reduced vocabulary brings lm_head [Vd, D], `d2t` int64[Vd] (offsets: target id = d + d2t[d]) and `t2d`
-bool[V]; otherwise nothing borrowed is in the file.
+bool[V]; otherwise nothing borrowed is in the file. What is the draft's own always is.
 
 A sliding layer's window is written as vLLM and we count it, position by position. The package's own training mask
 counts it from the anchor for every slot of the block, so its forward sees up to block_size - 1 positions more.
@@ -31,6 +31,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "dflash": {"sample_from_anchor": False},
     "dspark": {"sample_from_anchor": True, "markov_rank": 256, "enable_confidence_head": True},
 }
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return "speculators_model_type" in raw
 
 
 def obstacles(draft: Draft) -> list[Obstacle]:
@@ -84,7 +89,7 @@ def write(
             "norm_before_fc": False,
             "fc_norm": False,
             "norm_output": False,
-            "embed_requires_grad": False,
+            "embed_requires_grad": c.own_embedding,
         }
         # The package leaves an embedding that the file lacks uninitialised.
         tensors = eagle3.tensors_of(draft) | {files.EMBED: draft.embed}
@@ -132,7 +137,7 @@ def read(path: Path | str, target: Target) -> Draft:
     fields = {
         "block_size": known.get("block_size"),
         "mask_token_id": known.get("mask_token_id"),
-        "target_layer_ids": None if ids is None else [i - 1 for i in ids],
+        "target_layer_ids": [i - 1 for i in files.present(path, ids, "aux_hidden_state_layer_ids")],
         "draft_vocab_size": size if size is None or size != target.vocab_size else 0,
         "sample_from_anchor": bool(known["sample_from_anchor"]),
     }
@@ -158,7 +163,7 @@ def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch
     others = [n for n in ("norm_before_fc", "fc_norm", "norm_output") if raw.get(n)]
     if others:
         raise ArtifactError(f"{path} has {', '.join(others)}, which this version's Eagle3 does not compute.")
-    ids = raw.get("eagle_aux_hidden_state_layer_ids")
+    ids = files.present(path, raw.get("eagle_aux_hidden_state_layer_ids"), "eagle_aux_hidden_state_layer_ids")
     methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     size = raw.get("draft_vocab_size") or target.vocab_size
     reduced = size != target.vocab_size
@@ -167,7 +172,7 @@ def _read_eagle3(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch
         {"model_type": "qwen3", **(raw.get("transformer_layer_config") or {})},
         {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")},
         target,
-        layer_ids=None if ids is None else [i - 1 for i in ids],
+        layer_ids=[i - 1 for i in ids],
         steps=int(methods[0].get("speculative_tokens") or eagle3.STEPS),
         d2t=vocabulary.read(path, tensors, size, target.vocab_size) if reduced else None,
         norm_before_residual=bool(raw.get("norm_before_residual")),

@@ -40,8 +40,8 @@ def read(path: Path, tensors: Mapping[str, torch.Tensor], size: int, rows: int) 
         ]
     if not problems:
         ids = torch.arange(size) + offsets.long()
-        if int(ids.min()) < 0 or int(ids.max()) >= rows:
-            problems.append(f"d2t leads to token {int(ids.max())}, the target has {rows}")
+        if len(outside := ids[(ids < 0) | (ids >= rows)]):
+            problems.append(f"d2t leads to token {int(outside[0])}, the target has {rows}, from 0")
         elif bool((ids.diff() <= 0).any()):
             problems.append("d2t does not lead to ascending tokens")
         elif not torch.equal(t2d.bool().nonzero().flatten(), ids):

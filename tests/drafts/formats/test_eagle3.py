@@ -21,6 +21,7 @@ from tests.drafts.formats.samples import Damage, rounded, same_logits, settings,
 PLAIN: dict[str, Any] = {"algorithm": "eagle3", "num_layers": 1, "markov_head_type": "none"}
 PLAIN |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
 FIVE = {**PLAIN, "target_layer_ids": [0, 1, 2, 4, 5]}
+OWN = {"own_embedding": True, "own_lm_head": True}
 THREE = {**PLAIN, "target_layer_ids": [0, 2, 5], "qk_norm": False}
 
 
@@ -43,8 +44,14 @@ def deep(tiny: Target) -> Target:  # noqa: F811
         (speculators, {**FIVE, "vocabulary": 60, "norm_before_residual": True}),
         (specforge, THREE),
         (specforge, {**THREE, "vocabulary": 60}),
+        (deepspec, {**FIVE, **OWN}),
+        (speculators, {**THREE, **OWN}),
+        (specforge, {**THREE, "vocabulary": 60, "own_lm_head": True}),
     ],
-    ids=["deepspec", "speculators, llama", "speculators, qwen3, reduced", "specforge", "specforge, reduced"],
+    ids=[
+        *("deepspec", "speculators, llama", "speculators, qwen3, reduced", "specforge", "specforge, reduced"),
+        *("deepspec, own matrices", "speculators, own matrices", "specforge, reduced, own lm_head"),
+    ],
 )
 def test_a_draft_computes_the_same_logits_after_the_round_trip(
     tmp_path: Path, deep: Target, format: ModuleType, kind: dict[str, Any]
@@ -55,7 +62,7 @@ def test_a_draft_computes_the_same_logits_after_the_round_trip(
     again = format.read(tmp_path / "export", deep)
     same_logits(draft, again, deep)
     assert torch.equal(draft.temperatures, again.temperatures)
-    for field in ("algorithm", "block_size", "target_layer_ids", "qk_norm", "norm_before_residual"):
+    for field in ("algorithm", "block_size", "target_layer_ids", "qk_norm", "norm_before_residual", *OWN):
         assert getattr(again.config, field) == getattr(draft.config, field), field
 
 
@@ -117,6 +124,7 @@ def test_specforges_files_are_what_sglang_reads(tmp_path: Path, deep: Target) ->
         (specforge, FIVE, r"draft.target_layer_ids=\[0,2,5\]"),
         (specforge, {**THREE, "qk_norm": True}, "draft.qk_norm=false"),
         (specforge, {**THREE, "norm_before_residual": True}, "norm_before_residual=false"),
+        (specforge, {**THREE, **OWN}, "target's embed_tokens; .*draft.own_embedding=false"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_with_what_can(
@@ -132,11 +140,12 @@ def test_what_a_format_cannot_hold_is_refused_with_what_can(
     [
         (specforge, THREE, settings(num_hidden_layers=2), "has 2 layers"),
         (specforge, THREE, settings(model_type="phi3"), "model_type 'phi3'"),
-        (specforge, THREE, settings(eagle_config=None), "no target_layer_ids"),
+        (specforge, THREE, settings(eagle_config=None), r"no eagle_config.eagle_aux_.*engines take \[1, 2, 2\]"),
         (specforge, THREE, tensors(lambda t: t.pop("midlayer.hidden_norm.weight")), "hidden_norm.weight is missing"),
         (specforge, THREE, tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
-        (specforge, THREE, tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
         (specforge, {**THREE, "vocabulary": 60}, tensors(lambda t: t["d2t"].add_(500)), "d2t leads to token"),
+        (specforge, {**THREE, "vocabulary": 60}, tensors(lambda t: t["d2t"].sub_(500)), "d2t leads to token -"),
+        (speculators, THREE, settings(eagle_aux_hidden_state_layer_ids=None), "no eagle_aux_hidden_state_layer_ids"),
         (speculators, THREE, settings(norm_output=True), "norm_output"),
         (speculators, THREE, settings("transformer_layer_config", mlp_bias=True), "mlp_bias"),
         (deepspec, FIVE, settings(target_layer_ids=[0, 1, 2, 4, 6]), "0 to 5"),

@@ -34,6 +34,9 @@ FULL = {"vocabulary": 0}
         ({**FULL, "markov_head_type": "rnn"}, "sglang", "specforge"),
         ({**FULL, "enable_confidence_head": False}, "sglang", "specforge"),
         ({**FULL, **DFLASH}, "sglang", "specforge"),
+        ({**FULL, "own_embedding": True, "own_lm_head": True}, "vllm", "speculators"),
+        ({**REDUCED, "own_lm_head": True}, "vllm", "speculators"),
+        ({**FULL, "own_lm_head": True}, "vllm", "deepspec"),
     ],
 )
 def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:  # noqa: F811
@@ -65,6 +68,8 @@ def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: st
         (FULL, "sglang", "speculators", "speculators_model_type", "export.engine=sglang export.format=specforge"),
         ({**FULL, **DFLASH}, "sglang", "speculators", "dflash_config", "export.engine=sglang export.format=specforge"),
         ({**FULL, "qk_norm": False}, "vllm", "", "QK norm", "draft.qk_norm=true"),
+        ({**FULL, "own_lm_head": True}, "sglang", "", "target's lm_head", "draft.own_lm_head=false"),
+        ({**FULL, "own_embedding": True}, "sglang", "deepspec", "embed_tokens", "draft.own_embedding=false"),
     ],
 )
 def test_what_they_do_not_load_is_told_with_the_nearest_that_loads(
@@ -121,6 +126,8 @@ THREE |= {"target_layer_ids": [0, 1, 3], "qk_norm": False}
         ({**REDUCED, **THREE, "norm_before_residual": True}, "vllm", "speculators"),
         ({**FULL, **THREE}, "sglang", "specforge"),
         ({**REDUCED, **THREE}, "sglang", "specforge"),
+        ({**REDUCED, **THREE, "own_lm_head": True}, "sglang", "specforge"),
+        ({**FULL, **THREE, "own_embedding": True}, "vllm", "speculators"),
     ],
 )
 def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:  # noqa: F811
@@ -134,6 +141,7 @@ def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engi
         ({"target_layer_ids": [0, 1, 2, 3]}, "vllm", "", "this draft has 4", "draft.target_layer_ids=[0,2,3]"),
         ({"target_layer_ids": [0, 2]}, "sglang", "", "this draft has 2", "draft.target_layer_ids=[0,1,2]"),
         ({"norm_before_residual": True}, "sglang", "", "normalised g", "export.engine=vllm export.format=speculators"),
+        ({"own_embedding": True}, "sglang", "", "target's embed_tokens", "export.engine=vllm"),
         ({}, "vllm", "specforge", "eagle_config", "export.engine=vllm export.format=speculators"),
         ({}, "sglang", "speculators", "no model class", "export.engine=sglang export.format=specforge"),
         ({"qk_norm": True}, "vllm", "deepspec", "no model class", "draft.qk_norm=false"),

@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "one sliding layer": {"sliding_windows": [9, 0]},
     "dflash": {**PLAIN, "sample_from_anchor": False},
     "dflash, DeepSpec's slots, reduced vocabulary": {**PLAIN, "vocabulary": 60},
+    "own matrices": {"own_embedding": True, "own_lm_head": True},
+    "own lm_head, reduced vocabulary": {"own_lm_head": True, "vocabulary": 60},
 }
 
 
@@ -39,7 +41,8 @@ def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, t
     again = speculators.read(tmp_path / "export", tiny)
     same_logits(draft, again, tiny)
     assert torch.equal(draft.temperatures, again.temperatures)
-    for field in ("algorithm", "sample_from_anchor", "target_layer_ids", "sliding_windows", "mask_token_id"):
+    shared = ("algorithm", "sample_from_anchor", "target_layer_ids", "sliding_windows", "mask_token_id")
+    for field in (*shared, "own_embedding", "own_lm_head"):
         assert getattr(again.config, field) == getattr(draft.config, field), field
 
 
@@ -110,12 +113,12 @@ def swap(held: dict[str, torch.Tensor]) -> None:
         (tensors(swap), "t2d marks other tokens"),
         (tensors(lambda t: t.update(extra=torch.ones(1))), "extra is unknown"),
         (tensors(lambda t: t.update({"fc.weight": torch.ones(3, 3)})), r"fc.weight has shape \[3, 3\]"),
-        (tensors(lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight is not the target's"),
         (tensors(lambda t: t["fc.weight"].fill_(float("nan"))), "not finite"),
         (settings(speculators_model_type="medusa"), "'medusa'; this reads dspark and dflash and eagle3"),
         (settings(aux_hidden_state_layer_ids=[1, 5]), "0 to 3"),
         (settings(aux_hidden_state_layer_ids=[0, 1]), "-1"),
-        (settings(aux_hidden_state_layer_ids=None), "no target_layer_ids"),
+        (settings(aux_hidden_state_layer_ids=None), "no aux_hidden_state_layer_ids"),
+        (tensors(lambda t: t["d2t"].sub_(400)), "leads to token -"),
         (settings(mask_token_id=9999), "mask_token_id=9999 is outside the 384 embedding rows"),
         (settings(draft_vocab_size=61), r"d2t has shape \[60\], the config gives \[61\]"),
         (settings(sample_from_anchor=False), "temperatures.json must hold 3 numbers"),
