@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.draftline-installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo smoke test formats lint format bench bench-gpu serve clean
+.PHONY: help env demo smoke test test-slow formats lint format bench bench-gpu serve clean
 
 help: ## what each target does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## the virtual environment, from constraints.txt (Python 3.11 to 3.13)
 
@@ -44,6 +44,9 @@ test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 
 	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" >$$out/others 2>&1 & others=$$!; \
 	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault || status=1; \
 	wait $$training || status=1; wait $$others || status=1; cat $$out/*; exit $$status
+
+test-slow: env ## the tests that `make test` leaves out: the other ways of sharding, offload, preemption
+	@$(PYTEST) -m "slow and not gpu"
 
 formats: env ## the exports through the package speculators' own classes (installs it, without its dependencies)
 	@$(PY) -m pip install -q --disable-pip-version-check -e '.[formats]'
