@@ -73,7 +73,8 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
 
     A DSpark draft may start from a DFlash one of its slot layout (its heads then start as they are), and either from
     one of another block size: slots share their weights. Heads go over whole or not at all. Rows of the Markov head's
-    W2 go by token, so the vocabularies may differ; a token that the former has not starts without a bias.
+    W2 and of an lm_head of its own go by token, so the vocabularies may differ; a token that the former has not starts
+    without a bias, and with the target's row.
     Calibration is not taken over: it belongs to the weights that it was fitted on.
 
     Raises:
@@ -85,6 +86,12 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
     same += [] if "eagle3" in (c.algorithm, f.algorithm) else ["sample_from_anchor", "mask_token_id"]
     same += ["norm_before_residual"] if "eagle3" in (c.algorithm, f.algorithm) else []
     differing = [f"{n} is {getattr(f, n)} there, {getattr(c, n)} here" for n in same if getattr(f, n) != getattr(c, n)]
+    # Layers trained beside matrices of their own mean nothing beside the target's.
+    differing += [
+        f"draft.{n} is true there, false here"
+        for n in ("own_embedding", "own_lm_head")
+        if getattr(f, n) > getattr(c, n)
+    ]
     if (c.algorithm == "eagle3") != (f.algorithm == "eagle3"):
         differing.insert(0, f"algorithm is {f.algorithm} there, {c.algorithm} here")
     if differing:
@@ -100,11 +107,12 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
         head = name.split(".")[0]
         if head in ("markov_head", "confidence_head") and head not in heads:
             lacking.append(name)
-        elif name == _W2 and given is not None:
+        elif name in (_W2, "lm_rows") and given is not None:
             place = torch.full((int(draft.embed.shape[0]),), -1, dtype=torch.int64)
             place[former.d2t.cpu()] = torch.arange(len(former.d2t))
             rows = place[draft.d2t.cpu()]
-            weight.zero_()  # what stands there belongs to another W1
+            if name == _W2:
+                weight.zero_()  # what stands there belongs to another W1
             weight[rows >= 0] = given[rows[rows >= 0]].to(weight.dtype)
         elif given is not None and given.shape == weight.shape:
             weight.copy_(given)

@@ -189,3 +189,18 @@ def test_a_former_draft_that_has_nothing_to_give_is_refused_field_by_field(tiny:
 def test_more_layers_than_the_target_has_are_refused_by_number(tiny: Target) -> None:
     with pytest.raises(ConfigError, match="draft.num_layers=5, but the target has 4 layers"):
         layers_from_target(small_draft(tiny, num_layers=5), tiny.family)
+
+
+def test_an_lm_head_of_its_own_goes_over_token_by_token_and_not_to_a_draft_that_borrows(tiny: Target) -> None:
+    former = small_draft(tiny, vocabulary=60, seed=1, own_lm_head=True)
+    draft = small_draft(tiny, vocabulary=0, seed=2, own_lm_head=True)
+    with torch.no_grad():
+        former.lm_rows.add_(1.0)
+    targets = draft.lm_rows.detach().clone()
+    assert from_former(draft, former) == []
+    assert torch.equal(draft.lm_rows[former.d2t], former.lm_rows)
+    others = torch.ones(tiny.vocab_size, dtype=torch.bool)
+    others[former.d2t] = False
+    assert torch.equal(draft.lm_rows[others], targets[others])
+    with pytest.raises(ConfigError, match=r"draft\.own_lm_head is true there, false here"):
+        from_former(small_draft(tiny, seed=2), former)
