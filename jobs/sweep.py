@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
@@ -101,9 +102,10 @@ def trial(composed: Any) -> float:
         if config.features.mode == "store":
             extract.stage(config)
         result |= train.stage(config).info["training"]
-    except DraftlineError as e:
+    except Exception as e:  # whatever a trial dies of, memory too: the others go on
         result["error"] = str(e)
-        print(f"sweep: {label}: {e}", flush=True)
+        print(f"sweep: {label}: {e}" if isinstance(e, DraftlineError) else traceback.format_exc(), flush=True)
+    results(base).mkdir(parents=True, exist_ok=True)  # of another name, where the name itself is swept
     write_json(results(base) / f"{config.name}.json", result)
     return float(result.get("tau", float("-inf")))
 

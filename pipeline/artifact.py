@@ -29,6 +29,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _KEY = ".staging.json"
 _SOURCES = (".py", ".yaml", ".json", ".jinja")
+_PATIENCE = 1.0
+"""Seconds to wait for a lock: a check by another job holds it for a moment, a writer for as long as it works."""
 _LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that knows no locks
 
 
@@ -312,11 +315,15 @@ def _writing(final: Path) -> Iterator[None]:
     final.parent.mkdir(parents=True, exist_ok=True)
     file = final.with_name(f".{final.name}.writer")
     with contextlib.ExitStack() as stack:
+        patience = time.monotonic() + _PATIENCE
         while True:
             lock = stack.enter_context(file.open("a+"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < patience:
+                    time.sleep(0.05)
+                    continue
                 lock.seek(0)
                 raise ArtifactError(
                     f"{final} is being written by another process{lock.read()}. Wait until it has ended, or stop it, "
@@ -325,6 +332,7 @@ def _writing(final: Path) -> Iterator[None]:
             except OSError as e:
                 if e.errno not in _LOCKLESS:
                     raise
+                print(f"{final.parent} knows no locks ({e.strerror}): a second writer would not be noticed", flush=True)
             # The writer before took the file away as it ended: a lock on that one would keep nobody out.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
@@ -341,11 +349,18 @@ def _writing(final: Path) -> Iterator[None]:
 def _replace(aside: Path, final: Path) -> None:
     """Puts a whole artifact under its final name; what was there goes away only then."""
     _, old = _beside(final)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    _drop(old)
+    if final.exists() or final.is_symlink():
         final.rename(old)
     aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    _drop(old)
+
+
+def _drop(old: Path) -> None:
+    if old.is_symlink():  # a run may share another's artifact; what it points to is not ours
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _settle(final: Path) -> None:

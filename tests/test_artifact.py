@@ -184,3 +184,15 @@ def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
     for command in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
     assert re.fullmatch(re.escape(__version__) + r"\+g[0-9a-f]{12}", version_of(tmp_path))
+
+
+def test_a_link_to_another_runs_artifact_is_replaced_as_often_as_it_takes(tmp_path: Path) -> None:
+    """And what it points to stays."""
+    theirs, out = tmp_path / "theirs" / "thing", tmp_path / "mine" / "thing"
+    write(theirs, 1, "shared")
+    out.parent.mkdir()
+    out.symlink_to(theirs)
+    for value in (2, 3):
+        write(out, value, f"own {value}")
+        assert (out / "data").read_text() == f"own {value}" and not out.is_symlink()
+    assert (theirs / "data").read_text() == "shared"

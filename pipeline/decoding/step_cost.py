@@ -66,7 +66,7 @@ class StepCost:
         keep its first measurement for ever: `together` is the share of the error by which everything moves. Their
         differences, which decide on lengths, are smaller than what a single step is off by, so that they follow by a
         smaller share, `own`, and sizes less alike by less, half per doubling. A single step counts for an error of its
-        whole cost at most, so that a hiccup of the machine passes without a trace.
+        whole cost at most, so that a hiccup of the machine moves everything by a few percent and no size by itself.
         """
         error = min(max(seconds / self._step(tokens, context) - 1, -1.0), 1.0)
         j, wj = _place(self.contexts, context, extrapolate=False)

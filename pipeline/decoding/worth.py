@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import weakref
 
 import numpy as np
@@ -50,6 +51,7 @@ class _Record:
 
     rounds: survival float64[K] of the latest rounds. predicted, accepted: fading sums over verified tokens.
     blocks: rounds in all. idle: rounds since the last draft. pause: how many are skipped before the next try.
+    number: its own.
     """
 
     rounds: collections.deque[np.ndarray]
@@ -58,6 +60,7 @@ class _Record:
     blocks: int = 0
     idle: int = 0
     pause: int = FIRST_PAUSE
+    number: int = 0
 
     def add(self, survival: np.ndarray, verified: int, accepted: int, memory: float) -> None:
         self.blocks += 1
@@ -95,6 +98,8 @@ class DraftWorth:
         self._all = _Record(collections.deque(maxlen=4 * WINDOW))
         self._of_draft: dict[str, _Record] = {}  # the same of each draft, where an engine has several
         self._texts: dict[str, collections.deque[_Record]] = {}  # of each draft, the latest that told what they are
+        self._heard: collections.Counter[str] = collections.Counter()  # texts that each draft was tried for
+        self._numbers = itertools.count()
         self._tried = 0
         self._not_paying: tuple[int, ...] | None = None
 
@@ -107,11 +112,11 @@ class DraftWorth:
             chosen = set(range(len(able)))
         else:
             # Nothing was learned since it did not pay for the same requests: it would not now.
-            key = tuple(map(id, sequences))
+            key = tuple(self._record(s).number for s in sequences)
             chosen = set()
             if able and key != self._not_paying:
                 chosen = self._paying(able, records, len(sequences), cost, context)
-                chosen |= {i for i, s in enumerate(able) if records[i].blocks < BLOCKS and not self._known_texts(s)}
+                chosen |= {i for i, s in enumerate(able) if records[i].blocks < BLOCKS and self._knows_little(s)}
             self._not_paying = key if not chosen else None
             self._try_again(chosen, records)
         for i, record in enumerate(records):
@@ -129,6 +134,7 @@ class DraftWorth:
         for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
             record = self._record(s)
             record.add(row, length, kept, 0.8)
+            self._heard[s.metrics.draft] += record.blocks == 1
             if record.blocks == BLOCKS:
                 self._texts.setdefault(s.metrics.draft, collections.deque(maxlen=TEXTS)).append(record)
             self._all.add(row, length, kept, 0.98)
@@ -136,12 +142,20 @@ class DraftWorth:
             pool.add(row, length, kept, 0.98)
 
     def _record(self, sequence: Sequence) -> _Record:
-        return self._records.setdefault(sequence, _Record(collections.deque(maxlen=WINDOW)))
+        record = self._records.get(sequence)
+        if record is None:
+            record = _Record(collections.deque(maxlen=WINDOW), number=next(self._numbers))
+            self._records[sequence] = record
+        return record
 
     def _known_texts(self, sequence: Sequence) -> list[_Record]:
         """The latest texts of a request's draft, none where they are too few to say what texts are like."""
         texts = list(self._texts.get(sequence.metrics.draft, ()))
         return texts if len(texts) >= FEW_TEXTS else []
+
+    def _knows_little(self, sequence: Sequence) -> bool:
+        """Whether the draft met too few texts to judge a new one by others: long ones, or twice as many of any."""
+        return not self._known_texts(sequence) and self._heard[sequence.metrics.draft] < 2 * FEW_TEXTS
 
     def _try_again(self, chosen: set[int], records: list[_Record]) -> None:
         """Adds to `chosen` whoever has paused long enough."""

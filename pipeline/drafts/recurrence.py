@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.drafts.eagle3 import Eagle3Draft
+from pipeline.drafts.regression import fewest
 from pipeline.errors import ConfigError
 
 _CONTENT_SHARE = 5 / 9
@@ -87,6 +88,7 @@ def layer_from_pairs(draft: Eagle3Draft, gain: Tensor, samples: PairSamples, *, 
     """Sets all weights of the draft; its MLP adds nothing at first.
 
     Args:
+        draft: one that `regression.closed_form` has nothing against.
         gain: [D], of the target's final norm. ridge: of the mean variance of the inputs.
     Raises:
         ConfigError: too few samples.
@@ -96,7 +98,7 @@ def layer_from_pairs(draft: Eagle3Draft, gain: Tensor, samples: PairSamples, *, 
     rank = min(width - 2, size - 1, round(width * _CONTENT_SHARE))
     spare = min(width - rank - 1, size)
     n, inputs = samples.taps.shape
-    if n < (inputs + size) // 4:
+    if n < fewest(c):
         raise ConfigError(
             f"trainer.warm_start.layers=features solves for {inputs + size} inputs from {n} samples; it takes a "
             "quarter as many samples. Use trainer.warm_start.layers=target."

@@ -85,8 +85,16 @@ def closed_form(c: DraftConfig) -> str | None:
         )
     if c.layer_family != "llama":
         return f"is for draft.layer_family=llama (it is {c.layer_family})"
-    inputs = (len(c.target_layer_ids) + 1) * c.hidden_size
-    return f"solves for {inputs} inputs; it takes at most {WIDEST}" if inputs > WIDEST else None
+    return f"solves for {_inputs(c)} inputs; it takes at most {WIDEST}" if _inputs(c) > WIDEST else None
+
+
+def fewest(c: DraftConfig) -> int:
+    """Samples that the regression takes at least."""
+    return _inputs(c) // 4
+
+
+def _inputs(c: DraftConfig) -> int:
+    return (len(c.target_layer_ids) + 1) * c.hidden_size
 
 
 @torch.no_grad()
@@ -103,14 +111,13 @@ def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridg
     heads = min(c.num_kv_heads - 1, max(1, round(c.num_kv_heads * _CONTEXT_SHARE)))
     rank = min(heads * dim - 1, round(size * _CONTEXT_SHARE))
     spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
-    inputs = samples.taps.shape[1] + size
     near, far = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75), draft.inv_freq <= 1 / 160
     if (why := closed_form(c)) is not None:
         raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
     assert isinstance(draft, DSparkDraft)
-    if len(samples.tokens) < inputs // 4:
+    if len(samples.tokens) < fewest(c):
         raise ConfigError(
-            f"trainer.warm_start.layers=features solves for {inputs} inputs from {len(samples.tokens)} samples; it "
+            f"trainer.warm_start.layers=features solves for {_inputs(c)} inputs from {len(samples.tokens)} samples; it "
             "takes a quarter as many samples. Use trainer.warm_start.layers=target."
         )
     gain = family.final_norm_gain.float()

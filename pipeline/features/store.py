@@ -144,6 +144,11 @@ class FeatureStore:
                 self._open[number] = self._threads.submit(self._verified, number)
         return len(self._open) < len({end for end in self._ends if end})
 
+    def close(self) -> None:
+        """Ends the verifying of shards that nobody will read."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
     def __getstate__(self) -> dict[str, Any]:
         # Mappings don't travel between processes; the reader there opens (and verifies) its own.
         return {**self.__dict__, "_open": {}, "_threads": None}

@@ -59,13 +59,15 @@ def model_name(target_id: str, family: str) -> str:
 def registered_name(config: PipelineConfig) -> str:
     """The registered model that every job of a configuration means; needs no run of it and no weights.
 
-    Where the run has a draft, its algorithm counts: one that was converted is not what the settings would train.
+    Where the run's draft was converted, its own algorithm counts: it is not what the settings would train.
     """
+    from pipeline.drafts.formats.conversion import converted_algorithm
     from pipeline.target import target_id
 
-    own = config.run_dir / "draft" / "config.json"
-    algorithm = json.loads(own.read_text())["algorithm"] if own.is_file() else config.draft.algorithm
-    return config.tracking.model_name or model_name(target_id(config.target), algorithm)
+    if config.tracking.model_name:
+        return config.tracking.model_name
+    algorithm = converted_algorithm(config.run_dir / "draft") or config.draft.algorithm
+    return model_name(target_id(config.target), algorithm)
 
 
 def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str, report_dir: Path | str) -> str:

@@ -68,9 +68,10 @@ def notes(plan: Plan) -> list[str]:
         f"every training worker reads the target's embedding and lm_head into the host's memory as it starts: "
         f"{bytes_text(borrowed)} each, of {config.trainer.workers} workers"
     ]
-    if config.trainer.warm_start.layers == "target":
+    start = config.trainer.warm_start.layers
+    if start == "target" or (start == "auto" and (config.features.mode == "stream" or config.draft.qk_norm)):
         whole = plan.target.parameters * plan.target_item
-        found.append(f"one of them reads the whole target, {bytes_text(whole)}, to copy its last layers")
+        found.append(f"one of them reads the whole target, {bytes_text(whole)}, where it copies its last layers")
     if _driver_gpus(config, _decodes(plan)):
         found.append(
             "calibrate, parity, evaluate and promote decode in the job's own process: submit the pipeline, or them, "

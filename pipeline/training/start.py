@@ -17,7 +17,7 @@ from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.drafts.recurrence import PairSamples, layer_from_pairs
-from pipeline.drafts.regression import Samples, closed_form, layers_from_features
+from pipeline.drafts.regression import Samples, closed_form, fewest, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import check_copies, from_former, layers_from_target, markov_from_bigrams
 from pipeline.errors import ConfigError
@@ -82,18 +82,26 @@ def warm_start(
         ArtifactError: a former draft that is damaged or of another target.
     """
     start = trainer.warm_start.layers
+    found: Samples | PairSamples | None = None
+    if start == "features" or (start == "auto" and len(features)):
+        if (why := closed_form(draft.config)) is not None:
+            if start == "features":
+                raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
+        else:
+            found = (pair_samples if draft.config.algorithm == "eagle3" else samples)(features, trainer.seed)
     if start == "auto":
         plain = target.family.layer_obstacle is None
-        start = "features" if len(features) and closed_form(draft.config) is None else "target" if plain else "none"
+        enough = found is not None and len(found.tokens) >= fewest(draft.config)
+        start = "features" if enough else "target" if plain else "none"
     if start == "target":
         assert isinstance(draft, DSparkDraft | Eagle3Draft)
         check_copies(draft, target.family)  # before the layers are read
         layers_from_target(draft, whole().family)
-    elif start == "features":
-        if isinstance(draft, Eagle3Draft):
-            layer_from_pairs(draft, target.family.final_norm_gain.float(), pair_samples(features, trainer.seed))
-        else:
-            layers_from_features(draft, target.family, samples(features, trainer.seed))
+    elif isinstance(found, PairSamples):
+        assert isinstance(draft, Eagle3Draft)
+        layer_from_pairs(draft, target.family.final_norm_gain.float(), found)
+    elif found is not None:
+        layers_from_features(draft, target.family, found)
     if trainer.warm_start.markov and draft.config.has_markov:
         markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
     lacking = from_former(draft, load_draft(former, target)) if former is not None else []

@@ -290,7 +290,17 @@ def _batches(
             stream.rows, stream.ask, stream.get, config, rank, world, first, request_rows=features.shard_rows
         )
     assert store is not None
-    return ((parts, 0) for parts in feed.stored(store, config, rank, world, first, expect=store.expect))
+    return _stored(store, config, rank, world, first)
+
+
+def _stored(
+    store: FeatureStore, config: TrainerConfig, rank: int, world: int, first: int
+) -> Iterator[tuple[list[list[Row]], int]]:
+    try:
+        for parts in feed.stored(store, config, rank, world, first, expect=store.expect):
+            yield parts, 0
+    finally:
+        store.close()  # a run that is told to stop doesn't wait for shards of steps to come
 
 
 def _state(draft: Draft, gather: bool) -> Iterator[tuple[str, Tensor]]:

@@ -312,3 +312,19 @@ def test_a_new_text_is_not_judged_by_the_one_before_it() -> None:
     assert all(mixed[i] < 14 for i in (2, 3, 4, 6))
     hopeless = drafted([0.3] * 40, FULL)
     assert sum(hopeless[20:]) < 0.03 * 20 * 32
+
+
+def test_short_texts_are_skipped_too_where_drafts_never_pay() -> None:
+    """Texts that end before they tell what they are count together."""
+    worth, drafted = DraftWorth(), 0
+    for _ in range(100):
+        (text,) = sequences(1)
+        for _ in range(3):
+            chosen, _ = worth.choose([text], IDLE, 0)
+            drafted += len(chosen)
+            if chosen:
+                block = Proposal(
+                    torch.zeros(1, BLOCK, dtype=torch.int64), torch.full((1,), BLOCK), torch.full((1, BLOCK), 0.05)
+                )
+                worth.observe([text], block, [BLOCK], [0])
+    assert drafted < 60

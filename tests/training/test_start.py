@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +99,20 @@ def test_what_rank_0_computes_reaches_the_others_bit_for_bit(place: Place, tmp_p
     assert not torch.equal(
         second["before"]["markov_head.markov_w1.weight"], first["before"]["markov_head.markov_w1.weight"]
     )
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
+def test_auto_takes_the_targets_layers_where_features_are_too_few(place: Place, algorithm: str) -> None:
+    """Features that are asked for by name are refused there, and so is a draft that they have no closed form for."""
+    plain = {"markov_head_type": "none", "enable_confidence_head": False, "markov_rank": 0}
+    draft = dataclasses.replace(DRAFT, algorithm=algorithm, **(plain if algorithm == "eagle3" else {}))
+    target, few = load_target(TINY, place.cache), [FeatureStore(place.features)[0]]
+
+    def made(layers: str, draft: DraftConfig = draft) -> Draft:
+        return build_draft(draft, TrainerConfig(warm_start=WarmStartConfig(layers=layers)), target, place.corpus, few)
+
+    assert _same(made("auto"), made("target"))
+    with pytest.raises(ConfigError, match=r"samples; it takes a\s+quarter"):
+        made("features")
+    with pytest.raises(ConfigError, match="qk_norm"):
+        made("features", dataclasses.replace(draft, qk_norm=True))

@@ -99,3 +99,14 @@ def _spare_trained(out: Path) -> None:
         return
     if _CHECKPOINT not in there.inputs:
         raise ArtifactError(f"{out} holds a draft that this run trained. Convert under another name: name=...")
+
+
+def converted_algorithm(draft_dir: Path) -> str | None:
+    """The algorithm of a draft that a checkpoint was converted to; None where there is none or it was trained."""
+    try:
+        there = artifact.load(draft_dir, "draft", verify=False)
+        if _CHECKPOINT not in there.inputs:
+            return None
+        return str(json.loads((draft_dir / "config.json").read_text())["algorithm"])
+    except (ArtifactError, OSError, ValueError, KeyError):
+        return None  # whoever needs the draft itself says what is wrong with it
