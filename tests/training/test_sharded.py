@@ -204,7 +204,8 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [k if k == "zero 3" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_sharding_trains_the_same_draft(place: Place, alone: Path, kind: str) -> None:
     deepspeed, tolerance = KINDS[kind]
     run = place.train(kind, {**COMMON, "accumulate": 2}, deepspeed)
