@@ -1,7 +1,7 @@
 """Reads a checkpoint of DeepSpec, speculators or SpecForge as the run's draft, in the place of training.
 
-ray job submit --working-dir . -- python jobs/convert.py name=theirs convert.checkpoint=/models/draft \\
-    target.path=/models/Qwen3-4B output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
+ray job submit --working-dir . -- python jobs/convert.py experiment=demo name=theirs \\
+    convert.checkpoint=/models/their-draft output_root=$PWD/outputs cache_dir=$PWD/.cache/draftline
 """
 
 from __future__ import annotations
@@ -33,4 +33,4 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(run(stage, name="convert", ray=False))
+    sys.exit(run(stage, name="convert", ray=False, settings=("convert",), page="convert"))

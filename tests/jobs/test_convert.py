@@ -22,7 +22,7 @@ from tests.drafts.formats.samples import rounded, same_logits, settings, tensors
 EAGLE3: dict[str, Any] = {"algorithm": "eagle3", "num_layers": 1, "markov_head_type": "none", "qk_norm": False}
 EAGLE3 |= {"enable_confidence_head": False, "target_layer_ids": [0, 2, 3], "vocabulary": 60}
 SHORT = ["experiment=smoke", "features=stream", "parity.prompts=2", "parity.max_new_tokens=6", "benchmark.prompts=2"]
-SHORT += ["benchmark.calibrate_prompts=2", "benchmark.max_new_tokens=6", "benchmark.bootstrap=20"]
+SHORT += ["benchmark.calibrate_prompts=3", "benchmark.max_new_tokens=6", "benchmark.bootstrap=20"]
 
 
 def prepare(place: Path, format: ModuleType, **changes: Any) -> tuple[Path, list[str]]:
