@@ -32,7 +32,7 @@ from tests.statistical.chi_square import p_value
 TOKENS = (40, 41, 57, 60, 66)
 PROMPT = [40, 57, 41, 66, 40, 57]
 LENGTH = 3
-REQUESTS = 12_000
+REQUESTS = 8_000
 ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3, 1.0)}
 
 
@@ -173,7 +173,7 @@ def test_continuations_follow_the_target(target: Target, kind: str, rule: str, s
     # Seeds of their own: chance that all had in common would be one test of it.
     first = 100_000 * PAIRINGS.index((kind, rule, scheduler, ask))
     counts, accepted = decode(
-        target, make(target, kind), name, rule, scheduler, ASKS[ask], first_seed=first, draws=REQUESTS // 5
+        target, make(target, kind), name, rule, scheduler, ASKS[ask], first_seed=first, draws=REQUESTS // 3
     )
     assert p_value(counts, wanted) > 1e-4
     if kind in KINDS:
@@ -269,7 +269,7 @@ def test_a_faulty_verifier_is_caught(
     """The statistics above refuse, with as many draws, what a verifier gets wrong."""
     wanted = exact(target, ASKS["plain"])
     monkeypatch.setattr(sys.modules["draftline_kernels.verify"], part, fault)
-    counts, _ = decode(target, draft, "dspark", rule, scheduler, ASKS["plain"], draws=REQUESTS // 5)
+    counts, _ = decode(target, draft, "dspark", rule, scheduler, ASKS["plain"], draws=REQUESTS // 3)
     assert p_value(counts, wanted) < 1e-6
 
 
