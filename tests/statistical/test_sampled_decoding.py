@@ -199,8 +199,8 @@ def test_skipping_drafts_keeps_the_distribution(target: Target, draft: Draft, ru
     )
     assert p_value(counts, wanted) > 1e-4
     steps, skipped = (sum(x) for x in zip(*((m.target_steps, m.skipped) for m in metrics), strict=True))
-    assert 0.2 < skipped / steps < 0.8
-    assert sum(m.drafted > 0 and m.skipped > 0 for m in metrics) > 0.2 * len(metrics), "both in one text"
+    assert 0.1 < skipped / steps < 0.8
+    assert sum(m.drafted > 0 and m.skipped > 0 for m in metrics) > 0.1 * len(metrics), "both in one text"
 
 
 PENALTIES: dict[str, Any] = {
