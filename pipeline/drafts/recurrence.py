@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.drafts.eagle3 import Eagle3Draft
-from pipeline.drafts.regression import fewest
-from pipeline.errors import ConfigError
+from pipeline.drafts.regression import check_samples
 
 _CONTENT_SHARE = 5 / 9
 _CONST_ENERGY = 4.0  # of a g from taps, the part that does not vary, over the part that does
@@ -98,11 +97,7 @@ def layer_from_pairs(draft: Eagle3Draft, gain: Tensor, samples: PairSamples, *, 
     rank = min(width - 2, size - 1, round(width * _CONTENT_SHARE))
     spare = min(width - rank - 1, size)
     n, inputs = samples.taps.shape
-    if n < fewest(c):
-        raise ConfigError(
-            f"trainer.warm_start.layers=features solves for {inputs + size} inputs from {n} samples; it takes a "
-            "quarter as many samples. Use trainer.warm_start.layers=target."
-        )
+    check_samples(c, n)
     layer = draft.layer
     for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm):
         norm.weight.fill_(1.0)
@@ -154,10 +149,11 @@ def layer_from_pairs(draft: Eagle3Draft, gain: Tensor, samples: PairSamples, *, 
                 own = _normed(torch.cat((p.earlier_taps / scale, _seen(draft, p.earlier_tokens)), 1) @ weights)
                 own = own * _OUTPUT_RMS
             else:
-                own = _alone(draft, draft.context(p.earlier_taps), p.earlier_tokens)[1]
+                x, residual = _given(draft, draft.context(p.earlier_taps), p.earlier_tokens)
+                own = residual + _mixed(draft, x)
             for state, weight in ((g, 1.0), (own, _LATER)):
-                x, out = _alone(draft, state, p.tokens)
-                output.add(x @ v.T, _OUTPUT_RMS * p.hidden / gain - (out - _mixed(draft, x)), weight)
+                x, residual = _given(draft, state, p.tokens)
+                output.add(x @ v.T, _OUTPUT_RMS * p.hidden / gain - residual, weight)
                 steady.add(x, torch.ones(len(x), 1), weight)
         groups = c.num_heads // c.num_kv_heads
         weight = output.solve(1e-3, [width]).T.unflatten(1, (c.num_kv_heads, dim)) / groups
@@ -194,8 +190,7 @@ def _mixed(draft: Eagle3Draft, x: Tensor) -> Tensor:
     return attention.o_proj(v.flatten(1))
 
 
-def _alone(draft: Eagle3Draft, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(the layer's input [n, 2D], its output [n, D] before the MLP) of pairs that see themselves alone."""
+def _given(draft: Eagle3Draft, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(what attention reads [n, 2D], where the residual stream starts [n, D]) of pairs."""
     x, normed = draft.joined(g, tokens)
-    residual = normed if draft.config.norm_before_residual else g
-    return x, residual + _mixed(draft, x)
+    return x, normed if draft.config.norm_before_residual else g

@@ -88,6 +88,21 @@ def closed_form(c: DraftConfig) -> str | None:
     return f"solves for {_inputs(c)} inputs; it takes at most {WIDEST}" if _inputs(c) > WIDEST else None
 
 
+def check_closed_form(c: DraftConfig) -> None:
+    """Raises ConfigError for a resolved draft that has no start from features."""
+    if (why := closed_form(c)) is not None:
+        raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
+
+
+def check_samples(c: DraftConfig, samples: int) -> None:
+    """Raises ConfigError if there are too few samples."""
+    if samples < fewest(c):
+        raise ConfigError(
+            f"trainer.warm_start.layers=features solves for {_inputs(c)} inputs from {samples} samples; it takes a "
+            "quarter as many samples. Use trainer.warm_start.layers=target."
+        )
+
+
 def fewest(c: DraftConfig) -> int:
     """Samples that the regression takes at least."""
     return _inputs(c) // 4
@@ -112,14 +127,9 @@ def layers_from_features(draft: Draft, family: Family, samples: Samples, *, ridg
     rank = min(heads * dim - 1, round(size * _CONTEXT_SHARE))
     spare = min((c.num_kv_heads - heads) * dim, size - rank - 1)
     near, far = (draft.inv_freq > 1 / 160) & (draft.inv_freq < 0.75), draft.inv_freq <= 1 / 160
-    if (why := closed_form(c)) is not None:
-        raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
+    check_closed_form(c)
     assert isinstance(draft, DSparkDraft)
-    if len(samples.tokens) < fewest(c):
-        raise ConfigError(
-            f"trainer.warm_start.layers=features solves for {_inputs(c)} inputs from {len(samples.tokens)} samples; it "
-            "takes a quarter as many samples. Use trainer.warm_start.layers=target."
-        )
+    check_samples(c, len(samples.tokens))
     gain = family.final_norm_gain.float()
     fit = _solve(draft, samples, gain, rank, spare, ridge)
 

@@ -17,7 +17,7 @@ from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.drafts.recurrence import PairSamples, layer_from_pairs
-from pipeline.drafts.regression import Samples, closed_form, fewest, layers_from_features
+from pipeline.drafts.regression import Samples, check_closed_form, closed_form, fewest, layers_from_features
 from pipeline.drafts.vocabulary import choose_vocabulary
 from pipeline.drafts.warm_start import check_copies, from_former, layers_from_target, markov_from_bigrams
 from pipeline.errors import ConfigError
@@ -83,12 +83,10 @@ def warm_start(
     """
     start = trainer.warm_start.layers
     found: Samples | PairSamples | None = None
-    if start == "features" or (start == "auto" and len(features)):
-        if (why := closed_form(draft.config)) is not None:
-            if start == "features":
-                raise ConfigError(f"trainer.warm_start.layers=features {why}. Use trainer.warm_start.layers=target.")
-        else:
-            found = (pair_samples if draft.config.algorithm == "eagle3" else samples)(features, trainer.seed)
+    if start == "features":
+        check_closed_form(draft.config)
+    if start == "features" or (start == "auto" and len(features) and closed_form(draft.config) is None):
+        found = (pair_samples if draft.config.algorithm == "eagle3" else samples)(features, trainer.seed)
     if start == "auto":
         plain = target.family.layer_obstacle is None
         enough = found is not None and len(found.tokens) >= fewest(draft.config)
