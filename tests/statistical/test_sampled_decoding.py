@@ -32,7 +32,8 @@ from tests.statistical.chi_square import p_value
 TOKENS = (40, 41, 57, 60, 66)
 PROMPT = [40, 57, 41, 66, 40, 57]
 LENGTH = 3
-REQUESTS = 8_000
+REQUESTS = 12_000
+PAIRED = 2_666  # of each pairing, of which there are many
 ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3, 1.0)}
 
 
@@ -173,7 +174,7 @@ def test_continuations_follow_the_target(target: Target, kind: str, rule: str, s
     # Seeds of their own: chance that all had in common would be one test of it.
     first = 100_000 * PAIRINGS.index((kind, rule, scheduler, ask))
     counts, accepted = decode(
-        target, make(target, kind), name, rule, scheduler, ASKS[ask], first_seed=first, draws=REQUESTS // 3
+        target, make(target, kind), name, rule, scheduler, ASKS[ask], first_seed=first, draws=PAIRED
     )
     assert p_value(counts, wanted) > 1e-4
     if kind in KINDS:
@@ -199,8 +200,8 @@ def test_skipping_drafts_keeps_the_distribution(target: Target, draft: Draft, ru
     )
     assert p_value(counts, wanted) > 1e-4
     steps, skipped = (sum(x) for x in zip(*((m.target_steps, m.skipped) for m in metrics), strict=True))
-    assert 0.1 < skipped / steps < 0.8
-    assert sum(m.drafted > 0 and m.skipped > 0 for m in metrics) > 0.1 * len(metrics), "both in one text"
+    assert 0.2 < skipped / steps < 0.8
+    assert sum(m.drafted > 0 and m.skipped > 0 for m in metrics) > 0.2 * len(metrics), "both in one text"
 
 
 PENALTIES: dict[str, Any] = {
@@ -269,7 +270,7 @@ def test_a_faulty_verifier_is_caught(
     """The statistics above refuse, with as many draws, what a verifier gets wrong."""
     wanted = exact(target, ASKS["plain"])
     monkeypatch.setattr(sys.modules["draftline_kernels.verify"], part, fault)
-    counts, _ = decode(target, draft, "dspark", rule, scheduler, ASKS["plain"], draws=REQUESTS // 3)
+    counts, _ = decode(target, draft, "dspark", rule, scheduler, ASKS["plain"], draws=PAIRED)
     assert p_value(counts, wanted) < 1e-6
 
 
