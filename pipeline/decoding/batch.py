@@ -53,6 +53,7 @@ class Batch:
         self._tables = PageTables(pool, keep=config.prefix_cache)
         self._cache = cache
         self._held = held
+        self._ids: set[str] = set()
 
     def __iter__(self) -> Iterator[Sequence]:
         """All, those that wait first; what is iterated over may leave meanwhile."""
@@ -70,7 +71,7 @@ class Batch:
             QueueFull: `config.max_queue` requests are waiting.
         """
         request = s.request
-        if any(other.request.id == request.id for other in self):
+        if request.id in self._ids:
             raise RequestRefused("another request with this id is not finished.", request.id)
         self._tables.check(request, self.proposer.block_size)
         if len(self.waiting) >= self._most_waiting:
@@ -79,6 +80,7 @@ class Batch:
                 "Try again later.",
                 request.id,
             )
+        self._ids.add(request.id)
         self.waiting.append(s)
 
     def admit(self) -> None:
@@ -127,6 +129,7 @@ class Batch:
 
     def remove(self, s: Sequence, *, sound: bool) -> None:
         """Takes a request out. sound: the logits of all that it computed were finite."""
+        self._ids.discard(s.request.id)
         if s in self.waiting:
             self.waiting.remove(s)
         else:

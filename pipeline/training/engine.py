@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def make_engine(
     """The DeepSpeed engine of an objective and the optimizer whose learning rate the loop sets."""
     import deepspeed
 
+    build_with_own_ninja()
     wait_for_operator()
     trainable = [q for q in objective.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -102,6 +104,17 @@ def make_engine(
         for parameter, weight in zip(trainable, started, strict=True):
             _set_master(parameter, weight)
     return engine, optimizer
+
+
+def build_with_own_ninja() -> None:
+    """Puts this interpreter's programs first on the PATH, ninja above all.
+
+    Versions of ninja disagree on whether DeepSpeed's CPU operator is up to date: a system's and an environment's, as
+    the PATHs of a user's shell and of a Ray job find them, would build it again in turn, a minute each.
+    """
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join(filter(None, (own, path)))
 
 
 def wait_for_operator(root: Path | None = None, abandoned_after: float = 300.0) -> None:

@@ -499,6 +499,16 @@ def test_a_full_queue_and_an_inexact_schedule_are_refused(tiny: Target, draft: D
     engine.submit(Request([5]))
     with pytest.raises(QueueFull, match="max_queue=1"):
         engine.submit(Request([5]))
+    engine = engine_for(tiny, draft, "none")
+    for _ in range(2):  # an id is free again when its request has ended, whatever ended it
+        engine.submit(Request([5], max_new_tokens=1, id="mine"))
+        with pytest.raises(DraftlineError, match="another request with this id is not finished"):
+            engine.submit(Request([5], id="mine"))
+        engine.step()
+    engine.submit(Request([5], id="mine"))
+    engine.cancel("mine")
+    engine.step()
+    engine.submit(Request([5], id="mine"))
     engine = engine_for(tiny, draft, "dspark", rule="ratio")
     engine.set_schedule("global", rule="ratio")
     with pytest.raises(DraftlineError, match="early_stop"):

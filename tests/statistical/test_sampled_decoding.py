@@ -32,7 +32,7 @@ from tests.statistical.chi_square import p_value
 TOKENS = (40, 41, 57, 60, 66)
 PROMPT = [40, 57, 41, 66, 40, 57]
 LENGTH = 3
-REQUESTS = 12_000
+REQUESTS = 6_000
 PAIRED = 2_666  # of each pairing, of which there are many
 ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3, 1.0)}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,14 @@ from pipeline.config import TrainerConfig
 from pipeline.errors import ConfigError
 from pipeline.target import Target
 from pipeline.training import engine
-from pipeline.training.engine import Objective, check_settings, make_engine, take_step, wait_for_operator
+from pipeline.training.engine import (
+    Objective,
+    build_with_own_ninja,
+    check_settings,
+    make_engine,
+    take_step,
+    wait_for_operator,
+)
 from pipeline.training.step import TrainStep, Weights
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
@@ -51,6 +60,15 @@ def test_the_lock_of_a_killed_build_is_taken_away_and_a_living_one_waited_for(
     assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob("lock")] == ["py311_cpu/mine/lock"]
     said = capsys.readouterr().out
     assert "of a build that was killed: removed" in said and "waits for another process" in said
+
+
+def test_the_operator_is_built_by_the_environments_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ninja").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        build_with_own_ninja()
+        assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), str(tmp_path)]
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
 
 
 class _Asked(dict[str, Any]):
