@@ -35,16 +35,18 @@ demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ra
 smoke: env ## the same stages on a tiny random target, under two minutes
 	@$(PY) infra/local/demo.py --experiment smoke
 
-# Ray's tests mostly wait for processes to start, so three parts share the cores well. Ray's workers have a niceness of
-# 15, and would wait for the end of the part that has none of them. The part whose tests send SIGINT is in the
-# foreground: what a shell puts in the background ignores that signal.
+# Ray's tests mostly wait for processes to start, so three lanes share the cores well. Ray's workers have a niceness of 15,
+# and would wait for the end of the lane that has none of them. The lane whose tests send SIGINT is in the foreground:
+# what a shell puts in the background ignores that signal. AFTER is what keeps the lanes equally long.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
+AFTER := tests/statistical tests/kernels
 test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
 	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; export RAY_worker_niceness=0; \
-	$(PYTEST) -m "$(FAST) and ray" tests/training tests/fault >$$out/training 2>&1 & training=$$!; \
-	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" >$$out/others 2>&1 & others=$$!; \
-	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault || status=1; \
+	{ failed=0; $(PYTEST) -m "$(FAST) and ray" tests/training tests/fault || failed=1; export OMP_NUM_THREADS=1; \
+	  $(PYTEST) -m "$(FAST)" $(AFTER) || failed=1; exit $$failed; } >$$out/training 2>&1 & training=$$!; \
+	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" $(AFTER:%=--ignore %) >$$out/others 2>&1 & others=$$!; \
+	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault $(AFTER:%=--ignore %) || status=1; \
 	wait $$training || status=1; wait $$others || status=1; cat $$out/*; exit $$status
 
 test-slow: env ## the tests that `make test` leaves out: the other ways of sharding, offload, preemption

@@ -82,7 +82,7 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
     """
     c, f = draft.config, former.config
     same = ["target_layer_ids", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm"]
-    same += ["layer_family", "rope_theta", "rope_fraction", "values_are_keys"]
+    same += ["layer_family", "rope_theta", "rope_fraction", "values_are_keys", "rms_norm_eps", "sliding_windows"]
     same += [] if "eagle3" in (c.algorithm, f.algorithm) else ["sample_from_anchor", "mask_token_id"]
     same += ["norm_before_residual"] if "eagle3" in (c.algorithm, f.algorithm) else []
     differing = [f"{n} is {getattr(f, n)} there, {getattr(c, n)} here" for n in same if getattr(f, n) != getattr(c, n)]
@@ -100,6 +100,10 @@ def from_former(draft: Draft, former: Draft) -> list[str]:
             "settings of the former one, or start it without."
         )
     theirs = dict(former.named_parameters())
+    buffers = dict(former.named_buffers())
+    for name, buffer in draft.named_buffers():
+        if name.endswith("layer_scalar"):  # Gemma 4's: not trained, but a part of the layer
+            buffer.copy_(buffers[name])
     lacking = []
     heads = _heads_that_fit(draft, former)
     for name, weight in draft.named_parameters():

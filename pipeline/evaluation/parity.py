@@ -7,7 +7,7 @@ the engine, as requests, and through the training forward, teacher-forced, on fe
 * prompts: what serving renders is, token for token, what the corpus trained on.
 * features: the stored rows are what the target gives today (relative distance per tap, median over positions).
 * target: the tokens that training's last hidden states predict are those that the engine emitted.
-* logits: the draft's, for the same state (root mean square difference over standard deviation).
+* logits: the draft's, for the same state (root mean square difference over standard deviation), by position.
 * acceptance by position: greedy, as counted by both; sampled, 1 - TV as training has it and what the engine accepted.
 
 Letters: A rounds of a request, G tokens per block, N slots compared, V target vocabulary, Vd draft vocabulary.
@@ -35,6 +35,7 @@ from pipeline.decoding import Engine, Request
 from pipeline.decoding.proposers import Proposal
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft
+from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation.benchmark import block_proposer, pick_prompts
 from pipeline.evaluation.checks import Check, table
@@ -49,6 +50,7 @@ FEATURES_APART = 0.1
 """Most relative distance of a stored tap from today's: bf16's noise is 0.01 to 0.03, a neighbouring layer 0.2."""
 LOGITS_APART = {torch.float32: 0.05}
 LOGITS_APART_LOW = 0.15  # where the target decodes in 16 bits
+ENOUGH = 10  # slots of a position that are judged by themselves
 SAME_TOKENS = 0.98
 TIED_LOW = math.exp(-0.25)  # likely enough, of the likeliest, to be chosen by the rounding of 16 bits
 
@@ -201,7 +203,7 @@ def compare(
     variance = np.zeros(block)
     hits = tries = 0
     tied = 1.0 if target.dtype == torch.float32 else TIED_LOW
-    apart: list[float] = []
+    apart: list[list[float]] = [[] for _ in range(block)]
     with torch.no_grad():
         for kind, texts in enumerate((greedy, sampled)):
             for text, row in zip(texts, _features(target, draft, texts), strict=True):
@@ -217,11 +219,14 @@ def compare(
                     hits, tries = hits + int(predicted.sum()), tries + len(said)
                 for i, r in enumerate(rounds):
                     # Slots after a rejection go on from a token that the text doesn't have.
-                    for k in range(min(r.accepted + 1, block, len(text.text) - 1 - r.anchor)):
+                    reached = min(r.accepted + 1, block, len(text.text) - 1 - r.anchor)
+                    if r.logits is not None:
+                        # A block drafter's have the proposal's tokens before them, whatever became of those.
+                        for k in range(reached if isinstance(draft, Eagle3Draft) else block):
+                            apart[k].append(_distance(mine[i, k], r.logits[k]))
+                    for k in range(reached):
                         ours = mine[i, k]
                         if r.logits is not None:
-                            difference = (ours - ours.mean()) - (r.logits[k] - r.logits[k].mean())
-                            apart.append(float(difference.square().mean().sqrt() / ours.std()))
                             q = ours.softmax(-1)
                             expected = float(torch.minimum(q, p[r.anchor + k][d2t]).sum())
                             variance[k] += expected * (1 - expected)
@@ -230,12 +235,29 @@ def compare(
                             expected = float(token == text.text[r.anchor + 1 + k])
                         counts[kind, :, k] += 1, expected, r.accepted > k
     checks = [_share("target tokens", hits, tries, "tokens that training's last hidden states predict were emitted")]
-    bound = LOGITS_APART.get(target.dtype, LOGITS_APART_LOW)
-    worst = float(np.quantile(apart, 0.9)) if apart else float("nan")
-    checks.append(
-        Check("draft logits", worst, f"<= {bound:g}", worst <= bound, f"9 in 10 of {len(apart)} slots are no further")
-    )
+    checks.append(_logits(apart, LOGITS_APART.get(target.dtype, LOGITS_APART_LOW)))
     return checks + _acceptance(counts, variance), _positions(counts)
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """Of logits [Vd], each without its mean: root mean square difference in standard deviations of ours."""
+    difference = (ours - ours.mean()) - (theirs - theirs.mean())
+    return float(difference.square().mean().sqrt() / ours.std())
+
+
+def _logits(apart: list[list[float]], bound: float) -> Check:
+    """The furthest position's distance; positions with few slots are judged with those before them."""
+    groups: list[tuple[int, list[float]]] = []
+    for k, slots in enumerate(apart, start=1):
+        if groups and len(slots) < ENOUGH:
+            groups[-1][1].extend(slots)
+        else:
+            groups.append((k, list(slots)))
+    found = [(float(np.quantile(slots, 0.9)) if slots else float("nan"), k, len(slots)) for k, slots in groups]
+    # One that is no number is the furthest of all.
+    worst, k, count = max(found, key=lambda f: (math.isnan(f[0]), f[0]))
+    detail = f"9 in 10 of {count} slots at position {k}, the furthest, are no further"
+    return Check("draft logits", worst, f"<= {bound:g}", worst <= bound, detail)
 
 
 def _acceptance(counts: np.ndarray, variance: np.ndarray) -> list[Check]:
@@ -322,15 +344,18 @@ def _token_row(text: list[int], prompt_length: int) -> TokenRow:
 
 
 def _training_logits(step: TrainStep, row: FeatureRow, rounds: list[Round]) -> Tensor:
-    """float32[A, G, Vd]: the training forward's logits of the rounds' blocks, teacher-forced by the text."""
+    """float32[A, G, Vd]: the training forward's logits of the rounds' blocks, teacher-forced by the text (the Markov
+    head: by what was proposed)."""
     draft, block = step.draft, step.draft.config.tokens_per_block
     anchors = torch.tensor([r.anchor for r in rounds], device=draft.d2t.device)
     blocks = Blocks(anchors, torch.ones(len(rounds), block, dtype=torch.bool))
     hidden = step.hidden([(row, blocks)]).float()
     logits = draft.logits(hidden.to(draft.lm_rows.dtype)).float()
     if draft.markov_head is not None:
-        at = (anchors[:, None] + torch.arange(block, device=anchors.device)).clamp(max=len(row.input_ids) - 1)
-        codes = draft.markov_head.codes(hidden.unflatten(0, (-1, block)), row.input_ids.to(at.device)[at].long())
+        first = row.input_ids.to(anchors.device)[anchors].long()
+        proposed = torch.stack([r.tokens for r in rounds]).to(first)
+        previous = torch.cat((first[:, None], proposed[:, :-1]), 1)
+        codes = draft.markov_head.codes(hidden.unflatten(0, (-1, block)), previous)
         logits = logits + draft.markov_head.markov_w2(codes.flatten(0, 1))
     return logits.unflatten(0, (-1, block)).cpu()
 

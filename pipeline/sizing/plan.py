@@ -110,9 +110,7 @@ class Plan:
         tokens, slots = sequences * length, sequences * anchors * c.block_size
         wide = 8 * d + 4 * c.num_heads * c.head_dim + 4 * c.num_kv_heads * c.head_dim + 4 * c.intermediate_size
         context = len(c.target_layer_ids) * d + 3 * d + c.num_layers * 4 * c.num_kv_heads * c.head_dim
-        of_blocks = slots * c.num_layers * wide * (c.tokens_per_block if c.algorithm == "eagle3" else 1)
-        if c.algorithm == "eagle3":
-            of_blocks /= c.block_size  # a block is one slot at a time, unrolled
+        of_blocks = slots * c.num_layers * wide
         if c.algorithm == "eagle3" and not trainer.use_gpu:
             # Its attention keeps what every anchor's steps give to the whole row; 1.7 was measured on autograd.
             of_blocks += 1.7 * sequences * anchors * length * c.num_heads * c.tokens_per_block
@@ -168,7 +166,9 @@ class Plan:
         markov = slots * vd * c.markov_rank if c.has_markov else 0.0
         # Three products of a slot: its logits, the target's, and the gradient; a fourth where lm_head is trained.
         products = 4 if c.own_lm_head else 3
-        frozen = slots * vd * d * products + trainer.sequences_per_step * self.loss_tokens_per_row * v * d
+        frozen = slots * vd * d * products
+        if vd < v:  # the target's scores over the whole
+            frozen += trainer.sequences_per_step * self.loss_tokens_per_row * v * d
         return 2 * (3 * (context + slots * c.num_layers * per_slot + markov) + frozen)
 
     @property

@@ -171,9 +171,10 @@ def weigh(step: TrainStep, parts: list[list[Row]], number: int, normalise: str, 
 
 def take_step(
     engine: Any, step: TrainStep, parts: list[list[Row]], number: int, normalise: str, reduce: Reduce, world: int
-) -> tuple[StepMetrics, Callable[[], None]]:
+) -> tuple[StepMetrics, Callable[[], bool]]:
     """Forward and backward of a step's microbatches: this rank's share of the metrics, and what takes the optimizer
-    step, so that a loss which is not finite never reaches the weights."""
+    step, so that a loss which is not finite never reaches the weights; it returns, on every rank alike, whether the
+    gradients were finite too. Of those that are not DeepSpeed takes no step, and goes on."""
     denominators = weigh(step, parts, number, normalise, reduce)
     total: StepMetrics | None = None
     for i, rows in enumerate(parts):
@@ -184,4 +185,9 @@ def take_step(
         if i + 1 < len(parts):
             engine.step()
     assert total is not None
-    return total, engine.step
+
+    def apply() -> bool:
+        engine.step()
+        return bool(engine.was_step_applied())
+
+    return total, apply

@@ -1,4 +1,5 @@
-"""What a step whose loss is not finite leaves behind, so that it can be taken again alone, after other runs too.
+"""What a step whose loss or gradients are not finite leaves behind, so that it can be taken again alone, after other
+runs too.
 
 <history>-not-finite-step-7-rank-0-of-2.json         the step, its rows with their anchors, what weighs them
 <history>-not-finite-step-7-rank-0-of-2.safetensors  the rows themselves, where they are not too large
@@ -67,13 +68,14 @@ def keep(
     *,
     learning_rate: float,
     loss: float,
+    what: str,
     draft: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Writes this rank's part of a step, and rank 0 the draft; every rank calls it.
 
     Args:
-        number: the step's. parts: the rank's microbatches. draft: its tensors before the step, by name; every rank
-            goes through them, as they may have to be gathered.
+        number: the step's. parts: the rank's microbatches. what: is not finite ("loss is", "gradients are").
+        draft: its tensors before the step, by name; every rank goes through them, as they may have to be gathered.
     """
     weights: dict[str, Tensor] = {}
     for name, weight in draft:
@@ -88,7 +90,7 @@ def keep(
         _save(named, file.with_suffix(".safetensors"))
     if rank == 0:
         _save(weights, _draft_file(history, number))
-        write_json(_marker(history), {"step": number, "world": world})
+        write_json(_marker(history), {"step": number, "world": world, "what": what})
     blocks = [step.blocks_of(row, number) for row in rows]
     write_json(
         file,
@@ -145,13 +147,14 @@ def begin(history: Path) -> None:
     _marker(history).unlink(missing_ok=True)
 
 
-def left(history: Path) -> tuple[int, list[Path]] | None:
-    """The step whose loss was not finite, and its files, one per rank; None if the run did not end this way."""
+def left(history: Path) -> tuple[int, str, list[Path]] | None:
+    """The step that was not finite, what of it ("loss is", "gradients are"), and its files, one per rank; None if the
+    run did not end this way."""
     if not _marker(history).is_file():
         return None
     said = json.loads(_marker(history).read_text())
     files = [_file(history, said["step"], rank, said["world"]) for rank in range(said["world"])]
-    return said["step"], [f for f in files if f.is_file()]
+    return said["step"], said["what"], [f for f in files if f.is_file()]
 
 
 def _marker(history: Path) -> Path:

@@ -143,7 +143,7 @@ class TrainStep:
         compute = autocast or draft.dtype
         self.compute = compute
         device = self.device = draft.embed.device
-        full = draft.d2t.shape[0] == lm_head.shape[0]
+        full = self._full = draft.d2t.shape[0] == lm_head.shape[0]
         own = draft.config.own_lm_head
         rows = draft.lm_rows if not own else lm_head if full else lm_head[draft.d2t.to(lm_head.device)]
         self.target_rows = rows.detach().to(device, compute)
@@ -210,7 +210,8 @@ class TrainStep:
             hidden, previous = hidden[keep], previous.flatten()[keep]
             confidence = self.draft.confidence(hidden, previous)
         flat = all_weight.flatten()[keep]
-        scored = [self._target_scores(r, b) for r, b in picked]
+        # Of the whole vocabulary the loss forms every target logit itself.
+        scored = None if self._full else [self._target_scores(r, b) for r, b in picked]
         w, every = self.weights, scale / sums[0].clamp(min=1e-6)
         more = {"rkl_weight": w.reverse_kl, "lk_weight": w.lk, "hybrid_weight": w.lk_hybrid}
         loss, stats = vocab_loss(
@@ -219,8 +220,8 @@ class TrainStep:
             None if head is None else head.markov_w2.weight,
             self.draft.lm_rows.to(self.compute) if self.draft.config.own_lm_head else self.target_rows,
             torch.cat([self._target_hidden(r, b) for r, b in picked]).flatten(0, 1)[keep],
-            torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
-            torch.cat([best for _, best in scored]).flatten()[keep],
+            None if scored is None else torch.cat([normaliser for normaliser, _ in scored]).flatten()[keep],
+            None if scored is None else torch.cat([best for _, best in scored]).flatten()[keep],
             draft_labels.flatten()[keep],
             ce_weight.flatten()[keep] * (w.ce * scale / sums[1].clamp(min=1e-6)),
             flat * (w.kl * every),

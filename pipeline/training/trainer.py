@@ -124,9 +124,9 @@ def train(
         for actor in stream.actors if stream else ():
             ray.kill(actor)
     if (bad := replay.left(Path(plan.history))) is not None:
-        step, files = bad
+        step, what, files = bad
         raise DraftlineError(
-            f"The training loss is not finite at step {step}. The samples of that step are in {storage} "
+            f"The training {what} not finite at step {step}. The samples of that step are in {storage} "
             f"({', '.join(f.name for f in files)}; pipeline/training/replay.py reads them). Lower trainer.lr (now "
             f"{config.trainer.lr}) or look for bad features."
         )

@@ -159,7 +159,7 @@ def train_worker(plan: dict[str, Any]) -> None:
         metrics, apply = take_step(engine, step, parts, number, config.normalise, reduce, world)
         flags = torch.tensor([not math.isfinite(metrics.loss), listener.asked()], dtype=torch.float64, device=device)
         flags, survived, blocks = reduce(torch.cat((flags, metrics.survival, metrics.blocks[:1]))).tensor_split((2, -1))
-        if flags[0]:
+        if (lost_loss := bool(flags[0])) or not apply():
             # Said by a file and not by raising: Ray Train would take the same step again, max_failures times.
             replay.keep(
                 Path(p.history),
@@ -170,10 +170,10 @@ def train_worker(plan: dict[str, Any]) -> None:
                 world,
                 learning_rate=learning_rate(number, config),
                 loss=metrics.loss,
+                what="loss is" if lost_loss else "gradients are",
                 draft=_state(draft, gather),
             )
             return
-        apply()
         if average is not None:
             average.update()
         if survival is not None:

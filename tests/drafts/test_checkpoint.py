@@ -17,6 +17,7 @@ from pipeline.drafts.warm_start import from_former, layers_from_target, markov_f
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.target import Target
 from tests.drafts.samples import small_draft
+from tests.target.tiny_families import tiny_target
 
 
 def _save(path: Path, draft: DSparkDraft, target: Target, identity: dict[str, str] | None = None) -> Path:
@@ -174,6 +175,20 @@ def test_a_former_draft_of_the_other_slot_layout_is_refused(tiny: Target) -> Non
     plain = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
     with pytest.raises(ConfigError, match="sample_from_anchor is False there, True here"):
         from_former(small_draft(tiny), small_draft(tiny, sample_from_anchor=False, **plain))
+
+
+def test_a_former_draft_that_saw_another_context_is_refused(tiny: Target) -> None:
+    with pytest.raises(ConfigError, match=r"sliding_windows is \[64, 64\] there, \[\] here"):
+        from_former(small_draft(tiny), small_draft(tiny, sliding_windows=[64, 64]))
+
+
+def test_gemma4_s_layer_scalars_go_over() -> None:
+    gemma = tiny_target("gemma4")
+    former, draft = (small_draft(gemma, seed=n, layer_family="gemma4") for n in (1, 2))
+    with torch.no_grad():
+        former.decoder_layers[1].layer_scalar.fill_(0.5)
+    assert from_former(draft, former) == []
+    assert [float(layer.layer_scalar) for layer in draft.decoder_layers] == [1.0, 0.5]
 
 
 def test_a_former_draft_that_has_nothing_to_give_is_refused_field_by_field(tiny: Target) -> None:

@@ -129,6 +129,28 @@ def test_a_swapped_slot_layout_is_caught(trained: Trained, monkeypatch: Any) -> 
     assert "draft logits" in failed(trained.check(draft_of(trained.places, trained.root / "draft")))
 
 
+@pytest.mark.parametrize("slot", [1, 2])
+def test_a_fault_of_later_slots_alone_is_caught(trained: Trained, monkeypatch: Any, slot: int) -> None:
+    """The engine reads another slot's hidden state there: most slots that count are before it and right."""
+    from pipeline.drafts.dspark import DSparkDraft
+
+    blocks = DSparkDraft.blocks
+
+    def swapped(self: Any, tokens: Any, anchors: Any, attend: Any) -> Any:
+        hidden = blocks(self, tokens, anchors, attend)
+        if torch.is_inference_mode_enabled():
+            hidden = hidden.unflatten(0, (-1, self.config.block_size)).clone()
+            hidden[:, slot] = hidden[:, 0]
+            hidden = hidden.flatten(0, 1)
+        return hidden
+
+    monkeypatch.setattr(DSparkDraft, "blocks", swapped)
+    content = trained.check(draft_of(trained.places, trained.root / "draft"))
+    assert "draft logits" in failed(content)
+    (check,) = [c for c in content["checks"] if c["name"] == "draft logits"]
+    assert f"at position {slot + 1}, the furthest" in check["detail"]
+
+
 def test_context_that_includes_the_anchor_is_caught(trained: Trained, monkeypatch: Any) -> None:
     """The engine keeps the taps one position late: what stands for a position is what the next one saw."""
     commit = DSparkProposer.commit

@@ -32,6 +32,9 @@ class _Engine:
     def step(self) -> None:
         self.steps += 1
 
+    def was_step_applied(self) -> bool:
+        return True
+
 
 def _gradients(
     target: Target, dealt: list[list[list[Any]]], normalise: str = "tokens", **kind: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import sys
@@ -35,13 +36,16 @@ from tests.drafts.samples import small_draft
 from tests.training.test_step import _row
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the whole module: DeepSpeed keeps the first group that it sees."""
+    place = tmp_path_factory.mktemp("group") / "rendezvous"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
 
 
 def test_the_lock_of_a_killed_build_is_taken_away_and_a_living_one_waited_for(
@@ -134,3 +138,35 @@ def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Targe
     # AdamW's first step is the learning rate in size: far below what bf16 can add to most weights.
     torch.testing.assert_close((master - before).abs().median(), torch.tensor(1e-5), rtol=0.01, atol=0)
     assert float((weight.float() == before.bfloat16().float()).double().mean()) > 0.5
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_are_not_finite_are_told_and_change_nothing(tiny: Target, stage: int) -> None:  # noqa: F811
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    draft = small_draft(tiny, vocabulary=200)
+    step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=6, seed=0, chunk=64)
+    config = TrainerConfig(lr=1e-3, workers=1, sequences_per_step=1, accumulate=1)
+    made, _ = make_engine(Objective(step), {"zero_optimization": {"stage": stage}}, config, 1, universal=False)
+    batch = [[_row(tiny, 30, 1)]]
+    _, apply = take_step(made, step, batch, 0, "tokens", lambda t: t, 1)
+    assert apply()
+    weight = draft.decoder_layers[0].mlp.gate_proj.weight
+    before = safe_get_full_fp32_param(weight).clone()
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * float("nan")
+
+    hidden = step.hidden
+    step.hidden = lambda picked: Spoil.apply(hidden(picked))  # type: ignore[method-assign]
+    metrics, apply = take_step(made, step, batch, 1, "tokens", lambda t: t, 1)
+    assert math.isfinite(metrics.loss)
+    assert not apply()
+    assert torch.equal(safe_get_full_fp32_param(weight), before)

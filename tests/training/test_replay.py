@@ -44,7 +44,18 @@ def _failed(target: Target, history: Path) -> tuple[TrainStep, list[Any]]:
     assert [math.isfinite(v) for v in losses] == [True, False]
     weights = list(step.draft.trainable_state().items())
     for rank in (1, 0):
-        replay.keep(history, step, parts, NUMBER, rank, 2, learning_rate=1e-3, loss=losses[1], draft=iter(weights))
+        replay.keep(
+            history,
+            step,
+            parts,
+            NUMBER,
+            rank,
+            2,
+            learning_rate=1e-3,
+            loss=losses[1],
+            what="loss is",
+            draft=iter(weights),
+        )
     return step, [parts, losses]
 
 
@@ -53,8 +64,9 @@ def test_the_step_can_be_taken_again_after_the_next_run_has_begun(tiny: Target, 
     failed, (parts, losses) = _failed(tiny, history)
     left = replay.left(history)
     assert left is not None
-    number, files = left
-    assert number == NUMBER and [f.name.split("-rank-")[1] for f in files] == ["0-of-2.json", "1-of-2.json"]
+    number, what, files = left
+    assert (number, what) == (NUMBER, "loss is")
+    assert [f.name.split("-rank-")[1] for f in files] == ["0-of-2.json", "1-of-2.json"]
 
     replay.begin(history)
     assert replay.left(history) is None, "the next run is not blamed for it"
@@ -82,6 +94,6 @@ def test_of_large_rows_the_ids_are_kept(tiny: Target, tmp_path: Path, monkeypatc
     _failed(tiny, tmp_path / "history-abc.jsonl")
     left = replay.left(tmp_path / "history-abc.jsonl")
     assert left is not None
-    assert f"{3:032x}" in left[1][0].read_text()
+    assert f"{3:032x}" in left[2][0].read_text()
     with pytest.raises(ArtifactError, match="are not kept.*read them from the features"):
-        replay.read(left[1][0])
+        replay.read(left[2][0])
