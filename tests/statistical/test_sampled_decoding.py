@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chi2, ncx2
 
 from draftline_kernels import transform
 from draftline_kernels.verify import _accept_equal as _right
@@ -115,7 +116,7 @@ def decode(
     config = EngineConfig(
         max_requests=96,
         max_context=16,
-        max_queue=REQUESTS,
+        max_queue=draws,
         threads=1,
         prefill_chunk=1024,
         rule=rule,
@@ -150,8 +151,8 @@ def decode(
 CAUSAL = ("early_stop", "asynchronous", "threshold", "fixed")
 # Every proposer under every schedule that the ratio rule takes; the samplers in turn, so that each meets every proposer
 # and every schedule. Under the coupled rule the text is the seed's whatever proposes and schedules
-# (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias below 1 %, finer than so many draws
-# show, the same statistics catch of the verifier alone (tests/kernels/test_verify.py).
+# (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias of 1 %, finer than so many draws
+# show, a slow test below sees, and tests/kernels/test_verify.py of the verifier alone.
 PAIRINGS = [
     (kind, "ratio", scheduler, list(ASKS)[(i + j) % len(ASKS)])
     for i, kind in enumerate(("ngram", *KINDS))
@@ -179,6 +180,26 @@ def test_continuations_follow_the_target(target: Target, kind: str, rule: str, s
     assert p_value(counts, wanted) > 1e-4
     if kind in KINDS:
         assert 0.05 < accepted < 0.95, "both outcomes of a verification must occur"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("kind", "rule"), [*((kind, "ratio") for kind in ("ngram", *KINDS)), ("dspark", "coupled")])
+def test_a_hundredth_of_the_mass_on_another_token_would_be_seen(target: Target, kind: str, rule: str) -> None:
+    """Second and third token each by itself (the first is prefill's): five outcomes show more than 125."""
+    draws, level = 90_000, 1e-4
+    joint = exact(target, ASKS["plain"]).view(5, 5, 5)
+    name = KINDS.get(kind, {}).get("algorithm", "dspark" if kind in KINDS else kind)
+    scheduler = "early_stop" if rule == "ratio" else "global"
+    counts, _ = decode(
+        target, make(target, kind), name, rule, scheduler, ASKS["plain"], first_seed=10_000_000, draws=draws
+    )
+    for others in ((0, 2), (0, 1)):
+        wanted = joint.sum(others)
+        assert p_value(counts.view(5, 5, 5).sum(others), wanted) > level
+        likely, unlikely = wanted.topk(2).values.tolist()
+        shift = draws * 0.01**2 * (1 / likely + 1 / unlikely)
+        assert float(ncx2.sf(chi2.isf(level, 4), 4, shift)) > 0.95, "the power to see it"
 
 
 class KnownCost(StepCost):
