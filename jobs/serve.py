@@ -16,11 +16,15 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import digest_json, write_json
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.entry import StageRecord, recorder, run
+
+if TYPE_CHECKING:
+    from pipeline.registry.recorder import StageRun
 
 
 def start(config: PipelineConfig) -> tuple[str, str]:
@@ -81,21 +85,31 @@ def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
         plain = [to_plain(c) for c in (config.serving, config.target, config.engine)]
         key = digest_json([best.version, best.manifest.digest, *plain])
         if file.is_file() and (before := json.loads(file.read_text())).get("key") == key:
+            if not record.recorder.recorded(config.name, "serve", key):  # the tracking server was lost
+                _note(record.begin(), best.name, before, file)
             print(f"== serve: skipped, this champion answered before ({file})", flush=True)
             return before
         began, run_ = time.monotonic(), record.begin()
         with served(config) as (url, version):
             reply = ask(url, config.serving.question, config.serving.max_tokens)
         content = {"key": key, "version": version, "question": config.serving.question, **reply}
+        file.parent.mkdir(parents=True, exist_ok=True)  # a champion may be served under a new name
         write_json(file, content)
-        tau = reply["draftline"]["tau"]
-        run_.tag({"model": best.name, "version": version})
-        run_.log_metrics({"tau": tau, "seconds": time.monotonic() - began})
-        run_.log_artifact(file)
+        _note(run_, best.name, content, file)
+        run_.log_metrics({"seconds": time.monotonic() - began})
     print(f"serve: champion version {version} at {url}\n  Q: {config.serving.question}", flush=True)
-    print(f"  A: {reply['answer']}\n  tau {tau}", flush=True)
+    print(f"  A: {reply['answer']}\n  tau {reply['draftline']['tau']}", flush=True)
     print(f"== serve: done in {time.monotonic() - began:.0f} s", flush=True)
     return content
+
+
+def _note(run_: StageRun, model: str, content: dict[str, Any], file: Path) -> None:
+    """Records an answer of the champion's, under the key by which a later start finds it recorded."""
+    from pipeline.registry.recorder import ARTIFACT
+
+    run_.tag({"model": model, "version": content["version"], ARTIFACT: content["key"]})
+    run_.log_metrics({"tau": content["draftline"]["tau"]})
+    run_.log_artifact(file)
 
 
 def main(config: PipelineConfig) -> None:

@@ -42,7 +42,7 @@ class TargetConfig:
 class RegenerateConfig:
     """Answers by the target itself. limit: prompts (0: all). actors: engines. concurrency: prompts per engine.
 
-    dtype: what the target answers in ("" takes the target's).
+    threads: torch's, of each engine (0 leaves torch's own). dtype: what the target answers in ("" takes the target's).
     """
 
     prompts: str = "pipeline/corpus/demo/prompts.jsonl"
@@ -405,6 +405,7 @@ _NOT_NEGATIVE = (
     "corpus.max_rows",
     "corpus.min_loss_tokens",
     "corpus.regenerate.limit",
+    "corpus.regenerate.threads",
     "corpus.regenerate.temperature",
     "corpus.regenerate.top_k",
     "trainer.weight_decay",

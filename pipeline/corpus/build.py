@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import artifact
+from pipeline.corpus.answers import read_provenance
 from pipeline.corpus.conversations import Conversation, Message, Quarantined, read_conversations, with_system_prompt
-from pipeline.corpus.regeneration import read_provenance
 from pipeline.corpus.rows import ChatFormat, RowError, TokenRow
 from pipeline.errors import DraftlineError
 
@@ -83,7 +83,8 @@ def build_corpus(
     settings = _settings(config, system_prompt)
     if not source.is_file():
         raise DraftlineError(f"corpus.source is {str(source)!r}: no such file.")
-    provenance = read_provenance(source)
+    regenerated = read_provenance(source)
+    author = regenerated.target if regenerated else None
     chat = ChatFormat(tokenizer)
     target = dict(identity) if identity else None
     inputs = {
@@ -129,8 +130,8 @@ def build_corpus(
             sources={name: dict(sorted(c.items())) for name, c in writer.sources.items()},
             quarantine_reasons=dict(reasons.most_common(20)),
             vocab_size=len(tokenizer),
-            regenerated_by=provenance.get("target"),
-            foreign=foreign(provenance.get("target"), target),
+            regenerated_by=author,
+            foreign=foreign(author, target),
         )
     return artifact.load(out, "corpus", verify=False)
 
@@ -230,7 +231,8 @@ def read_heldout_prompts(corpus_dir: Path | str) -> dict[str, list[Message]]:
         ArtifactError: as `read_table`.
     """
     artifact.load(corpus_dir, "corpus")
-    lines = (Path(corpus_dir) / _PROMPTS).read_text(encoding="utf-8").splitlines()
+    # Not splitlines: a prompt may hold line separators that JSON leaves as they are.
+    lines = (Path(corpus_dir) / _PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
     return {p["sample_id"]: [Message(m["role"], m["content"]) for m in p["messages"]] for p in map(json.loads, lines)}
 
 

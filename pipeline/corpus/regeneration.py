@@ -2,11 +2,11 @@
 
 A draft learns to foresee one target, so what it learns from should be what that target says: under its own chat
 template, system prompt, temperature and length limit. `Regenerator` is the callable that an actor runs over batches
-of prompts (any map over batches will do; nothing here knows which), `write_conversations` makes the file:
+of prompts (any map over batches will do; nothing here knows which), `answers.write_answers` makes the files:
 
     rows = prompt_rows("prompts.jsonl")            # {"row", "messages", "source"}
     answered = Regenerator(target, engine, settings, cache_dir)(batch)
-    write_conversations("own.jsonl.zst", rows_of(answered), info)
+    counts, info = write_answers(folder, rows_of(answered))
 
 The exact tokens survive the way through text: where the text of a response would be tokenized otherwise than the
 target produced it, the response keeps its `token_ids`, and where the target was cut short the response says so
@@ -17,27 +17,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zstandard
 
-from pipeline import artifact
 from pipeline.corpus.conversations import Conversation, Message, Quarantined, read_prompts, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, RowError
-from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.errors import DraftlineError
 
 if TYPE_CHECKING:
     from pipeline.config import EngineConfig, TargetConfig
     from pipeline.decoding import Completion, Engine, Request
 
-COLUMNS = ("row", "messages", "source", "finish_reason", "error", "prompt_tokens", "response_tokens", "clipped")
-_NUMBERS = ("row", "prompt_tokens", "response_tokens", "clipped")
+COLUMNS = (
+    "row",
+    "messages",
+    "source",
+    "finish_reason",
+    "error",
+    "retry",
+    "prompt_tokens",
+    "response_tokens",
+    "clipped",
+)
+_NUMBERS = ("row", "retry", "prompt_tokens", "response_tokens", "clipped")
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,10 @@ class Regenerator:
         Returns:
             The same columns in the same order, messages with the response, and finish_reason ("stop", "length";
             "other_stop": an eos token that is not the template's end of turn), error ("" where there is a response),
-            prompt_tokens and response_tokens int64[N] (end-of-turn token included), clipped int64[N]: 1 where the
-            engine's max_context left less room than max_new_tokens. A prompt that fails keeps its
-            messages and says why in `error`; the others are answered.
+            retry int64[N] (1 where it was the engine that failed: another time it may answer, which a prompt that is
+            too long or whose answer is empty never does), prompt_tokens and response_tokens int64[N] (end-of-turn token
+            included), clipped int64[N]: 1 where the engine's max_context left less room than max_new_tokens. A prompt
+            that fails keeps its messages and says why in `error`; the others are answered.
 
         Raises:
             TemplateError: the target's chat template cannot mark assistant turns (no prompt could be answered).
@@ -114,7 +121,7 @@ class Regenerator:
         ]
         prompts: dict[int, tuple[Conversation, Request]] = {}
         for i, row in enumerate(rows):
-            row.update(finish_reason="", error="", prompt_tokens=0, response_tokens=0, clipped=0)
+            row.update(finish_reason="", error="", retry=0, prompt_tokens=0, response_tokens=0, clipped=0)
             try:
                 prompts[i] = self._request(chat, engine, row)
             except (DraftlineError, ValueError) as e:
@@ -124,7 +131,11 @@ class Regenerator:
             rows[i]["prompt_tokens"] = len(request.prompt_ids)
             rows[i]["clipped"] = int(request.max_new_tokens < self.settings.max_new_tokens)
             if isinstance(completion, str):
-                rows[i]["error"] = completion
+                rows[i].update(error=completion, retry=1)
+                continue
+            if completion.finish_reason not in ("stop", "length"):
+                said = completion.error or f"decoding ended with {completion.finish_reason!r}"
+                rows[i].update(error=said, retry=1)
                 continue
             try:
                 answer = _answer(chat, prompt, completion, self._stop_ids)
@@ -200,88 +211,8 @@ def rows_of(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         yield {name: batch[name][i].item() if batch[name].dtype != object else batch[name][i] for name in COLUMNS}
 
 
-def write_conversations(path: Path | str, rows: Iterable[Mapping[str, Any]], info: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes answered rows as `.jsonl.zst`, in the order of their row numbers, with `manifest.json` beside it.
-
-    The manifest is written last and names the file's SHA-256; `build_corpus` checks it. Rows with an error are left
-    out of the file and listed in the manifest; `clipped` counts answers that had less room than they were to have, and
-    `clipped_cut` those of them that took it all.
-
-    Args:
-        rows: as `Regenerator` returns them, in any order.
-        info: what to record: by convention `target` (its identity), `sampling`, `prompts` (file name and digest).
-
-    Returns:
-        The manifest.
-
-    Raises:
-        DraftlineError: another suffix, or no row was answered.
-    """
-    path = Path(path)
-    if not path.name.endswith(".jsonl.zst"):
-        raise DraftlineError(f"{path}: regenerated conversations are written as .jsonl.zst; give such a name.")
-    ordered = sorted(rows, key=lambda r: int(r["row"]))
-    failed = [{"row": int(r["row"]), "error": str(r["error"])} for r in ordered if r["error"]]
-    answered = [r for r in ordered if not r["error"]]
-    clipped = [r for r in answered if r.get("clipped")]
-    if not answered:
-        why = f" ({len(failed)} failed; the first: {failed[0]['error']})" if failed else ""
-        raise DraftlineError(f"No prompt was answered, so there is nothing to write to {path}{why}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(
-        json.dumps({"messages": json.loads(r["messages"]), "source": r["source"]}, ensure_ascii=False) + "\n"
-        for r in answered
-    )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(zstandard.ZstdCompressor(level=19).compress(lines.encode()))
-    manifest = {
-        "schema_version": 1,
-        "file": path.name,
-        "sha256": artifact.sha256_file(aside),
-        "bytes": aside.stat().st_size,
-        "counts": {
-            "rows": len(answered),
-            "failed": len(failed),
-            "clipped": len(clipped),
-            "clipped_cut": sum(r["finish_reason"] == "length" for r in clipped),
-            "prompt_tokens": sum(int(r["prompt_tokens"]) for r in answered),
-            "response_tokens": sum(int(r["response_tokens"]) for r in answered),
-        },
-        "finish_reasons": dict(sorted(Counter(str(r["finish_reason"]) for r in answered).items())),
-        "failed": failed,
-        "code_version": artifact.code_version(),
-        **info,
-    }
-    os.replace(aside, path)
-    artifact.write_json(path.parent / artifact.MANIFEST, manifest)
-    return manifest
-
-
-def read_provenance(path: Path | str) -> dict[str, Any]:
-    """The manifest that `write_conversations` left beside a file, after checking the file against it; {} if none.
-
-    Raises:
-        ArtifactError: the file is not the one the manifest describes.
-    """
-    path = Path(path)
-    try:
-        manifest = json.loads((path.parent / artifact.MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(manifest, dict) or manifest.get("file") != path.name:
-        return {}
-    if artifact.sha256_file(path) != manifest.get("sha256"):
-        raise ArtifactError(
-            f"{path} was altered: its SHA-256 is not that in {artifact.MANIFEST} beside it. Regenerate it, or remove "
-            f"{artifact.MANIFEST} if the change was meant."
-        )
-    return manifest
-
-
 def _answer(chat: ChatFormat, prompt: Conversation, completion: Completion, stop_ids: frozenset[int]) -> Message:
     """The response as a message from which `ChatFormat.row` makes exactly the tokens the target produced."""
-    if completion.finish_reason not in ("stop", "length"):
-        raise RowError(completion.error or f"decoding ended with {completion.finish_reason!r}")
     spoken = list(completion.token_ids)
     reason = completion.finish_reason
     if reason == "stop" and spoken and spoken[-1] in stop_ids:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifact
+from pipeline.actors import TRIES, num_gpus, telling
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import RowReader, Split
 from pipeline.drafts.config import default_layer_ids
@@ -28,7 +29,6 @@ from pipeline.target import check_family, load_identity, load_target, obtain, va
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _PRINT_SECONDS = 2.0
-TRIES = 4  # of a shard whose actor dies: more would be a shard that kills it
 
 
 class Extractor:
@@ -115,7 +115,7 @@ def extract(
 
     Raises:
         ArtifactError: the corpus was made with another tokenizer. ConfigError: layer ids that don't exist.
-        DraftlineError: no row has finite features.
+        DraftlineError: no row has finite features, an actor that keeps dying, or what one said of a user's mistake.
     """
     corpus = artifact.load(corpus_dir, "corpus")
     config = with_layers(config, target, cache_dir)
@@ -210,14 +210,12 @@ def _make(
             max_task_retries=TRIES - 1,
             fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
         )
-    try:
+    with telling(
+        "A shard's extracting actor died",
+        f"The usual cause is memory: lower features.batch_tokens (now {config.batch_tokens}) or features.actors (now "
+        f"{config.actors}). What was made is kept; the same command goes on.",
+    ):
         _follow(results.iter_rows(), len(missing), actors)
-    except ray.exceptions.RayActorError as e:
-        raise DraftlineError(
-            f"A shard's extracting actor died {TRIES} times (the last: {' '.join(str(e).split())[:300]}). The usual "
-            f"cause is memory: lower features.batch_tokens (now {config.batch_tokens}) or features.actors (now "
-            f"{config.actors}). What was made is kept; the same command goes on."
-        ) from None
 
 
 def _follow(made: Iterable[dict[str, Any]], count: int, actors: int) -> None:
@@ -230,21 +228,6 @@ def _follow(made: Iterable[dict[str, Any]], count: int, actors: int) -> None:
         printed, left = now, (now - began) / n * (count - n)
         # Tokens per second of work: over the time since the start, loading the target would weigh in at first.
         print(f"extract: shard {n}/{count}, {tokens * actors / busy:.0f} tokens/s, {left:.0f} s left", flush=True)
-
-
-def num_gpus(target: TargetConfig, each: int = 1) -> float | None:
-    """GPUs that an actor with the target takes: `each`, None on CPU. Raises DraftlineError where too few are there."""
-    import ray
-
-    if target.device == "cpu":
-        return None
-    there = ray.cluster_resources().get("GPU", 0)
-    if there < each:
-        raise DraftlineError(
-            f"target.device={target.device!r} for actors of {each} GPU, but the Ray "
-            f"cluster has {there:g} GPUs. Use target.device=cpu, or a cluster that has them."
-        )
-    return float(each)
 
 
 def _note(staging: Path, index: int) -> dict[str, Any] | None:

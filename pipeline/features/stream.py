@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from pipeline import artifact
+from pipeline.actors import num_gpus
 from pipeline.config import FeaturesConfig, TargetConfig
 from pipeline.corpus.build import RowReader, Split
-from pipeline.features.extract import check, num_gpus, with_layers
+from pipeline.features.extract import check, with_layers
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureRow
 from pipeline.target import load_target

@@ -16,7 +16,7 @@ from ray.train import UserCallback
 
 from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
-from pipeline.errors import ConfigError, DraftlineError
+from pipeline.errors import ConfigError, DraftlineError, user_error
 from pipeline.features import extract
 from pipeline.features.store import check_identity
 from pipeline.target.loading import load_identity
@@ -191,7 +191,8 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
-        if (cause := _user_error(e)) is None:
+        failures = getattr(e, "worker_failures", {}).values()
+        if (cause := user_error(str(e), *map(str, failures))) is None:
             raise
         raise DraftlineError(f"Training failed: {cause}") from None
 
@@ -213,12 +214,3 @@ class _Reports(UserCallback):
             self._sink.log_metrics(metrics[0], int(metrics[0]["step"]))
         except Exception as e:
             print(f"train: the metrics of step {metrics[0]['step']} could not be recorded: {e}", flush=True)
-
-
-def _user_error(e: BaseException) -> str | None:
-    """What the DraftlineError that a worker raised says; None where it was another failure."""
-    for text in (str(e), *(str(f) for f in getattr(e, "worker_failures", {}).values())):
-        for line in reversed(text.splitlines()):
-            if "Error: " in line and line.startswith("pipeline.errors."):
-                return line.split("Error: ", 1)[1]
-    return None

@@ -13,7 +13,15 @@ import pytest
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import build
-from pipeline.corpus.build import SPLITS, RowReader, build_corpus, read_rows, read_table, read_token_counts
+from pipeline.corpus.build import (
+    SPLITS,
+    RowReader,
+    build_corpus,
+    read_heldout_prompts,
+    read_rows,
+    read_table,
+    read_token_counts,
+)
 from pipeline.corpus.rows import TemplateError, TokenRow, sample_id_of
 from pipeline.errors import ArtifactError, DraftlineError
 from tests.corpus.chats import CHATML, CHATML_SPANS, chat, with_template, write_lines
@@ -221,3 +229,11 @@ def test_a_corpus_with_nothing_in_it_is_refused_and_leaves_nothing_behind(tmp_pa
 def test_a_template_that_cannot_mark_answers_stops_the_build(tmp_path, source, bpe) -> None:
     with pytest.raises(TemplateError, match="target.chat_template=FILE"):
         build_corpus(_config(source), with_template(bpe, None), IDENTITY, tmp_path / "corpus")
+
+
+def test_heldout_prompts_keep_line_separators_that_json_leaves(tmp_path, chatml) -> None:
+    asked = [f"{n}\u2028and\x85more" for n in range(20)]
+    source = write_lines(tmp_path / "a.jsonl", [chat(a, "Paris is the capital of France.") for a in asked])
+    build_corpus(_config(source, heldout_fraction=0.5), chatml, None, tmp_path / "c")
+    kept = [m.content for messages in read_heldout_prompts(tmp_path / "c").values() for m in messages]
+    assert kept and set(kept) < set(asked)

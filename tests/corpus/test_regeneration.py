@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import CorpusConfig, EngineConfig, TargetConfig
-from pipeline.corpus.build import build_corpus, read_rows
-from pipeline.corpus.conversations import parse_conversation, read_conversations
+from pipeline.config import EngineConfig, TargetConfig
+from pipeline.corpus.answers import write_answers
+from pipeline.corpus.conversations import parse_conversation
 from pipeline.corpus.regeneration import (
     Regenerator,
     ResponseSettings,
     prompt_rows,
     prompt_seed,
     rows_of,
-    write_conversations,
 )
 from pipeline.corpus.rows import ChatFormat
 from pipeline.decoding import Completion, Request, RequestMetrics
-from pipeline.errors import ArtifactError, DraftlineError
 from tests.corpus.chats import chat, write_lines
 
 END = "<|im_end|>"
@@ -133,6 +130,7 @@ def test_one_prompts_trouble_does_not_touch_the_others(tmp_path, chatml) -> None
     rows, engines = _regenerate(path, chatml, say)
     assert [r["row"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert [r["error"] == "" for r in rows] == [True, False, False, False, False, True]
+    assert [r["retry"] for r in rows] == [0, 1, 0, 0, 0, 0], "the engine's failure alone may pass"
     assert rows[1]["error"] == "RuntimeError: CUDA error: device-side assert"
     assert "spells the special token" in rows[2]["error"]
     assert "leaves no room for an answer in engine.max_context=512" in rows[3]["error"]
@@ -187,77 +185,15 @@ def test_answers_with_less_room_than_asked_for_are_counted(tmp_path, chatml) -> 
     rows, _ = _regenerate(path, chatml, say, max_context=max(lengths) + SETTINGS.max_new_tokens - 4)
     assert [r["clipped"] for r in rows] == [0, 1, 1]
     assert [r["finish_reason"] for r in rows] == ["length", "length", "stop"]
-    manifest = write_conversations(tmp_path / "own.jsonl.zst", rows, {})
-    assert (manifest["counts"]["clipped"], manifest["counts"]["clipped_cut"]) == (2, 1)
+    counts, _ = write_answers(tmp_path, rows)
+    assert (counts["clipped"], counts["clipped_cut"]) == (2, 1)
 
 
-def _rows(n: int, failed: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    return [
-        {
-            "row": i,
-            "messages": json.dumps(chat(f"What is {i}?", f"It is {i}, I say.")["messages"]),
-            "source": "ask",
-            "finish_reason": "" if i in failed else "stop",
-            "error": "it broke" if i in failed else "",
-            "prompt_tokens": 10,
-            "response_tokens": 7,
-        }
-        for i in range(1, n + 1)
-    ]
+def test_an_answer_that_the_engine_gave_up_may_be_asked_for_again(tmp_path, chatml, monkeypatch) -> None:
+    def generate(self: ScriptedEngine, requests: list[Request]) -> list[Completion]:
+        return [Completion(r.id, [], "error", RequestMetrics(), error="the pages ran out") for r in requests]
 
-
-def test_the_file_is_the_same_in_whatever_order_answers_came_and_says_what_it_is(tmp_path) -> None:
-    path, info = tmp_path / "own.jsonl.zst", {"target": {"id": "tiny"}, "sampling": {"temperature": 1.0}}
-    manifest = write_conversations(path, _rows(40, failed=(3,)), info)
-    again = write_conversations(tmp_path / "b" / "own.jsonl.zst", reversed(_rows(40, failed=(3,))), info)
-    assert manifest == again == json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["counts"] == {
-        "rows": 39, "failed": 1, "clipped": 0, "clipped_cut": 0, "prompt_tokens": 390, "response_tokens": 273,
-    }  # fmt: skip
-    assert manifest["failed"] == [{"row": 3, "error": "it broke"}]
-    assert manifest["finish_reasons"] == {"stop": 39}
-    assert manifest["target"] == {"id": "tiny"}
-    talks = list(read_conversations(path, []))
-    assert len(talks) == 39
-    assert talks[2].messages[1].content == "It is 4, I say." and talks[2].source == "ask"
-
-
-def test_a_regenerated_file_becomes_a_corpus_and_an_altered_one_does_not(tmp_path, chatml) -> None:
-    path = tmp_path / "own.jsonl.zst"
-    write_conversations(path, _rows(60), {"target": {"id": "tiny"}})
-    config = CorpusConfig(source=str(path), heldout_fraction=0.2, min_loss_tokens=2)
-    manifest = build_corpus(config, chatml, None, tmp_path / "corpus")
-    assert manifest.info["regenerated_by"] == {"id": "tiny"}
-    rows = read_rows(tmp_path / "corpus", "train")
-    assert chatml.decode(rows[0].input_ids[rows[0].loss_mask]).endswith("I say." + END)
-    other = tmp_path / "other" / "own.jsonl.zst"
-    write_conversations(other, _rows(59), {})
-    path.write_bytes(other.read_bytes())
-    with pytest.raises(ArtifactError, match="own.jsonl.zst was altered"):
-        build_corpus(config, chatml, None, tmp_path / "corpus")
-
-
-def test_a_corpus_knows_whether_its_own_target_wrote_its_answers(tmp_path, chatml) -> None:
-    ours = {"id": "tiny", "weight_digest": "w" * 64, "tokenizer_digest": "t" * 64}
-    config = CorpusConfig(source=str(tmp_path / "own.jsonl.zst"), heldout_fraction=0.2, min_loss_tokens=2)
-    cases = [
-        (ours, []),
-        ({**ours, "id": "moved/tiny", "revision": "main"}, []),
-        ({**ours, "weight_digest": "v" * 64}, ["weights"]),
-        ({**ours, "weight_digest": "v" * 64, "tokenizer_digest": "s" * 64}, ["weights", "tokenizer"]),
-        (None, []),
-    ]
-    for by, differs in cases:
-        write_conversations(tmp_path / "own.jsonl.zst", _rows(60), {"target": by} if by else {})
-        manifest = build_corpus(config, chatml, ours, tmp_path / "corpus")
-        shutil.rmtree(tmp_path / "corpus")
-        assert manifest.info["foreign"] == differs
-        assert manifest.info["regenerated_by"] == by
-
-
-def test_no_answer_at_all_is_an_error_with_the_reason(tmp_path) -> None:
-    with pytest.raises(DraftlineError, match="No prompt was answered.*2 failed; the first: it broke"):
-        write_conversations(tmp_path / "own.jsonl.zst", _rows(2, failed=(1, 2)), {})
-    with pytest.raises(DraftlineError, match="written as .jsonl.zst"):
-        write_conversations(tmp_path / "own.jsonl", _rows(2), {})
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(ScriptedEngine, "generate", generate)
+    path = write_lines(tmp_path / "ask.jsonl", [{"prompt": "Hi"}])
+    (row,), _ = _regenerate(path, chatml, lambda _: [])
+    assert (row["error"], row["retry"]) == ("the pages ran out", 1)

@@ -195,3 +195,18 @@ def test_a_row_whose_features_are_not_finite_is_left_out_alone(corpus_dir, cache
 
 def test_the_artifact_passes_its_own_check(store) -> None:
     assert load(store.path, "features").counts == store.manifest.counts
+
+
+class Mistaken(Extractor):
+    """Finds at its first shard what only the user can mend."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise ConfigError("features.batch_tokens=1 is not enough.")
+
+
+def test_a_mistake_that_an_actor_finds_is_what_it_says(
+    ray_here, corpus_dir, cache_dir, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.features.extract.Extractor", Mistaken)
+    with pytest.raises(DraftlineError, match=r"^features.batch_tokens=1 is not enough\.$"):
+        extract(FEATURES, TARGET, corpus_dir, tmp_path / "f", cache_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import corpus, regenerate
+from pipeline.artifact import Manifest
 from pipeline.entry import compose, recorder, run
 
 
@@ -38,12 +39,10 @@ def test_answers_that_fit_beside_no_prompt_are_refused(tmp_path: Path, capsys: p
     assert "corpus.regenerate.max_new_tokens=512 leaves no prompt any room in engine.max_context=512" in said
 
 
-def test_prompts_that_clip_their_answers_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counts = {"rows": 10, "clipped": 3, "clipped_cut": 2}
-    monkeypatch.setattr(regenerate, "regenerate", lambda *_: {"counts": counts})
-    regenerate.stage(compose(settings(tmp_path)))
+def test_prompts_that_clip_their_answers_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"sampling": {"max_new_tokens": 16}, "max_context": 512, "prompts": 10}
+    counts = {"rows": 10, "clipped": 3, "clipped_cut": 2, "failed": 0}
+    regenerate.warn(Manifest("conversations", {}, counts, asked, {}))
     said = capsys.readouterr().out
     assert "WARNING: 3 of 10 prompts left their answers less room than corpus.regenerate.max_new_tokens=16" in said
-    assert "2 answers were cut by it" in said
+    assert "2 answers were cut by it" in said and "no answer" not in said

@@ -1,0 +1,193 @@
+"""The regenerating stage keeps what was answered, asks again what the engine failed at, and says a user's mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import regenerate as job
+from pipeline import artifact
+from pipeline.config import PipelineConfig, RegenerateConfig
+from pipeline.corpus import regenerate as stage
+from pipeline.corpus.answers import CONVERSATIONS, KIND
+from pipeline.corpus.conversations import read_conversations
+from pipeline.entry import compose, recorder, run
+from pipeline.errors import ConfigError, DraftlineError
+from tests.corpus.chats import write_lines
+
+
+class Asker:
+    """Stands where Ray's actors do: answers in chunks of two, fails at `bad`, and dies when it reaches `fatal`."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.bad: set[int] = set()
+        self.refused: set[int] = set()
+        self.fatal = 0
+
+    def __call__(self, rows: list[dict[str, Any]], config: Any, target: Any, folder: Path) -> None:
+        self.asked.append([r["row"] for r in rows])
+        first = 1 + max((int(f.stem) for f in folder.glob("*.json")), default=-1)
+        for n, i in enumerate(range(0, len(rows), 2)):
+            if any(r["row"] == self.fatal for r in rows[i : i + 2]):
+                raise DraftlineError("it died")
+            artifact.write_json(folder / f"{first + n:08d}.json", [self._answer(r) for r in rows[i : i + 2]])
+
+    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        n = row["row"]
+        error = "CUDA error" if n in self.bad else "too long" if n in self.refused else ""
+        said = [] if error else [{"role": "assistant", "content": f"It is {n}."}]
+        numbers = {"prompt_tokens": 5, "response_tokens": 3, "clipped": 0, "retry": int(n in self.bad)}
+        messages = json.dumps(json.loads(row["messages"]) + said)
+        return {**row, "messages": messages, "finish_reason": "" if error else "stop", "error": error, **numbers}
+
+
+@pytest.fixture
+def asker(monkeypatch: pytest.MonkeyPatch) -> Asker:
+    made = Asker()
+    monkeypatch.setattr(stage, "_ask", made)
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PipelineConfig:
+    prompts = write_lines(tmp_path / "ask.jsonl", [{"prompt": f"What is {n}?"} for n in range(1, 7)])
+    return compose(settings(tmp_path, f"corpus.regenerate.prompts={prompts}", "corpus.regenerate.limit=0"))
+
+
+def settings(place: Path, *more: str) -> list[str]:
+    return ["experiment=smoke", f"output_root={place}/out", f"cache_dir={place}/cache", *more]
+
+
+def said(out: Path) -> list[str]:
+    return [c.messages[1].content for c in read_conversations(out / CONVERSATIONS, [])]
+
+
+def test_what_is_done_is_done_once(config, asker, tmp_path) -> None:
+    begun: list[int] = []
+    manifest = stage.regenerate(config, tmp_path / "r", lambda: begun.append(1))
+    again = stage.regenerate(config, tmp_path / "r", lambda: begun.append(2))
+    assert again == manifest == artifact.load(tmp_path / "r", KIND)
+    assert asker.asked == [[1, 2, 3, 4, 5, 6]] and begun == [1]
+    assert set(manifest.files) == {CONVERSATIONS, "answers.jsonl"}
+    assert said(tmp_path / "r") == [f"It is {n}." for n in range(1, 7)]
+
+
+def test_prompts_that_the_engine_failed_at_are_asked_again_and_those_that_cannot_be_answered_are_not(
+    config, asker, tmp_path, capsys
+) -> None:
+    asker.bad, asker.refused = {2, 5}, {3}
+    manifest = stage.regenerate(config, tmp_path / "r")
+    assert (manifest.counts["rows"], manifest.counts["failed"], manifest.counts["retry"]) == (3, 3, 2)
+    job.warn(manifest)
+    assert "3 of 6 prompts have no answer (the first, row 2: CUDA error). The engine failed at 2" in (
+        capsys.readouterr().out
+    )
+    asker.bad = {5}
+    stage.regenerate(config, tmp_path / "r")
+    asker.bad = set()
+    manifest = stage.regenerate(config, tmp_path / "r")
+    stage.regenerate(config, tmp_path / "r")
+    assert asker.asked == [[1, 2, 3, 4, 5, 6], [2, 5], [5]], "each once a run, and nothing that was answered"
+    assert (manifest.counts["failed"], manifest.counts["retry"]) == (1, 0)
+    assert said(tmp_path / "r") == ["It is 1.", "It is 2.", "It is 4.", "It is 5.", "It is 6."]
+
+
+def test_where_everything_failed_the_next_run_asks_everything(config, asker, tmp_path) -> None:
+    asker.bad = set(range(1, 7))
+    with pytest.raises(DraftlineError, match="No prompt was answered.*6 failed; the first, row 1: CUDA error"):
+        stage.regenerate(config, tmp_path / "r")
+    asker.bad = set()
+    assert stage.regenerate(config, tmp_path / "r").counts["rows"] == 6
+    assert asker.asked == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_an_interrupted_run_keeps_its_answers_whatever_the_chunks_are_now(config, asker, tmp_path) -> None:
+    asker.fatal, asker.bad = 5, {1}
+    with pytest.raises(DraftlineError, match="died"):
+        stage.regenerate(config, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    asker.fatal, asker.bad = 0, set()
+    ask = dataclasses.replace(config.corpus.regenerate, concurrency=1)  # what the error advises
+    lower = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, regenerate=ask))
+    stage.regenerate(lower, tmp_path / "r")
+    assert asker.asked[1:] == [[1, 5, 6]]
+    assert said(tmp_path / "r") == [f"It is {n}." for n in range(1, 7)]
+
+
+def test_a_run_killed_while_its_manifest_was_made_has_its_answers(config, asker, tmp_path, monkeypatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(artifact, "code_version", killed)
+        stage.regenerate(config, tmp_path / "r")
+    assert stage.regenerate(config, tmp_path / "r").counts["rows"] == 6
+    assert asker.asked == [[1, 2, 3, 4, 5, 6]]
+
+
+def test_a_second_writer_is_refused(config, asker, tmp_path) -> None:
+    with (
+        artifact.create(tmp_path / "r", KIND, config={}),
+        pytest.raises(DraftlineError, match="is being written by another process"),
+    ):
+        stage.regenerate(config, tmp_path / "r")
+    assert not asker.asked
+
+
+def test_an_artifact_that_no_finished_run_tells_of_is_recorded(config, asker) -> None:
+    manifest = job.stage(config)
+    kept = recorder(config)
+    find = lambda: kept.client.search_runs([kept.experiment_id], "tags.`draftline.stage` = 'regenerate'")  # noqa: E731
+    (first,) = find()
+    assert first.data.tags["artifact_digest"] == manifest.digest and first.data.metrics["rows"] == 6
+    job.stage(config)
+    assert len(find()) == 1
+    kept.client.delete_run(first.info.run_id)
+    job.stage(config)
+    (again,) = find()
+    assert again.data.tags["artifact_digest"] == manifest.digest and len(asker.asked) == 1
+
+
+@pytest.mark.parametrize(("threads", "set_to"), [(0, []), (3, [3])])
+def test_no_threads_leaves_torchs_own(threads, set_to, tmp_path, monkeypatch) -> None:
+    given: list[int] = []
+
+    class Quiet:
+        def __init__(self, *_: Any) -> None: ...
+        def __call__(self, batch: Any) -> dict[str, Any]:
+            return {"row": []}
+
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(stage, "Regenerator", Quiet)
+    config = compose(settings(tmp_path))
+    engine = dataclasses.replace(config.engine, threads=threads)
+    actor = stage.RegenerationActor(config.target, engine, stage._settings(RegenerateConfig()), "", str(tmp_path))
+    actor({"chunk": [0], "rows": ["[]"]})  # type: ignore[dict-item]
+    assert given == set_to
+    with pytest.raises(ConfigError, match="corpus.regenerate.threads=-1 must be 0 or more"):
+        compose(settings(tmp_path, "corpus.regenerate.threads=-1"))
+
+
+@pytest.fixture
+def ray_here() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_a_mistake_that_an_actor_finds_is_one_line_and_status_2(ray_here, tmp_path, capsys) -> None:
+    overrides = settings(tmp_path, "engine.kv_gib=0.0000001")
+    assert run(job.stage, "regenerate", overrides) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regenerate: ")]
+    assert len(error) == 1 and error[0].startswith("regenerate: engine.kv_gib=1e-07 holds not a single page of")
