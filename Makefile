@@ -65,12 +65,15 @@ lint: env ## ruff and mypy
 format: env ## rewrites the code in the house style
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-bench: env ## the comparison tables of benchmarks/
+DEMO_DRAFT := outputs/demo/calibrated
+bench: env ## the comparison tables of benchmarks/ on CPU: extraction, levers, kernels, the engine alone and under load
+	@[ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }
 	@$(PY) benchmarks/extract.py
 	@$(PY) benchmarks/levers.py
 	@$(PY) benchmarks/kernels.py
+	@$(PY) benchmarks/engine.py --draft $(DEMO_DRAFT)
+	@$(PY) benchmarks/load.py --draft $(DEMO_DRAFT)
 
-DEMO_DRAFT := outputs/demo/calibrated
 bench-gpu: env ## on a CUDA device: kernels against a copy and other attentions, the engine with SmolLM2 and at Qwen3-4B's size
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu measures a CUDA device, and torch sees none here.')"
 	@[ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }

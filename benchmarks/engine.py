@@ -8,12 +8,13 @@ Five comparisons, each in one process with its sides in turn and 95 % bootstrap 
     steps     a target step over 2, 4 and 8 tokens against one over 1
     draft     with the draft against plain: greedy, and at temperature 1 under both rules
     context   a step at up to 4k tokens of context, and the steps of one output of 2k tokens, by quarters
-    overhead  what of a step at batch 1 is neither the target, nor the draft, nor verification
+    overhead  what of a step at batch 1 is neither the target's model, nor the draft's, nor verification
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from served import add_arguments, load, load_drafts, mixed_prompts, settings
 from pipeline.artifact import write_json
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request, verification
+from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.proposers.drawing import Drawing
 from pipeline.drafts.base import Draft
 from pipeline.evaluation.benchmark import block_proposer
 from pipeline.evaluation.metrics import bootstrap, rounded, totals
@@ -169,25 +172,63 @@ def context(target: Target, prompt: list[int], args: argparse.Namespace) -> Resu
     return out
 
 
-def _timed(
-    owner: Any, method: str, kind: str, timers: dict[str, float], wait: Callable[[], None]
-) -> Callable[[], None]:
-    """Adds a method's seconds, the device's included, to timers[kind]; returns what takes the watch away."""
-    inner = getattr(owner, method)
+class Watch:
+    """Seconds spent in methods by kind, the device's included; each without what other watched methods took in it."""
 
-    def call(*args: Any, **settings: Any) -> Any:
-        began = time.perf_counter()
-        result = inner(*args, **settings)
-        wait()
-        timers[kind] += time.perf_counter() - began
-        return result
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self._wait = wait
+        self._inside: list[float] = []  # of each method that runs, the seconds of watched ones in it
+        self._undo: list[Callable[[], None]] = []
 
-    setattr(owner, method, call)
-    return lambda: setattr(owner, method, inner)
+    def add(self, owner: Any, method: str, kind: str) -> None:
+        """Times a method of an object or class from now on."""
+        inner, own = getattr(owner, method), method in vars(owner)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            self._inside.append(0.0)
+            began = time.perf_counter()
+            result = inner(*args, **settings)
+            if len(self._inside) == 1:  # waiting within another would slow that down
+                self._wait()
+            took = time.perf_counter() - began
+            self.seconds[kind] += took - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += took
+            return result
+
+        setattr(owner, method, call)
+        self._undo.append(lambda: setattr(owner, method, inner) if own else delattr(owner, method))
+
+    def stop(self) -> None:
+        """Leaves all methods as they were."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _watch(engine: Engine) -> Watch:
+    """A watch of what a step is for: `target` and `draft` are their models alone (with the drawing of the block), and
+    `verify` the kernel. What the models' attention lays out within them is `layout`, which is none of these."""
+    watch = Watch(engine.runner.wait)
+    watch.add(engine.target.family, "hidden", "target")
+    watch.add(engine.target.model.get_output_embeddings(), "forward", "target")
+    watch.add(verification, "verify", "verify")
+    for method in ("_kind", "_on_device"):
+        watch.add(StepLayout, method, "layout")
+    draft = getattr(engine.proposer, "draft", None)
+    if draft is not None:
+        for method in ("context", "context_kv", "blocks", "advance", "logits", "markov_step", "confidence"):
+            if hasattr(draft, method):
+                watch.add(draft, method, "draft")
+        for method in ("draw", "in_one"):
+            watch.add(Drawing, method, "draft")
+        if (head := getattr(engine.proposer, "_lm_head", None)) is not None:
+            watch.add(head, "forward", "draft")
+    return watch
 
 
 def overhead(engine: Engine, drafts: dict[str, Draft], prompts: list[list[int]], args: argparse.Namespace) -> Results:
-    """Shares of a step: the target's forward, drafting (proposals and contexts), verification, and the rest."""
+    """Shares of a step: the target's model, the draft's, verification, and the rest."""
     out: Results = {}
     shared = engine.step_cost or engine.profile()
     sides = {"plain": engine.proposer}
@@ -196,36 +237,25 @@ def overhead(engine: Engine, drafts: dict[str, Draft], prompts: list[list[int]],
     for name, proposer in sides.items():
         engine.step_cost = shared.copy(draft=0.0)
         engine.set_proposer(proposer)
-        timers = {"target": 0.0, "draft": 0.0, "verify": 0.0}
         rows: list[dict[str, float]] = []
         engine.generate([Request(prompts[0], min(16, args.max_new_tokens))])
-        restore = [
-            _timed(owner, method, kind, timers, engine.runner.wait)
-            for owner, method, kind in (
-                (engine.runner, "step", "target"),
-                (proposer, "propose", "draft"),
-                (proposer, "commit", "draft"),
-                (verification, "verify", "verify"),
-            )
-        ]
+        watch = _watch(engine)
         try:
             for prompt in prompts:
                 engine.submit(Request(prompt, args.max_new_tokens))
                 while not any(s.prefilled for s in engine.batch.running):
                     engine.step()
-                for kind in timers:
-                    timers[kind] = 0.0
+                watch.seconds.clear()
                 began, count = time.perf_counter(), 0
                 while engine.has_work:
                     engine.step()
                     count += 1
                 whole = time.perf_counter() - began
                 if count:
-                    inside = {k: v / whole for k, v in timers.items()}
+                    inside = {k: watch.seconds[k] / whole for k in ("target", "draft", "verify")}
                     rows.append({"milliseconds": 1000 * whole / count, **inside, "outside": 1 - sum(inside.values())})
         finally:
-            for undo in restore:
-                undo()
+            watch.stop()
         if not rows:
             raise SystemExit("overhead: no prompt decoded past its first token; raise --max-new-tokens.")
         value, low, high = bootstrap([r["outside"] for r in rows], lambda x: float(x.mean()), args.bootstrap, args.seed)

@@ -102,8 +102,10 @@ def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
 class _Pair:
     """Two segments that see a run of cells each, as one: any two runs of a tensor are an equal distance apart.
 
-    The shorter one's tokens read past its end and heed none of it, which is right as long as no cell of the tensor
-    holds a value that is not finite (see PagedKV.wipe).
+    The shorter one's tokens read past its end and heed none of it, which is right as long as no cell there holds a
+    value that is not finite: a mask doesn't keep a NaN out of a softmax. Pages are wiped of them (PagedKV.wipe), and a
+    step that finds one nevertheless, as its neighbour may have written it in this very step, runs again without pairs
+    (TargetRunner.step).
 
     Attributes:
         rows: which segments of the step. counts: their tokens, the most of which is n.
@@ -150,15 +152,22 @@ class StepLayout:
         geometry: what each layer's attention asks for.
         causal: True: a token sees the positions up to its own. False: it sees the whole context and all tokens of its
             segment (a draft's block); a window then limits what it sees of the context only.
+        pairs: whether two segments may attend in one call (on CPU), which reads cells that are not theirs.
     Attributes:
         positions, cells: int64[T].
     """
 
     def __init__(
-        self, segments: list[Segment], cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool = True
+        self,
+        segments: list[Segment],
+        cache: PagedKV,
+        geometry: Sequence[LayerAttention],
+        *,
+        causal: bool = True,
+        pairs: bool = True,
     ) -> None:
         self.cache, self.geometry = cache, geometry
-        self._segments, self._causal = segments, causal
+        self._segments, self._causal, self._may_pair = segments, causal, pairs
         self._counts = [s.count for s in segments]
         self._seen: dict[tuple[int, int, bool], tuple[list[list[_Part]], list[_Pair]]] = {}
         self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -197,13 +206,18 @@ class StepLayout:
         mixed = out[0] if len(out) == 1 else torch.cat([out[i] for i in range(len(rows))], 1)
         return mixed.transpose(0, 1)
 
+    @property
+    def paired(self) -> bool:
+        """Whether segments attended two by two in any layer so far."""
+        return any(pairs for _, pairs in self._seen.values())
+
     def _kind(self, shape: LayerAttention, q: torch.Tensor) -> tuple[list[list[_Part]], list[_Pair]]:
         """What the segments see in such layers, and which of them attend two by two; made once for layers alike."""
         kind = (shape.window, shape.groups, _merges(shape, q))
         if kind not in self._seen:
             size = self.cache.size
             parts = [_parts(s, size, shape, self._causal, q) for s in self._segments]
-            self._seen[kind] = (parts, self._pairs(parts, shape, q))
+            self._seen[kind] = (parts, self._pairs(parts, shape, q) if self._may_pair else [])
         return self._seen[kind]
 
     def _pairs(self, parts: list[list[_Part]], shape: LayerAttention, q: torch.Tensor) -> list[_Pair]:
@@ -238,24 +252,29 @@ class StepLayout:
     def by_kernel(self, shape: LayerAttention, q: torch.Tensor) -> torch.Tensor:
         """[T, H, d of v] of q [H, T, d] over keys and values that are in their cells, by the paged kernel (on CPU: by
         its reference)."""
-        if self._tables is None:
-            tables = torch.zeros(len(self._segments), max(len(s.pages) for s in self._segments), dtype=torch.int32)
-            for row, s in zip(tables, self._segments, strict=True):
-                row[: len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
-            starts = torch.tensor([0, *itertools.accumulate(self._counts)], dtype=torch.int32)
-            context = torch.tensor([s.start for s in self._segments], dtype=torch.int32)
-            self._tables = (tables.to(q.device), starts.to(q.device), context.to(q.device))
         return ragged_paged_attention(
             q.transpose(0, 1),
             self.cache.k[shape.source],
             self.cache.v[shape.source],
-            *self._tables,
+            *self._on_device(q.device),
             page_size=self.cache.size,
             scale=shape.scale,
             window=shape.window,
             softcap=shape.softcap,
             causal=self._causal,
         )
+
+    def _on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Page tables int32[segments, most pages], first rows int32[segments + 1] and contexts int32[segments], made
+        once."""
+        if self._tables is None:
+            tables = torch.zeros(len(self._segments), max(len(s.pages) for s in self._segments), dtype=torch.int32)
+            for row, s in zip(tables, self._segments, strict=True):
+                row[: len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
+            starts = torch.tensor([0, *itertools.accumulate(self._counts)], dtype=torch.int32)
+            context = torch.tensor([s.start for s in self._segments], dtype=torch.int32)
+            self._tables = (tables.to(device), starts.to(device), context.to(device))
+        return self._tables
 
 
 def _attend(

@@ -126,13 +126,21 @@ class Engine:
         Raises:
             DraftlineError: an engine with one draft, waiting requests that name one to be removed, or a scheduler that
                 weighs step costs in an engine that has not measured any and has requests.
-            ConfigError: see `SeveralDrafts.change`.
+            ConfigError: a draft made for another rule than the engine verifies by; see also `SeveralDrafts.change`.
         """
         drafts = self.proposer
         if not isinstance(drafts, SeveralDrafts):
             raise DraftlineError(
                 "This engine has one draft; make it with SeveralDrafts to change drafts while it runs."
             )
+        # Requests that sample may wait already: `submit` looked at the drafts that there were.
+        for name, proposer in (add or {}).items():
+            drawn = getattr(proposer, "rule", None) or self.rule
+            if drawn != self.rule:
+                raise ConfigError(
+                    f"The draft {name!r} draws its tokens for the {drawn} rule and the engine verifies by the "
+                    f"{self.rule} rule. Make the proposer with rule={self.rule!r}."
+                )
         gone = set(remove)
         if waiting := [s.request.id for s in self.batch.waiting if s.request.draft in gone]:
             raise DraftlineError(f"Requests that wait name a draft to be removed: {', '.join(waiting[:5])}.")
@@ -298,7 +306,8 @@ class Engine:
             return [0] * len(decoding)
         drafted, block = proposal.tokens.shape
         confidence, limits = torch.zeros(len(decoding), block), torch.zeros(len(decoding), dtype=torch.int64)
-        confidence[:drafted] = proposal.confidence
+        # A draft whose numbers fail is not worth verifying.
+        confidence[:drafted] = proposal.confidence.nan_to_num(0.0)
         limits[:drafted] = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding[:drafted]]))
         cost = None
         if self.step_cost is not None and self.scheduler.weighs_cost:
@@ -321,7 +330,7 @@ class Engine:
         proposal = plan.proposal
         if not plan.verifying:
             self._commit(plan.chunks, taps, hold=proposal is None)
-            return []
+            return self._end_unsound(plan)
         step = Verification([s for s, _ in plan.verifying], proposal, plan.lengths, logits, self.rule)
         emitted, commits, accepted = emissions(plan, step)
         self._commit([*plan.chunks, *commits], taps, hold=proposal is None)
@@ -335,6 +344,21 @@ class Engine:
             if e.reason != "error":
                 self.batch.settle(e.sequence)
             events.append(e.event() if e.reason is None else self._end(e))
+        return events + self._end_unsound(plan)
+
+    def _end_unsound(self, plan: StepPlan) -> list[StepEvent]:
+        """Ends requests whose prompts became NaN before their last chunk, which is the first that is verified: until
+        then their pages would make others' steps run twice, and their taps others' drafts worthless."""
+        verified = {id(s) for s, _ in plan.verifying}
+        events = []
+        for i, c in enumerate(plan.chunks, len(plan.decoding)):
+            if i in self.runner.unsound and id(c.sequence) not in verified:
+                last = c.start + c.rows.stop - c.rows.start - 1
+                c.sequence.failure = (
+                    f"the target's hidden states at positions {c.start} to {last} of its prompt are not finite. Check "
+                    "the target's weights and dtype."
+                )
+                events.append(self._end(Emission(c.sequence, reason="error")))
         return events
 
     def _commit(self, commits: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:

@@ -1,7 +1,7 @@
 """Linear layers on prepacked oneDNN weights, for CPU decoding.
 
 A GEMM over a few tokens spends its time laying out the weight anew at each call; packed once, verifying 4-8 tokens
-costs little more than one (benchmarks/step_cost.py measures it).
+costs little more than one (`benchmarks/engine.py --parts steps` measures it).
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 
 MOST_LOGPROBS = 20
+MOST_TOP_K = 2**31 - 1
+"""Beyond any vocabulary; the sampler keeps it in 64 bits, and what doesn't fit would fail the step of all requests."""
 _ids = itertools.count()
 
 
@@ -94,8 +96,11 @@ class Request:
             )
         if not 0.0 <= self.temperature < 100.0:
             refuse("temperature", self.temperature, "from 0 to 100")
-        if self.top_k < 0:
-            refuse("top_k", self.top_k, "0 (off) or more")
+        # Plain integers: others are cut or overflow in the sampler, in a step that others share.
+        if type(self.top_k) is not int or not 0 <= self.top_k <= MOST_TOP_K:
+            refuse("top_k", self.top_k, f"an integer from 0 (off) to {MOST_TOP_K}")
+        if type(self.seed) is not int:
+            refuse("seed", self.seed, "an integer")
         if not 0.0 < self.top_p <= 1.0:
             refuse("top_p", self.top_p, "above 0 and at most 1")
         if not 0.0 <= self.min_p <= 1.0:

@@ -32,6 +32,7 @@ class TargetRunner:
         pool: of the pages, for the drafts' keys and values too.
         buckets: sizes in tokens that steps without prompt chunks are padded to; none, as nothing here is captured in
             CUDA graphs.
+        unsound: which segments of the last step have hidden states that are not finite; looked at on CPU only.
     Raises:
         DraftlineError: a target that the engine can't run, with the reason, or a context beyond its positions.
     """
@@ -56,6 +57,7 @@ class TargetRunner:
         self.pool = PagePool(pool_pages(config, each, target.device), config.page_size)
         self.cache = PagedKV(shapes, self.pool.pages, self.pool.size, target.dtype, target.device)
         self.buckets: tuple[int, ...] = ()
+        self.unsound: set[int] = set()
         self.packed = 0
         if config.prepack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
             self.packed = prepack(self.family.backbone)
@@ -68,7 +70,7 @@ class TargetRunner:
     def step(
         self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Runs T tokens.
+        """Runs T tokens. What one request's tokens become never depends on another's, even on one whose are NaN.
 
         Args:
             segments: whose tokens they are, in order. token_ids: T ids.
@@ -78,18 +80,12 @@ class TargetRunner:
         """
         layout = StepLayout(segments, self.cache, self.geometry)
         ids = torch.tensor([token_ids], device=self.target.device)
-
-        def forward() -> torch.Tensor:
-            return self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0]
-
-        taps = None
-        if self.layer_ids:
-            with TapCapture(self.family, self.layer_ids) as capture:
-                hidden = forward()
-            taps = capture.taps()
-            taps = taps[0] if taps.dim() == 3 else taps
-        else:
-            hidden = forward()
+        hidden, taps = self._forward(ids, layout)
+        self.unsound = self._not_finite(hidden, segments)
+        if self.unsound and layout.paired:
+            # Whose NaN it is: apart, a segment reads no cells but its own. All that was written is written again.
+            hidden, taps = self._forward(ids, StepLayout(segments, self.cache, self.geometry, pairs=False))
+            self.unsound = self._not_finite(hidden, segments)
         if len(logit_rows) != hidden.shape[0]:
             hidden = hidden[torch.tensor(logit_rows, dtype=torch.int64, device=hidden.device)]
         logits = self.target.model.get_output_embeddings()(hidden)
@@ -97,16 +93,35 @@ class TargetRunner:
             logits = torch.tanh(logits / self.family.logit_softcap) * self.family.logit_softcap
         return taps, logits
 
+    def _forward(self, ids: torch.Tensor, layout: StepLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Last hidden states [T, D] of ids int64[1, T], and taps [T, L*D] or None."""
+        if not self.layer_ids:
+            return self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0], None
+        with TapCapture(self.family, self.layer_ids) as capture:
+            hidden = self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0]
+        taps = capture.taps()
+        return hidden, taps[0] if taps.dim() == 3 else taps
+
+    def _not_finite(self, hidden: torch.Tensor, segments: list[Segment]) -> set[int]:
+        """Segments with hidden states [T, D] that are not finite; whatever was NaN on the way there makes them so. On
+        CUDA none: its kernel reads no cell of another's, and looking would wait for it."""
+        if hidden.device.type != "cpu" or bool(hidden.isfinite().all()):
+            return set()
+        rows = hidden.isfinite().all(-1).split([s.count for s in segments])
+        return {i for i, mine in enumerate(rows) if not bool(mine.all())}
+
     def step_cost(self, per_request: int, config: EngineConfig) -> StepCost:
         """Seconds of steps of up to `per_request` tokens of each of config.max_requests: those kept in the file
         config.step_cost where they fit, else measured now. For while no request runs."""
         most = config.max_requests * per_request
         grid = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
-        room = config.max_context - per_request
+        room = max(config.max_context - per_request, 1)
         contexts = sorted({min(64, room), min(512, room)})
+        # Beyond its last context a table stays as it is there, and long texts would seem as cheap as short ones.
+        far = [c for c in sorted({2048, room}) if contexts[-1] < c <= room]
 
         def measured() -> StepCost:
-            cost = measure(lambda t, c: self.time_step(t, c, per_request), grid, contexts)
+            cost = measure(lambda t, c: self.time_step(t, c, per_request), grid, contexts, far=far)
             cost.hardware = device_name(self.target.device)
             return cost
 
@@ -122,7 +137,7 @@ class TargetRunner:
             "target": identity.id,
             "target_config": identity.config_digest,
         }
-        cost = kept(Path(config.step_cost), made_for, (grid[-1], contexts[-1]), measured)
+        cost = kept(Path(config.step_cost), made_for, (grid[-1], [*contexts, *far][-1]), measured)
         cost.hardware = str(made_for["hardware"])
         return cost
 

@@ -133,7 +133,11 @@ class StepCost:
 
 
 def measure(
-    run: Callable[[int, int], float], tokens: Sequence[int], contexts: Sequence[int], repeats: int = 8
+    run: Callable[[int, int], float],
+    tokens: Sequence[int],
+    contexts: Sequence[int],
+    repeats: int = 8,
+    far: Sequence[int] = (),
 ) -> StepCost:
     """Profiles `run(tokens, context) -> seconds`: repeats interleaved, lower quartiles, and of their differences what
     the repeats agree on.
@@ -144,25 +148,41 @@ def measure(
     roofline through all of them (`_roofline`), and keeps its distance as far as that is more than chance. A size that
     really is dear stays so: on two AVX-512 cores a step over two tokens took 43 ms where one took 38 and three to six
     37, and a table that rises by force would have the scheduler choose the dear ones.
+
+    Args:
+        far: rising contexts beyond `contexts`. Steps there are long, and differ from those at the last of `contexts` by
+            their attention alone, which grows evenly: they are measured at the least, a middle and the greatest number
+            of tokens, half as often, and what they add is interpolated.
     """
+    few = sorted({0, (len(tokens) - 1) // 2, len(tokens) - 1})
+    distant = np.empty((max(repeats // 2, 1), len(far), len(few)))
     samples = np.empty((repeats, len(contexts), len(tokens)))
     for r in range(-1, repeats):  # the first round warms up
         for j, c in enumerate(contexts):
             for i, t in enumerate(tokens):
                 samples[max(r, 0), j, i] = run(t, c)
+        if r % 2:
+            for j, c in enumerate(far):
+                for i, at in enumerate(few):
+                    distant[max(r, 0) // 2, j, i] = run(tokens[at], c)
     columns = [_believed(samples[:, j], np.array(tokens, dtype=float)) for j in range(len(contexts))]
-    return StepCost(list(tokens), list(contexts), np.stack(columns, 1).tolist())
+    last = columns[-1]
+    for j in range(len(far)):
+        added = np.maximum(_quartile(distant[:, j]) - last[few], 0.0)
+        columns.append(last + np.interp(tokens, [tokens[at] for at in few], added))
+    return StepCost(list(tokens), [*contexts, *far], np.stack(columns, 1).tolist())
+
+
+def _quartile(samples: np.ndarray) -> np.ndarray:
+    """float[T], the lower quartiles of float[R, T]."""
+    return np.sort(samples, 0)[len(samples) // 4]
 
 
 def _believed(samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """float[T], costs from float[R, T] seconds: lower quartiles, drawn to the roofline as far as they are chance."""
-
-    def quartile(of: np.ndarray) -> np.ndarray:
-        return np.sort(of, 0)[len(of) // 4]
-
-    measured = quartile(samples)
+    measured = _quartile(samples)
     picks = np.random.default_rng(0).integers(0, len(samples), (200, len(samples)))
-    error = np.stack([quartile(samples[p]) for p in picks]).std(0)
+    error = np.stack([_quartile(samples[p]) for p in picks]).std(0)
     line = _roofline(tokens, measured)
     apart = measured - line
     signal = np.clip(1 - (2 * error) ** 2 / np.maximum(apart**2, 1e-18), 0.0, 1.0)

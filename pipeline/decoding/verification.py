@@ -45,10 +45,7 @@ class Verification:
             drafted = len(proposal.tokens)
             tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
-                shape = (len(sequences), block, proposal.logits.shape[-1])
-                # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
-                draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
-                draft_logits[:drafted] = proposal.logits
+                draft_logits = _of_all(proposal.logits, len(sequences), device)
         self._adjust(logits, tokens)
         self.result = verify(
             logits,
@@ -89,3 +86,13 @@ class Verification:
                     proposed=tokens[i].tolist(),
                     temperature=s.request.temperature,
                 )
+
+
+def _of_all(logits: Tensor, requests: int, device: torch.device) -> Tensor:
+    """float32[B, K, Vd], contiguous, of a draft's logits [<= B, K, Vd]: themselves where they are that already."""
+    if len(logits) == requests and logits.dtype == torch.float32 and logits.device == device and logits.is_contiguous():
+        return logits
+    # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
+    out = torch.zeros(requests, *logits.shape[1:], dtype=torch.float32, device=device)
+    out[: len(logits)] = logits
+    return out

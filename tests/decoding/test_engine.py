@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, QueueFull, Request, StepCost, make_proposer
+from pipeline.decoding.attention import Segment, StepLayout
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
@@ -386,6 +388,82 @@ def test_the_next_request_in_a_failed_one_s_pages_is_not_failed_by_what_it_left(
     assert [d.token_ids for d in done] == [expected[1][:30], expected[2][:60]]
 
 
+def nan_at(target: Target, token: int) -> Any:
+    """Makes a token's embedding NaN; returns the hook to remove."""
+    return target.family.embed_tokens.register_forward_hook(
+        lambda _module, given, out: out.masked_fill((given[0] == token)[..., None], float("nan"))
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_a_step_s_nan_stays_with_whose_it_is(tiny: Target, draft: DSparkDraft, softcap: float) -> None:  # noqa: F811
+    """On CPU two requests attend in one call, and the shorter one reads what the longer one writes in the same step."""
+    runner = engine_for(tiny, draft, "dspark", page_size=4).runner
+    runner.geometry = [dataclasses.replace(a, softcap=softcap) for a in runner.geometry]
+    ids = [5, 6, 7, 8]
+    good, bad = Segment([0], 0, 4), Segment([1, 2, 3], 0, 10)
+    taps, logits = runner.step([good], ids, [0, 3])
+    poison = nan_at(tiny, 9)
+    try:
+        with_bad = runner.step([good, bad], [*ids, 8, 8, 9, *[8] * 7], [0, 3, 4, 13])
+    finally:
+        poison.remove()
+    assert runner.unsound == {1}
+    assert taps is not None and with_bad[0] is not None
+    torch.testing.assert_close(with_bad[0][:4], taps)
+    torch.testing.assert_close(with_bad[1][:2], logits)
+    runner.step([good, bad], [*ids, *[8] * 10], [0])
+    assert not runner.unsound
+
+
+@pytest.mark.parametrize("name", ["none", "dspark", "eagle3"])
+def test_a_prompt_that_becomes_nan_on_the_way_fails_nobody_else(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    expected: list[list[int]],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its next chunks reach as far as its NaN when the request in the pages before it attends beside them."""
+    ids = prompt_ids(tiny)[1]
+    magic = max(set(range(tiny.vocab_size)).difference(ids, expected[1]))
+    engine = engine_for(tiny, draft, "none", max_requests=2, max_context=128, prefill_chunk=10)
+    engine.set_proposer(proposer_for(tiny, name))
+    engine.set_schedule("fixed")
+    pool, inner, paired = engine.runner.pool, StepLayout._pairs, 0
+
+    def gap(count: int) -> int:
+        """A page between the two for the first to grow into."""
+        held = pool.refs.nonzero()[0]
+        at = int(held.max()) + 2 if len(held) else 0
+        assert pool._free[at : at + count].all()
+        return at
+
+    monkeypatch.setattr(pool, "_gap", gap)
+
+    def count(self: StepLayout, *args: Any) -> Any:
+        nonlocal paired
+        pairs = inner(self, *args)
+        paired += any(max(p.counts) == 10 for p in pairs)
+        return pairs
+
+    monkeypatch.setattr(StepLayout, "_pairs", count)
+    poison = nan_at(tiny, magic)
+    done: dict[str, Any] = {}
+    try:
+        engine.submit(Request(ids, max_new_tokens=60, id="good"))
+        while not all(s.prefilled for s in engine.batch.running) or not engine.batch.running:
+            engine.step()
+        engine.submit(Request([*[7] * 20, magic, *[7] * 80], max_new_tokens=20, id="bad"))
+        while engine.has_work:
+            done |= {e.request_id: e.finished for e in engine.step() if e.finished is not None}
+    finally:
+        poison.remove()
+    assert paired and done["bad"].finish_reason == "error"
+    assert "positions 20 to 29 of its prompt are not finite" in done["bad"].error
+    assert done["good"].token_ids == expected[1][:60]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -396,13 +474,19 @@ def test_the_next_request_in_a_failed_one_s_pages_is_not_failed_by_what_it_left(
         ("temperature", -1.0),
         ("top_p", 0.0),
         ("top_k", -2),
+        ("top_k", 10**19),
+        ("top_k", 2.5),
+        ("seed", None),
+        ("seed", 1.5),
         ("max_draft", -1),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(tiny: Target, draft: DSparkDraft, field: str, value: Any) -> None:  # noqa: F811
     engine = engine_for(tiny, draft, "none")
-    with pytest.raises(DraftlineError, match=field):
+    with pytest.raises(DraftlineError, match=field) as refused:
         engine.submit(Request(**{"prompt_ids": [5], field: value}))
+    assert str(value).strip("[]") in str(refused.value)
+    assert not engine.has_work
 
 
 def test_a_refused_request_leaves_none_in_the_engine(

@@ -172,6 +172,22 @@ def test_step_cost_interpolates_and_extrapolates() -> None:
     assert cost.seconds(16, 0) == pytest.approx(16.0)
 
 
+def test_step_costs_reach_far_contexts_by_a_few_measurements() -> None:
+    runs: collections.Counter[int] = collections.Counter()
+
+    def run(tokens: int, context: int) -> float:
+        runs[context] += 1
+        return 1.0 + 0.1 * tokens + 1e-4 * tokens * context
+
+    cost = measure(run, [1, 2, 4, 8, 16], [64, 512], far=[2048, 4000])
+    assert cost.contexts == [64, 512, 2048, 4000]
+    for tokens in (1, 2, 8, 16, 20):
+        for context in (512, 1000, 2048, 4000):
+            assert cost.seconds(tokens, context) == pytest.approx(run(tokens, context))
+    assert cost.seconds(4, 9999) == pytest.approx(run(4, 4000))
+    assert runs[2048] < runs[512] / 2
+
+
 def test_a_disturbed_measurement_does_not_make_a_step_dear() -> None:
     """Two of eight measurements of a point, and a step that really is dearer than larger ones."""
     runs: collections.Counter[int] = collections.Counter()

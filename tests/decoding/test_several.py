@@ -149,6 +149,17 @@ def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:  
         engine_of(tiny, proposer(tiny, "ngram")).submit(Request([1, 2], 4, draft="dspark"))
 
 
+def test_a_draft_made_for_the_other_rule_is_not_taken_in(tiny: Target) -> None:  # noqa: F811
+    """No draft here has a rule yet, so that requests that sample may wait."""
+    drafts = SeveralDrafts({"ngram": make_proposer("ngram")}, "ngram", tiny.vocab_size)
+    engine = engine_of(tiny, drafts, "ratio")
+    engine.submit(Request(prompt_ids(tiny)[0], 8, temperature=1.0))
+    with pytest.raises(ConfigError, match="'new' draws its tokens for the coupled rule .* verifies by the ratio rule"):
+        engine.change_drafts({"new": proposer(tiny, "dspark")}, default="new")
+    assert drafts.names == ["ngram"]
+    engine.change_drafts({"new": proposer(tiny, "dspark", "ratio")}, default="new")
+
+
 def test_blocks_of_different_drafts_become_one(tiny: Target) -> None:  # noqa: F811
     """Rows in their order, draft vocabularies spread over the target's, a certain row without any mass."""
     from pipeline.decoding.proposers.several import _together

@@ -127,6 +127,15 @@ def test_a_text_at_its_end_is_not_drafted_for() -> None:
     assert worth.choose(two, IDLE, 0) == ([two[1]], [two[0]])
 
 
+def test_a_draft_whose_confidence_is_nan_once_is_not_given_up_for_ever() -> None:
+    worth, (one, other) = DraftWorth(), sequences(2)
+    for i in range(20):
+        confidence = torch.full((1, 4), float("nan") if i == 0 else 0.9)
+        proposal = Proposal(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([4]), confidence)
+        worth.observe([one], proposal, [4], [0 if i == 0 else 4])
+    assert worth.choose([one, other], IDLE, 0) == ([one, other], [])
+
+
 def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
     cost = StepCost([1, 8], [0], [[1.0], [2.0]])
     assert cost.draft_seconds(3) == 0.0

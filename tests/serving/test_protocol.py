@@ -69,6 +69,7 @@ def test_prompts_are_a_text_or_token_ids(prompt):
         ({"temperature": "hot"}, "temperature", "'hot'"),
         ({"top_p": 0}, "top_p", "0"),
         ({"top_k": -1}, "top_k", "-1"),
+        ({"top_k": 10**19}, "top_k", "10000000000000000000"),
         ({"max_tokens": 0}, "max_tokens", "0"),
         ({"max_completion_tokens": 2.5}, "max_completion_tokens", "2.5"),
         ({"max_tokens": 3, "max_completion_tokens": 5}, "max_tokens", "3 and max_completion_tokens is 5"),
