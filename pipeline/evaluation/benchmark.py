@@ -58,6 +58,9 @@ ARMS = (
 def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: int) -> tuple[list[TokenRow], ...]:
     """Disjoint (calibration, evaluation) rows, spread over sources, a function of rows and seed.
 
+    They are taken from the two ends: with `evaluate` raised, a draft is measured on none of what it was calibrated on.
+    Where there are too few, calibration has its own and evaluation what is left, one at least.
+
     Answers of one prompt count once: as two entries they would be calibrated and measured on the same text, or taken
     for independent by the bootstrap.
     """
@@ -76,8 +79,8 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
     groups = [by_source[s] for s in sorted(by_source)]
     for i in range(max(map(len, groups), default=0)):
         spread += [g[i] for g in groups if i < len(g)]
-    evaluation = spread[: min(evaluate, max(1, len(spread) - 1))]
-    return spread[len(evaluation) : len(evaluation) + calibrate], evaluation
+    ends = max(1, len(spread) - calibrate)
+    return spread[ends:], spread[: min(evaluate, ends)]
 
 
 def block_proposer(draft: Draft, engine: EngineConfig, rule: str = "coupled") -> Any:

@@ -59,6 +59,8 @@ def calibrate_draft(
     """
     inputs = _inputs(draft_dir, corpus_dir)
     plain = _settings(target, engine, benchmark)
+    for name in ("prompts", "bootstrap"):  # of what is timed: more of it is no other calibration, and no other draft
+        del plain["benchmark"][name]
     identity = load_identity(target, cache_dir).as_dict()
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
@@ -67,11 +69,11 @@ def calibrate_draft(
     if len(calibration) < LEAST_PROMPTS:
         raise DraftlineError(
             f"Calibration needs {LEAST_PROMPTS} held-out prompts or more and has {len(calibration)} "
-            f"(benchmark.calibrate_prompts={benchmark.calibrate_prompts}; benchmark.prompts={benchmark.prompts} others "
-            "are timed). Raise benchmark.calibrate_prompts where it asks for fewer, else corpus.heldout_fraction; or "
-            "give more conversations, or time fewer."
+            f"(benchmark.calibrate_prompts={benchmark.calibrate_prompts}; one other at least is timed). Raise "
+            "benchmark.calibrate_prompts where it asks for fewer, else corpus.heldout_fraction; or give more "
+            "conversations."
         )
-    _say_fewer("calibrate", len(calibration), "calibrate_prompts", benchmark.calibrate_prompts)
+    _say_fewer("calibrate", len(calibration), "calibrate_prompts", benchmark.calibrate_prompts, "1 is left to be timed")
     print(f"calibrate: {len(calibration)} prompts, whole blocks verified", flush=True)
     fitted = fit(*collect_rounds(running, block_proposer(draft, engine, engine.rule), calibration, benchmark))
     draft.temperatures.copy_(torch.tensor(fitted.temperatures))
@@ -110,8 +112,8 @@ def evaluate_draft(
     if (done := artifact.current(out, "report", config=plain, inputs=inputs, target=identity)) is not None:
         return done
     begin()
-    running, (draft,), (_, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
-    _say_fewer("evaluate", len(evaluation), "prompts", benchmark.prompts)
+    running, (draft,), (others, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
+    _say_fewer("evaluate", len(evaluation), "prompts", benchmark.prompts, f"{len(others)} others are calibration's own")
     made = proposers(ARMS, {"draft": draft}, engine)
     done_by_arm, costs = run_arms(running, ARMS, made, evaluation, benchmark, ("none", "draft"))
     arms = summarise(done_by_arm, evaluation, benchmark)
@@ -254,11 +256,11 @@ def _prepare(
     return Engine(loaded, dataclasses.replace(engine, prefix_cache=False)), drafts, picked
 
 
-def _say_fewer(stage: str, have: int, setting: str, asked: int) -> None:
+def _say_fewer(stage: str, have: int, setting: str, asked: int, rest: str) -> None:
     if have < asked:
         print(
             f"{stage}: {have} held-out prompts, not the {asked} of benchmark.{setting}: the corpus holds out no more "
-            "(corpus.heldout_fraction)",
+            f"(corpus.heldout_fraction), and {rest}",
             flush=True,
         )
 

@@ -180,16 +180,41 @@ def test_too_few_prompts_to_calibrate_on_are_refused_and_fewer_than_asked_are_to
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = len(read_rows(places.corpus, "heldout"))
-    for benchmark in (
-        dataclasses.replace(BENCHMARK, prompts=there - 2),
-        dataclasses.replace(BENCHMARK, calibrate_prompts=2),
-    ):
-        with pytest.raises(DraftlineError, match=r"needs 3 held-out prompts or more and has 2 .*heldout_fraction"):
-            calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, benchmark, tmp_path / "c", places.cache)
-    few = dataclasses.replace(BENCHMARK, prompts=there - 3, calibrate_prompts=9)
-    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, few, tmp_path / "c", places.cache)
+    rest = (tmp_path / "c", places.cache)
+    two = dataclasses.replace(BENCHMARK, calibrate_prompts=2)
+    with pytest.raises(DraftlineError, match=r"needs 3 held-out prompts or more and has 2 .*heldout_fraction"):
+        calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, two, *rest)
+    many = dataclasses.replace(BENCHMARK, calibrate_prompts=there + 9, max_new_tokens=4)
+    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, many, *rest)
     said = capsys.readouterr().out
-    assert "calibrate: 3 held-out prompts, not the 9 of benchmark.calibrate_prompts" in said
+    assert f"calibrate: {there - 1} held-out prompts, not the {there + 9} of benchmark.calibrate_prompts" in said
+
+
+def test_more_prompts_to_time_are_none_of_calibrations_and_calibrate_nothing_anew(
+    evaluated: Evaluated, places: Places, monkeypatch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gate's remedy for a wide interval: raise benchmark.prompts, evaluate again."""
+    rows = read_rows(places.corpus, "heldout")
+    mine = {r.sample_id for r in pick_prompts(rows, 4, BENCHMARK.prompts, 0)[0]}
+    for prompts in (BENCHMARK.prompts, len(rows) - 5, len(rows), 1000):
+        calibration, evaluation = pick_prompts(rows, 4, prompts, 0)
+        assert {r.sample_id for r in calibration} == mine
+        assert not mine & {r.sample_id for r in evaluation}
+        assert len(evaluation) == min(prompts, len(rows) - 4)
+    more = dataclasses.replace(BENCHMARK, prompts=1000)
+    with monkeypatch.context() as m:
+        m.setattr(stages, "load_target", lambda *_: pytest.fail("calibrated again"))
+        calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, more, evaluated.calibrated, places.cache)
+
+    def enough(*_: Any) -> None:
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "run_arms", enough)
+    with pytest.raises(DraftlineError, match="far enough"):
+        evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, more, tmp_path / "r", places.cache)
+    said = f"evaluate: {len(rows) - 4} held-out prompts, not the 1000 of benchmark.prompts"
+    out = capsys.readouterr().out
+    assert said in out and "and 4 others are calibration's own" in out
 
 
 def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
