@@ -44,15 +44,26 @@ class Arm:
         return self.proposer, "" if self.proposer in ("none", "ngram") else self.rule
 
 
-ARMS = (
-    Arm("none", "none"),
-    Arm("ngram", "ngram"),
-    Arm("draft", "draft"),
-    Arm("draft fixed", "draft", "fixed"),
-    Arm("none t1", "none", sampled=True, baseline="none t1"),
-    Arm("draft t1", "draft", sampled=True, baseline="none t1"),
-    Arm("draft t1 ratio", "draft", "early_stop", "ratio", sampled=True, baseline="none t1"),
-)
+COUPLED = "draft t1 coupled"
+"""The arm that shows sampled text to be plain decoding's, where the engine's own rule is not the coupled one."""
+
+
+def report_arms(engine: EngineConfig) -> tuple[Arm, ...]:
+    """A report's arms: `draft` and `draft t1` by the engine's own scheduler and rule, as serving has them; beside them
+    plain decoding, n-gram lookup, whole blocks, the ratio rule, and where the engine's rule is another, the coupled."""
+    own = engine.scheduler, engine.rule
+    arms = (
+        Arm("none", "none"),
+        Arm("ngram", "ngram"),
+        Arm("draft", "draft", *own),
+        Arm("draft fixed", "draft", "fixed", engine.rule),
+        Arm("none t1", "none", sampled=True, baseline="none t1"),
+        Arm("draft t1", "draft", *own, sampled=True, baseline="none t1"),
+        Arm("draft t1 ratio", "draft", "early_stop", "ratio", sampled=True, baseline="none t1"),
+    )
+    if engine.rule == "coupled":
+        return arms
+    return (*arms, Arm(COUPLED, "draft", sampled=True, baseline="none t1"))
 
 
 def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: int) -> tuple[list[TokenRow], ...]:
@@ -189,7 +200,7 @@ def run_arms(
 
 
 def summarise(
-    done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig, arms: Sequence[Arm] = ARMS
+    done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig, arms: Sequence[Arm]
 ) -> dict[str, Any]:
     """Per arm: tau, acceptance, tokens/s, speedup with interval, positions, lengths, agreement with its baseline."""
     out: dict[str, Any] = {}

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from pipeline.evaluation.benchmark import COUPLED
+
 BLUE, ORANGE, GREY = "#1f5fa8", "#c96a12", "#8a8f98"
 
 PAGE = """<!doctype html>
@@ -34,7 +36,9 @@ color:#4a4f57;word-break:break-all}.good{color:#156c3a}.bad{color:#a32020}
 Greedy output equals plain decoding:
 {% if r.exact_greedy %}<b class="good">yes, token for token</b>{% else %}<b class="bad">NO</b>{% endif %}.
 Sampled output equals plain sampling for the same seed (coupled rule):
-{{ r.arms["draft t1"].same_text }} of {{ r.arms["draft t1"].prompts }}.</p>
+{{ seeded.same_text }} of {{ seeded.prompts }}.</p>
+<p>The headline is of the arms <i>draft</i> and <i>draft t1</i>, which decode as serving does: scheduler
+{{ r.arms.draft.scheduler }}, rule {{ r.arms.draft.rule }}.</p>
 <div class="tiles">
 <div class="tile"><b>{{ "%.2f"|format(h.speedup) }}x</b><span>speedup, greedy
 ({{ "%.2f"|format(h.speedup_low) }} to {{ "%.2f"|format(h.speedup_high) }})</span></div>
@@ -97,6 +101,7 @@ def render(report: dict[str, Any]) -> str:
     return page.render(
         r=report,
         h=report["headline"],
+        seeded=report["arms"].get(COUPLED, report["arms"]["draft t1"]),
         plots=[(caption, jinja2.utils.markupsafe.Markup(svg)) for caption, svg in plots],
         sources=_sources(report),
     )

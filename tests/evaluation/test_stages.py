@@ -17,7 +17,7 @@ from pipeline.decoding import verification
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
-from pipeline.evaluation.benchmark import ARMS, pick_prompts, summarise
+from pipeline.evaluation.benchmark import Arm, pick_prompts, report_arms, summarise
 from pipeline.evaluation.report import render
 from pipeline.evaluation.stages import calibrate_draft, compare_drafts, evaluate_draft
 from pipeline.registry.gate import decide
@@ -67,13 +67,45 @@ def test_a_random_draft_changes_no_text(evaluated: Evaluated) -> None:
 
 
 def test_every_arm_is_there_with_an_interval_around_its_speedup(evaluated: Evaluated) -> None:
-    assert set(evaluated.content["arms"]) == {a.name for a in ARMS}
+    assert set(evaluated.content["arms"]) == {a.name for a in report_arms(ENGINE)}
     for arm in evaluated.content["arms"].values():
         assert 0 < arm["low"] <= arm["speedup"] <= arm["high"]
         assert arm["totals_low"] <= arm["totals"] <= arm["totals_high"]
         assert arm["tau"] >= 1
     plain = evaluated.content["arms"]["none"]
     assert (plain["speedup"], plain["low"], plain["high"], plain["tau"]) == (1, 1, 1, 1)
+
+
+def test_what_is_measured_and_compared_is_what_is_served(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    arms = evaluated.content["arms"]
+    assert {(arms[n]["scheduler"], arms[n]["rule"]) for n in ("draft", "draft t1")} == {("global", "coupled")}
+    assert "draft t1 coupled" not in arms
+    served = dataclasses.replace(ENGINE, scheduler="threshold", rule="ratio")
+    out = tmp_path / "report"
+    evaluate_draft(evaluated.calibrated, TARGET, places.corpus, served, BENCHMARK, out, places.cache)
+    content = json.loads((out / "report.json").read_text())
+    arms = content["arms"]
+    assert {(arms[n]["scheduler"], arms[n]["rule"]) for n in ("draft", "draft t1")} == {("threshold", "ratio")}
+    assert content["headline"].keys() == evaluated.content["headline"].keys()
+    assert content["headline"]["speedup_t1"] == arms["draft t1"]["speedup"]
+    # The ratio rule's text is its own, and no fault: what a seed gives by the coupled one is measured beside it.
+    assert arms["draft t1 coupled"]["rule"] == "coupled" and arms["draft t1 coupled"]["same_text"] == BENCHMARK.prompts
+    assert content["exact_greedy"] is content["exact_sampled"] is True
+    assert "scheduler\nthreshold, rule ratio" in (out / "report.html").read_text()
+
+    def asked(_engine: Any, arms: tuple[Arm, ...], *_: Any) -> None:
+        assert [(a.name, a.scheduler, a.rule) for a in arms] == [
+            ("challenger", "threshold", "ratio"),
+            ("champion", "threshold", "ratio"),
+        ]
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "run_arms", asked)
+    rest = (TARGET, places.corpus, served, BENCHMARK, tmp_path / "comparison", places.cache)
+    with pytest.raises(DraftlineError, match="far enough"):
+        compare_drafts(evaluated.calibrated, places.draft, *rest)
 
 
 def test_the_gate_reads_the_report(evaluated: Evaluated) -> None:
@@ -114,7 +146,7 @@ def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: E
         "Speedup over plain",
     ):
         assert part in page
-    for arm in ARMS:
+    for arm in report_arms(ENGINE):
         assert f"<td>{arm.name}</td>" in page
     for source in {p["source"] for p in evaluated.content["arms"]["draft"]["per_prompt"]}:
         assert f"<td>{source}</td>" in page
