@@ -208,7 +208,7 @@ def summarise(
         mine, base = done[arm.name], done[arm.baseline]
         metrics = [c.metrics for c in mine]
         steps, decoded = sum(m.target_steps for m in metrics), sum(m.decoded for m in metrics)
-        verified, accepted = sum(m.verified for m in metrics), sum(m.accepted for m in metrics)
+        drafted, verified, accepted = (sum(getattr(m, k) for m in metrics) for k in ("drafted", "verified", "accepted"))
         usable = [i for i, (a, b) in enumerate(zip(mine, base, strict=True)) if a.metrics.decoded and b.metrics.decoded]
         rates = [rate(mine[i]) for i in usable]
         base_rates = [rate(base[i]) for i in usable]
@@ -222,7 +222,8 @@ def summarise(
             "rule": arm.rule,
             "temperature": config.temperature if arm.sampled else 0.0,
             "tau": decoded / steps if steps else 1.0,
-            "accept_rate": accepted / verified if verified else 0.0,
+            "accept_rate": accepted / drafted if drafted else 0.0,
+            "verified_accept_rate": accepted / verified if verified else 0.0,
             "tokens_per_second": decoded / sum(m.decode_seconds for m in metrics),
             "draft_share": sum(m.draft_seconds for m in metrics) / sum(m.decode_seconds for m in metrics),
             **speedup(rates, base_rates, config.bootstrap, config.seed),

@@ -107,15 +107,15 @@ def evaluate_draft(
     begin: Callable[[], object] = lambda: None,
 ) -> artifact.Manifest:
     """Measures a draft on held-out prompts; returns a report artifact (report.json, report.html)."""
-    inputs = _inputs(draft_dir, corpus_dir)
+    inputs, asked = _inputs(draft_dir, corpus_dir), report_arms(engine)
     plain = _settings(target, engine, benchmark)
+    made_by = _measuring(plain, asked)
     identity = load_identity(target, cache_dir).as_dict()
-    if (done := artifact.current(out, "report", config=plain, inputs=inputs, target=identity)) is not None:
+    if (done := artifact.current(out, "report", config=made_by, inputs=inputs, target=identity)) is not None:
         return done
     begin()
     running, (draft,), (others, evaluation) = _prepare([draft_dir], target, corpus_dir, engine, benchmark, cache_dir)
     _say_fewer("evaluate", len(evaluation), "prompts", benchmark.prompts, f"{len(others)} others are calibration's own")
-    asked = report_arms(engine)
     made = proposers(asked, {"draft": draft}, engine)
     done_by_arm, costs = run_arms(running, asked, made, evaluation, benchmark, ("none", "draft"))
     arms = summarise(done_by_arm, evaluation, benchmark, asked)
@@ -134,6 +134,7 @@ def evaluate_draft(
             "speedup_high": main["high"],
             "tau": main["tau"],
             "accept_rate": main["accept_rate"],
+            "verified_accept_rate": main["verified_accept_rate"],
             "prompts": main["timed"],
             "speedup_totals": main["totals"],
             # By the rule that serves; the better of two noisy measurements would flatter.
@@ -165,7 +166,7 @@ def evaluate_draft(
         },
     }
     content = rounded(content, 6)
-    with artifact.create(out, "report", config=plain, inputs=inputs, target=manifest.target) as staging:
+    with artifact.create(out, "report", config=made_by, inputs=inputs, target=manifest.target) as staging:
         artifact.write_json(staging.path / "report.json", content)
         (staging.path / "report.html").write_text(render(content))
         staging.counts["prompts"] = len(evaluation)
@@ -192,23 +193,23 @@ def compare_drafts(
     Returns:
         comparison.json, which is also kept as an artifact at `out`: `ratio` of the challenger's tokens/s over the
         champion's, all prompts together, with its paired 95 % interval (`low`, `high`), `prompts`, and for
-        `challenger` and `champion` draft_digest, tau, accept_rate and tokens_per_second.
+        `challenger` and `champion` draft_digest, tau, accept_rate, verified_accept_rate and tokens_per_second.
     """
     dirs = {"challenger": challenger_dir, "champion": champion_dir}
     inputs = {name: artifact.load(path, "draft", verify=False).digest for name, path in dirs.items()}
     inputs |= {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
-    plain = _settings(target, engine, benchmark)
+    arms = tuple(Arm(name, name, engine.scheduler, engine.rule, baseline="champion") for name in dirs)
+    made_by = _measuring(_settings(target, engine, benchmark), arms)
     identity = load_identity(target, cache_dir).as_dict()
     file = out / "comparison.json"
-    if artifact.current(out, "comparison", config=plain, inputs=inputs, target=identity) is not None:
+    if artifact.current(out, "comparison", config=made_by, inputs=inputs, target=identity) is not None:
         return json.loads(file.read_text())
     begin()
     running, drafts, (_, rows) = _prepare(list(dirs.values()), target, corpus_dir, engine, benchmark, cache_dir)
-    arms = tuple(Arm(name, name, engine.scheduler, engine.rule, baseline="champion") for name in dirs)
     made = proposers(arms, dict(zip(dirs, drafts, strict=True)), engine)
     done, _ = run_arms(running, arms, made, rows, benchmark, ("champion", "challenger"))
     numbers = summarise(done, rows, benchmark, arms)
-    mine = numbers["challenger"]
+    mine, rates = numbers["challenger"], ("tau", "accept_rate", "verified_accept_rate")
     content: dict[str, Any] = {
         "ratio": mine["totals"],
         "low": mine["totals_low"],
@@ -217,14 +218,14 @@ def compare_drafts(
         **{
             name: {
                 "draft_digest": inputs[name],
-                **{k: numbers[name][k] for k in ("tau", "accept_rate", "tokens_per_second")},
+                **{k: numbers[name][k] for k in (*rates, "tokens_per_second")},
             }
             for name in dirs
         },
-        "conventions": {k: CONVENTIONS[k] for k in ("tau", "accept_rate", "totals", "interval")},
+        "conventions": {k: CONVENTIONS[k] for k in (*rates, "totals", "interval")},
     }
     content = rounded(content, 6)
-    with artifact.create(out, "comparison", config=plain, inputs=inputs, target=identity) as staging:
+    with artifact.create(out, "comparison", config=made_by, inputs=inputs, target=identity) as staging:
         artifact.write_json(staging.path / "comparison.json", content)
         staging.counts["prompts"] = len(rows)
     return content
@@ -281,6 +282,11 @@ def _inputs(draft_dir: Path, corpus_dir: Path) -> dict[str, str]:
         "draft": artifact.load(draft_dir, "draft", verify=False).digest,
         "corpus": artifact.load(corpus_dir, "corpus", verify=False).digest,
     }
+
+
+def _measuring(plain: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
+    """What measured figures depend on beside their inputs: where an arm or a definition changed, they are another's."""
+    return {**plain, "arms": [dataclasses.asdict(a) for a in arms], "conventions": CONVENTIONS}
 
 
 def _settings(target: TargetConfig, engine: EngineConfig, benchmark: BenchmarkConfig) -> dict[str, Any]:

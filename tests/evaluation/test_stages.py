@@ -7,13 +7,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
-from pipeline.decoding import verification
+from pipeline.decoding import Completion, verification
+from pipeline.decoding.request import RequestMetrics
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
@@ -260,6 +262,38 @@ def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
     assert [[r.sample_id for r in part] for part in again] == [
         [r.sample_id for r in part] for part in (calibration, evaluation)
     ]
+
+
+def test_the_acceptance_rate_is_of_what_was_drafted(evaluated: Evaluated) -> None:
+    """And what was verified, which a schedule makes less, has a rate of its own name."""
+    metrics = RequestMetrics(target_steps=4, decoded=8, drafted=20, verified=8, accepted=4, seconds=2.0, ttft=1.0)
+    text = Completion("a", [1, 2], "length", metrics=metrics)
+    plain = Completion("a", [1, 2], "length", metrics=RequestMetrics(target_steps=8, decoded=8, seconds=3.0, ttft=1.0))
+    rows: list[Any] = [SimpleNamespace(sample_id="a", source="chat")]
+    arms = (Arm("none", "none"), Arm("draft", "draft"))
+    numbers = summarise({"none": [plain], "draft": [text]}, rows, BENCHMARK, arms)
+    assert (numbers["draft"]["accept_rate"], numbers["draft"]["verified_accept_rate"]) == (0.2, 0.5)
+    assert (numbers["none"]["accept_rate"], numbers["none"]["verified_accept_rate"]) == (0, 0)
+    for arm in evaluated.content["arms"].values():
+        assert arm["accept_rate"] <= arm["verified_accept_rate"]
+    head = evaluated.content["headline"]
+    assert {k: head[k] for k in ("accept_rate", "verified_accept_rate")} == {
+        k: evaluated.content["arms"]["draft"][k] for k in ("accept_rate", "verified_accept_rate")
+    }
+    assert "accepted / drafted" in evaluated.page and "verified_accept_rate: accepted / verified" in evaluated.page
+
+
+def test_figures_of_another_definition_are_measured_anew(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def seen(*_: Any) -> None:
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "load_target", seen)
+    monkeypatch.setitem(stages.CONVENTIONS, "tau", "something else")
+    out = shutil.copytree(evaluated.report, tmp_path / "report")
+    with pytest.raises(DraftlineError, match="far enough"):
+        evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, BENCHMARK, out, places.cache)
 
 
 def test_the_schedule_reckons_with_the_drafts_own_cost(evaluated: Evaluated) -> None:
