@@ -20,8 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -36,6 +34,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import ArtifactError
+from pipeline.lock import lock
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -43,7 +42,6 @@ _KEY = ".staging.json"
 _SOURCES = (".py", ".yaml", ".json", ".jinja")
 _PATIENCE = 1.0
 """Seconds to wait for a lock: a check by another job holds it for a moment, a writer for as long as it works."""
-_LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that knows no locks
 
 
 def sha256_file(path: Path) -> str:
@@ -317,29 +315,25 @@ def _writing(final: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patience = time.monotonic() + _PATIENCE
         while True:
-            lock = stack.enter_context(file.open("a+"))
+            held = stack.enter_context(file.open("a+"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(held, wait=False)
             except BlockingIOError:
                 if time.monotonic() < patience:
                     time.sleep(0.05)
                     continue
-                lock.seek(0)
+                held.seek(0)
                 raise ArtifactError(
-                    f"{final} is being written by another process{lock.read()}. Wait until it has ended, or stop it, "
+                    f"{final} is being written by another process{held.read()}. Wait until it has ended, or stop it, "
                     "and start this again."
                 ) from None
-            except OSError as e:
-                if e.errno not in _LOCKLESS:
-                    raise
-                print(f"{final.parent} knows no locks ({e.strerror}): a second writer would not be noticed", flush=True)
             # The writer before took the file away as it ended: a lock on that one would keep nobody out.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                if os.path.samestat(os.fstat(held.fileno()), file.stat()):
                     break
-        lock.truncate(0)
-        lock.write(f" ({os.getpid()} on {socket.gethostname()})")
-        lock.flush()
+        held.truncate(0)
+        held.write(f" ({os.getpid()} on {socket.gethostname()})")
+        held.flush()
         try:
             yield
         finally:

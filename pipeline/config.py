@@ -7,6 +7,7 @@ keys with the nearest valid name. Inside the rooms only these values travel.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -536,6 +537,13 @@ def _check_values(config: Any) -> None:
                 f"engine.{name}={place!r} is relative to a working directory that differs between processes. Use an "
                 f"absolute path: {str(Path(place).absolute())!r}."
             )
+    if not re.fullmatch(r"/|(/[^/{}?#\s]+)+", config.serving.route_prefix):
+        raise ConfigError(
+            f"serving.route_prefix={config.serving.route_prefix!r} must be / or begin with one and not end with one, "
+            "as in /draftline."
+        )
+    if not config.serving.app_name:
+        raise ConfigError("serving.app_name is empty; Ray Serve wants a name for the application.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":
         raise ConfigError(
             "engine.rule=ratio with engine.scheduler=global would not follow the target's distribution when sampling; "

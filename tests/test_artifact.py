@@ -131,7 +131,7 @@ def test_a_writer_that_waited_on_a_file_taken_away_locks_the_one_that_counts(tmp
             taken[0].unlink()
         flock(lock, how)
 
-    monkeypatch.setattr("pipeline.artifact.fcntl.flock", late)
+    monkeypatch.setattr("pipeline.lock.fcntl.flock", late)
     with artifact.create(out, "thing", config={"n": 1}):
         assert taken[0].exists()
         with pytest.raises(ArtifactError, match="being written"):
@@ -179,7 +179,7 @@ def test_code_without_its_git_is_known_by_its_sources(tmp_path: Path) -> None:
 
 def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
-    for name in ("__init__.py", "artifact.py", "errors.py"):
+    for name in ("__init__.py", "artifact.py", "errors.py", "lock.py"):
         shutil.copy(ROOT / "pipeline" / name, tmp_path / "pipeline")
     for command in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)

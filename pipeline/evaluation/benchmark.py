@@ -44,19 +44,33 @@ class Arm:
         return self.proposer, "" if self.proposer in ("none", "ngram") else self.rule
 
 
-ARMS = (
-    Arm("none", "none"),
-    Arm("ngram", "ngram"),
-    Arm("draft", "draft"),
-    Arm("draft fixed", "draft", "fixed"),
-    Arm("none t1", "none", sampled=True, baseline="none t1"),
-    Arm("draft t1", "draft", sampled=True, baseline="none t1"),
-    Arm("draft t1 ratio", "draft", "early_stop", "ratio", sampled=True, baseline="none t1"),
-)
+COUPLED = "draft t1 coupled"
+"""The arm that shows sampled text to be plain decoding's, where the engine's own rule is not the coupled one."""
+
+
+def report_arms(engine: EngineConfig) -> tuple[Arm, ...]:
+    """A report's arms: `draft` and `draft t1` by the engine's own scheduler and rule, as serving has them; beside them
+    plain decoding, n-gram lookup, whole blocks, the ratio rule, and where the engine's rule is another, the coupled."""
+    own = engine.scheduler, engine.rule
+    arms = (
+        Arm("none", "none"),
+        Arm("ngram", "ngram"),
+        Arm("draft", "draft", *own),
+        Arm("draft fixed", "draft", "fixed", engine.rule),
+        Arm("none t1", "none", sampled=True, baseline="none t1"),
+        Arm("draft t1", "draft", *own, sampled=True, baseline="none t1"),
+        Arm("draft t1 ratio", "draft", "early_stop", "ratio", sampled=True, baseline="none t1"),
+    )
+    if engine.rule == "coupled":
+        return arms
+    return (*arms, Arm(COUPLED, "draft", sampled=True, baseline="none t1"))
 
 
 def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: int) -> tuple[list[TokenRow], ...]:
     """Disjoint (calibration, evaluation) rows, spread over sources, a function of rows and seed.
+
+    They are taken from the two ends: with `evaluate` raised, a draft is measured on none of what it was calibrated on.
+    Where there are too few, calibration has its own and evaluation what is left, one at least.
 
     Answers of one prompt count once: as two entries they would be calibrated and measured on the same text, or taken
     for independent by the bootstrap.
@@ -76,8 +90,8 @@ def pick_prompts(rows: Sequence[TokenRow], calibrate: int, evaluate: int, seed: 
     groups = [by_source[s] for s in sorted(by_source)]
     for i in range(max(map(len, groups), default=0)):
         spread += [g[i] for g in groups if i < len(g)]
-    evaluation = spread[: min(evaluate, max(1, len(spread) - 1))]
-    return spread[len(evaluation) : len(evaluation) + calibrate], evaluation
+    ends = max(1, len(spread) - calibrate)
+    return spread[ends:], spread[: min(evaluate, ends)]
 
 
 def block_proposer(draft: Draft, engine: EngineConfig, rule: str = "coupled") -> Any:
@@ -186,7 +200,7 @@ def run_arms(
 
 
 def summarise(
-    done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig, arms: Sequence[Arm] = ARMS
+    done: dict[str, list[Completion]], rows: Sequence[TokenRow], config: BenchmarkConfig, arms: Sequence[Arm]
 ) -> dict[str, Any]:
     """Per arm: tau, acceptance, tokens/s, speedup with interval, positions, lengths, agreement with its baseline."""
     out: dict[str, Any] = {}
@@ -194,7 +208,7 @@ def summarise(
         mine, base = done[arm.name], done[arm.baseline]
         metrics = [c.metrics for c in mine]
         steps, decoded = sum(m.target_steps for m in metrics), sum(m.decoded for m in metrics)
-        verified, accepted = sum(m.verified for m in metrics), sum(m.accepted for m in metrics)
+        drafted, verified, accepted = (sum(getattr(m, k) for m in metrics) for k in ("drafted", "verified", "accepted"))
         usable = [i for i, (a, b) in enumerate(zip(mine, base, strict=True)) if a.metrics.decoded and b.metrics.decoded]
         rates = [rate(mine[i]) for i in usable]
         base_rates = [rate(base[i]) for i in usable]
@@ -208,7 +222,8 @@ def summarise(
             "rule": arm.rule,
             "temperature": config.temperature if arm.sampled else 0.0,
             "tau": decoded / steps if steps else 1.0,
-            "accept_rate": accepted / verified if verified else 0.0,
+            "accept_rate": accepted / drafted if drafted else 0.0,
+            "verified_accept_rate": accepted / verified if verified else 0.0,
             "tokens_per_second": decoded / sum(m.decode_seconds for m in metrics),
             "draft_share": sum(m.draft_seconds for m in metrics) / sum(m.decode_seconds for m in metrics),
             **speedup(rates, base_rates, config.bootstrap, config.seed),

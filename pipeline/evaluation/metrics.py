@@ -1,8 +1,9 @@
 """The numbers of a report, pure functions of what was observed.
 
 Conventions, recorded beside the numbers: tau counts tokens per decoding step of the target with the bonus token;
-acceptance rate is accepted / verified draft tokens; speedup is a ratio of decode tokens/s (first token excluded) per
-prompt, and the headline is its median over prompts with a percentile-bootstrap 95 % interval over prompts.
+acceptance rate is accepted / drafted tokens (what the schedule left out counts as drafted); speedup is a ratio of
+decode tokens/s (first token excluded) per prompt, and the headline is its median over prompts with a
+percentile-bootstrap 95 % interval over prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 CONVENTIONS = {
     "tau": "tokens emitted per decoding step of the target, bonus token included, prefill's token excluded",
-    "accept_rate": "accepted / verified draft tokens",
+    "accept_rate": "accepted / drafted tokens, those that the schedule did not verify among them",
+    "verified_accept_rate": "accepted / verified draft tokens",
     "speedup": "median over prompts of the ratio of decode tokens/s to the `none` arm's on the same prompt",
     "totals": "ratio of all prompts' decode tokens/s together to the baseline arm's, same pairing",
     "interval": "95 %, percentile bootstrap over prompts",

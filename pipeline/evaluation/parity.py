@@ -107,9 +107,9 @@ def check_parity(
     if (done := artifact.current(out, "parity", config=plain, inputs=inputs, target=identity)) is not None:
         return done
     begin()
-    rows = pick_prompts(read_rows(corpus_dir, "heldout"), 0, parity.prompts, parity.seed)[1]
     room = engine.max_context - parity.max_new_tokens
-    rows = [r for r in rows if r.prompt_length <= room]
+    fits = [r for r in read_rows(corpus_dir, "heldout") if r.prompt_length <= room]
+    rows = pick_prompts(fits, 0, parity.prompts, parity.seed)[1]
     if not rows:
         raise DraftlineError(
             f"The corpus at {corpus_dir} has no held-out prompt that fits engine.max_context={engine.max_context} with "

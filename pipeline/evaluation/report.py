@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from pipeline.evaluation.benchmark import COUPLED
+
 BLUE, ORANGE, GREY = "#1f5fa8", "#c96a12", "#8a8f98"
 
 PAGE = """<!doctype html>
@@ -34,24 +36,29 @@ color:#4a4f57;word-break:break-all}.good{color:#156c3a}.bad{color:#a32020}
 Greedy output equals plain decoding:
 {% if r.exact_greedy %}<b class="good">yes, token for token</b>{% else %}<b class="bad">NO</b>{% endif %}.
 Sampled output equals plain sampling for the same seed (coupled rule):
-{{ r.arms["draft t1"].same_text }} of {{ r.arms["draft t1"].prompts }}.</p>
+{{ seeded.same_text }} of {{ seeded.prompts }}.</p>
+<p>The headline is of the arms <i>draft</i> and <i>draft t1</i>, which decode as serving does: scheduler
+{{ r.arms.draft.scheduler }}, rule {{ r.arms.draft.rule }}.</p>
 <div class="tiles">
 <div class="tile"><b>{{ "%.2f"|format(h.speedup) }}x</b><span>speedup, greedy
 ({{ "%.2f"|format(h.speedup_low) }} to {{ "%.2f"|format(h.speedup_high) }})</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.tau) }}</b><span>tau, scheduled</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.tau_fixed) }}</b><span>tau, whole blocks</span></div>
-<div class="tile"><b>{{ "%.0f"|format(100 * h.accept_rate) }} %</b><span>acceptance rate</span></div>
+<div class="tile"><b>{{ "%.0f"|format(100 * h.accept_rate) }} %</b><span>acceptance rate
+(accepted / drafted)</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.speedup_t1) }}x</b><span>speedup, temperature
 {{ "%g"|format(r.arms["draft t1"].temperature) }} ({{ "%.2f"|format(h.speedup_t1_low) }} to
 {{ "%.2f"|format(h.speedup_t1_high) }})</span></div>
 <div class="tile"><b>{{ "%.2f"|format(h.ngram_speedup) }}x</b><span>ngram, greedy</span></div>
 </div>
 <h2>Arms</h2>
-<table><tr><th>arm</th><th>scheduler</th><th>rule</th><th>tau</th><th>acceptance</th><th>tokens/s</th>
+<table><tr><th>arm</th><th>scheduler</th><th>rule</th><th>tau</th><th>accepted / drafted</th><th>/ verified</th>
+<th>tokens/s</th>
 <th>speedup</th><th>95 % interval</th><th>totals</th><th>drafting</th><th>same text</th></tr>
 {% for name, a in r.arms.items() %}<tr><td>{{ name }}</td><td>{{ a.scheduler if a.proposer != "none" else "" }}</td>
 <td>{{ a.rule if a.temperature else "" }}</td><td>{{ "%.2f"|format(a.tau) }}</td>
 <td>{{ "%.2f"|format(a.accept_rate) if a.proposer != "none" else "" }}</td>
+<td>{{ "%.2f"|format(a.verified_accept_rate) if a.proposer != "none" else "" }}</td>
 <td>{{ "%.1f"|format(a.tokens_per_second) }}</td><td>{{ "%.2f"|format(a.speedup) }}</td>
 <td>{{ "%.2f"|format(a.low) }} to {{ "%.2f"|format(a.high) }}</td><td>{{ "%.2f"|format(a.totals) }}</td>
 <td>{{ "%.0f"|format(100 * a.draft_share) }} %</td>
@@ -97,6 +104,7 @@ def render(report: dict[str, Any]) -> str:
     return page.render(
         r=report,
         h=report["headline"],
+        seeded=report["arms"].get(COUPLED, report["arms"]["draft t1"]),
         plots=[(caption, jinja2.utils.markupsafe.Markup(svg)) for caption, svg in plots],
         sources=_sources(report),
     )

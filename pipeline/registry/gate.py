@@ -120,7 +120,7 @@ def decide(
               "An output that differs is a fault of the engine or of its numerics: a draft can't cause it. Report it."),
         Check("prompts", headline.prompts, f">= {policy.min_prompts}", headline.prompts >= policy.min_prompts, "",
               f"Evaluate on more prompts: raise benchmark.prompts to {policy.min_prompts} or more (the corpus must "
-              "hold out as many)."),
+              "hold out as many beside benchmark.calibrate_prompts)."),
         Check("speedup_low", headline.low, f"> {policy.min_speedup_low:g}", headline.low > policy.min_speedup_low,
               f"speedup {headline.text()} against plain decoding"),
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import Manifest, code_version, load
 from pipeline.errors import ArtifactError, DraftlineError, UnknownVersion
+from pipeline.lock import locked
 from pipeline.registry.gate import GateDecision, GatePolicy, decide
 from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags, tagged_identity
 
@@ -253,25 +254,9 @@ def fetch(recorder: Recorder, version: ModelVersion, cache_dir: Path | str) -> D
     place = Path(cache_dir).absolute() / "drafts" / digest[:16]
     manifest = _intact(place, digest)
     if manifest is None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download-") as aside:
-            what = f"{name} version {version.version}"
-            # Not models:/<id>: MLflow resolves that through its global tracking URI, whatever is passed.
-            got = Path(_download(recorder, str(version.source), aside))
-            try:
-                manifest = load(got, "draft")
-            except ArtifactError as e:
-                raise ArtifactError(
-                    f"The stored draft of {what} is damaged: {e} Roll back or register again."
-                ) from None
-            if manifest.digest != digest:
-                raise ArtifactError(
-                    f"The stored draft of {what} is not the one that was registered: its digest is "
-                    f"{manifest.digest[:16]}, registered was {digest[:16]}. Roll back or register again."
-                )
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(got, aside_copy := Path(aside) / "whole")
-            aside_copy.rename(place)
+        # Two processes that both fetched would each take away what the other had put there.
+        with locked(place.with_name(f".{place.name}.lock")):
+            manifest = _intact(place, digest) or _bring(recorder, version, place, digest)
     return DraftVersion(name, str(version.version), place, manifest, dict(version.tags))
 
 
@@ -367,9 +352,30 @@ def _download(recorder: Recorder, uri: str, into: str) -> str:
         raise ArtifactError(f"{uri} can't be fetched from {recorder.uri}: {first}. Register the draft again.") from None
 
 
+def _bring(recorder: Recorder, version: ModelVersion, place: Path, digest: str) -> Manifest:
+    """Downloads a version's draft to `place`, checked before it gets there; what was there goes away."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download-") as aside:
+        what = f"{version.name} version {version.version}"
+        # Not models:/<id>: MLflow resolves that through its global tracking URI, whatever is passed.
+        got = Path(_download(recorder, str(version.source), aside))
+        try:
+            manifest = load(got, "draft")
+        except ArtifactError as e:
+            raise ArtifactError(f"The stored draft of {what} is damaged: {e} Roll back or register again.") from None
+        if manifest.digest != digest:
+            raise ArtifactError(
+                f"The stored draft of {what} is not the one that was registered: its digest is "
+                f"{manifest.digest[:16]}, registered was {digest[:16]}. Roll back or register again."
+            )
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(got, aside_copy := Path(aside) / "whole")
+        aside_copy.rename(place)
+    return manifest
+
+
 def _intact(place: Path, digest: str) -> Manifest | None:
     try:
         manifest = load(place, "draft")
-    except ArtifactError:
+    except (ArtifactError, OSError):  # an OSError where another process takes a damaged one away meanwhile
         return None
     return manifest if manifest.digest == digest else None

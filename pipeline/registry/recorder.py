@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -38,6 +37,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import code_version
 from pipeline.errors import DraftlineError
+from pipeline.lock import locked
 
 MAX_PARAM = 6000
 MAX_BATCH = 100
@@ -79,10 +79,8 @@ class Recorder:
                     f"tracking.uri={uri!r} is relative to a working directory that differs between processes. "
                     f"Use an absolute path: {f'sqlite:///{store.absolute()}'!r}."
                 )
-            store.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that find an empty database both migrate it, and one of them fails.
-            with (store.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(store.parent / ".lock"):
                 self.client = MlflowClient(uri, uri)
                 self.experiment_id = self._experiment(experiment, (store.parent / "artifacts").as_uri())
         elif uri.startswith(("http://", "https://")):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.artifact import digest_json, sha256_file, write_json
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # entries are not: where it came from, who wrote it, and the dtype that target.dtype overrides.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _TEMPLATES = Path(__file__).parent / "templates"
+_UNREADABLE = (OSError, ValueError, SafetensorError)  # the last is neither of the others
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -194,8 +195,8 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
         check_family(transformers.AutoConfig.from_pretrained(path).model_type)  # before reading the weights
         placed = {"device_map": "auto"} if config.device == "auto" else {}
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **placed)
-    except (OSError, ValueError) as e:
-        raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
+    except _UNREADABLE as e:
+        raise _unreadable(path, e) from None
     if config.device != "auto":
         model = model.to(config.device)  # type: ignore[arg-type]
     target = Target(model, tokenizer, load_identity(config, cache_dir, tokenizer))
@@ -218,8 +219,8 @@ def load_borrowed(config: TargetConfig, cache_dir: Path) -> Target:
         known = transformers.AutoConfig.from_pretrained(path)
         check_family(known.model_type)
         model = _without_layers(path, known, getattr(torch, config.dtype))
-    except (OSError, ValueError) as e:
-        raise DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}") from None
+    except _UNREADABLE as e:
+        raise _unreadable(path, e) from None
     if model is None:
         return load_target(dataclasses.replace(config, device="cpu"), cache_dir)
     return Target(model, tokenizer, load_identity(config, cache_dir, tokenizer))
@@ -302,6 +303,21 @@ def _config_digest(path: Path) -> str:
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} has no config.json that can be read: {_first_line(e)}") from None
     return digest_json({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
+
+
+def _unreadable(path: Path, e: Exception) -> DraftlineError:
+    """What to tell where a model can't be loaded; of damaged weights, in which file and what to do."""
+    if isinstance(e, SafetensorError):
+        for file in sorted(path.glob("*.safetensors")):  # the library's own message names none
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as damage:
+                return DraftlineError(
+                    f"{file} is cut short or damaged ({_first_line(damage)}). Delete it and copy or download the "
+                    "target's weights again."
+                )
+    return DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}")
 
 
 def _first_line(e: BaseException) -> str:

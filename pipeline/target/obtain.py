@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact
 from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.lock import locked
 
 if TYPE_CHECKING:
     from pipeline.config import TargetConfig
@@ -90,19 +89,11 @@ def _once(final: Path, config: dict[str, Any], make: Callable[[Path], None]) -> 
             return False
 
     if not is_made():
-        with _lock(final):
+        with locked(final.with_name(f".{final.name}.lock")):
             if not is_made():
                 with artifact.create(final, "target", config=config) as staging:
                     make(staging.path)
     return final
-
-
-@contextlib.contextmanager
-def _lock(final: Path) -> Iterator[None]:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with final.with_name(f".{final.name}.lock").open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def _smollm2(final: Path) -> Path:

@@ -47,6 +47,11 @@ def test_an_override_reaches_the_typed_value() -> None:
     assert config.features.target_layer_ids == [1, 2]
 
 
+@pytest.mark.parametrize("prefix", ["/", "/v2", "/a/b-c.d"])
+def test_routes_that_serve_takes_are_taken(prefix: str) -> None:
+    assert compose([f"serving.route_prefix={prefix}"]).serving.route_prefix == prefix
+
+
 def test_deepspeed_settings_pass_through_as_they_are() -> None:
     assert compose(["deepspeed=zero3"]).deepspeed == {"zero_optimization": {"stage": 3}}
 
@@ -92,6 +97,12 @@ def test_values_survive_being_plain() -> None:
         ("trainer.steps=0", "trainer.steps=0 must be above 0"),
         ("benchmark.calibrate_prompts=0", "benchmark.calibrate_prompts=0 must be above 0"),
         ("trainer.warmup_steps=-1", "trainer.warmup_steps=-1 must be 0 or more"),
+        ("serving.route_prefix=v2", "serving.route_prefix='v2' must be / or begin with one"),
+        ("serving.route_prefix=/v2/", "serving.route_prefix='/v2/' must be / or begin with one and not end with one"),
+        ("serving.route_prefix=", "serving.route_prefix='' must be / or begin with one"),
+        ("serving.route_prefix=//", "serving.route_prefix='//' must be /"),
+        ("serving.route_prefix='/{a}'", "must be / or begin with one"),
+        ("serving.app_name=", "serving.app_name is empty"),
         ("trainer.warm_start.layers=feature", "Did you mean 'features'?"),
         ("trainer.use_gpu=1", "trainer.use_gpu=1 must be of type bool"),
         ("nonsense", "is not a setting; write name=value"),

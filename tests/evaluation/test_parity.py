@@ -16,6 +16,8 @@ from pipeline.corpus.build import build_corpus, read_rows
 from pipeline.decoding.proposers.dspark import DSparkProposer
 from pipeline.decoding.proposers.eagle3 import Eagle3Proposer
 from pipeline.drafts.checkpoint import save_draft
+from pipeline.errors import DraftlineError
+from pipeline.evaluation.benchmark import pick_prompts
 from pipeline.evaluation.parity import ParityError, check_parity, require_parity
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import shard_name, write_shard
@@ -199,6 +201,28 @@ def test_features_of_another_layer_are_caught(trained: Trained, tmp_path: Path) 
 
     features = store(target, trained.places, tmp_path / "swapped", swapped)
     assert failed(trained.check(draft_of(trained.places, tmp_path / "draft"), features=features)) == {"features"}
+
+
+def test_prompts_that_fit_are_picked_not_those_picked_that_fit(
+    places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Corpora whose first picks are all too long have others that are not."""
+    lengths = [r.prompt_length for r in read_rows(places.corpus, "heldout")]
+    rows = read_rows(places.corpus, "heldout")
+    first = pick_prompts(rows, 0, 1, PARITY.seed)[1][0].sample_id
+    long = [dataclasses.replace(r, prompt_length=9999) if r.sample_id == first else r for r in rows]
+    monkeypatch.setattr("pipeline.evaluation.parity.read_rows", lambda *_: long)
+    picked: list[Any] = []
+
+    def seen(_target: Any, _system: Any, _corpus: Any, rows: list[Any]) -> None:
+        picked.extend(rows)
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr("pipeline.evaluation.parity._prompts", seen)
+    one = dataclasses.replace(PARITY, prompts=1)
+    with pytest.raises(DraftlineError, match="far enough"):
+        check_parity(places.draft, TARGET, places.corpus, None, ENGINE, one, tmp_path / "p", places.cache)
+    assert len(picked) == 1 and picked[0].prompt_length in lengths
 
 
 def test_a_draft_that_failed_or_was_not_checked_is_refused_with_its_numbers(trained: Trained, monkeypatch: Any) -> None:

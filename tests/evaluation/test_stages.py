@@ -7,17 +7,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline import artifact
 from pipeline.corpus.build import read_rows
-from pipeline.decoding import verification
+from pipeline.decoding import Completion, verification
+from pipeline.decoding.request import RequestMetrics
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.errors import DraftlineError
 from pipeline.evaluation import stages
-from pipeline.evaluation.benchmark import ARMS, pick_prompts, summarise
+from pipeline.evaluation.benchmark import Arm, pick_prompts, report_arms, summarise
 from pipeline.evaluation.report import render
 from pipeline.evaluation.stages import calibrate_draft, compare_drafts, evaluate_draft
 from pipeline.registry.gate import decide
@@ -67,13 +69,45 @@ def test_a_random_draft_changes_no_text(evaluated: Evaluated) -> None:
 
 
 def test_every_arm_is_there_with_an_interval_around_its_speedup(evaluated: Evaluated) -> None:
-    assert set(evaluated.content["arms"]) == {a.name for a in ARMS}
+    assert set(evaluated.content["arms"]) == {a.name for a in report_arms(ENGINE)}
     for arm in evaluated.content["arms"].values():
         assert 0 < arm["low"] <= arm["speedup"] <= arm["high"]
         assert arm["totals_low"] <= arm["totals"] <= arm["totals_high"]
         assert arm["tau"] >= 1
     plain = evaluated.content["arms"]["none"]
     assert (plain["speedup"], plain["low"], plain["high"], plain["tau"]) == (1, 1, 1, 1)
+
+
+def test_what_is_measured_and_compared_is_what_is_served(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    arms = evaluated.content["arms"]
+    assert {(arms[n]["scheduler"], arms[n]["rule"]) for n in ("draft", "draft t1")} == {("global", "coupled")}
+    assert "draft t1 coupled" not in arms
+    served = dataclasses.replace(ENGINE, scheduler="threshold", rule="ratio")
+    out = tmp_path / "report"
+    evaluate_draft(evaluated.calibrated, TARGET, places.corpus, served, BENCHMARK, out, places.cache)
+    content = json.loads((out / "report.json").read_text())
+    arms = content["arms"]
+    assert {(arms[n]["scheduler"], arms[n]["rule"]) for n in ("draft", "draft t1")} == {("threshold", "ratio")}
+    assert content["headline"].keys() == evaluated.content["headline"].keys()
+    assert content["headline"]["speedup_t1"] == arms["draft t1"]["speedup"]
+    # The ratio rule's text is its own, and no fault: what a seed gives by the coupled one is measured beside it.
+    assert arms["draft t1 coupled"]["rule"] == "coupled" and arms["draft t1 coupled"]["same_text"] == BENCHMARK.prompts
+    assert content["exact_greedy"] is content["exact_sampled"] is True
+    assert "scheduler\nthreshold, rule ratio" in (out / "report.html").read_text()
+
+    def asked(_engine: Any, arms: tuple[Arm, ...], *_: Any) -> None:
+        assert [(a.name, a.scheduler, a.rule) for a in arms] == [
+            ("challenger", "threshold", "ratio"),
+            ("champion", "threshold", "ratio"),
+        ]
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "run_arms", asked)
+    rest = (TARGET, places.corpus, served, BENCHMARK, tmp_path / "comparison", places.cache)
+    with pytest.raises(DraftlineError, match="far enough"):
+        compare_drafts(evaluated.calibrated, places.draft, *rest)
 
 
 def test_the_gate_reads_the_report(evaluated: Evaluated) -> None:
@@ -114,7 +148,7 @@ def test_the_page_shows_every_part_and_asks_the_network_for_nothing(evaluated: E
         "Speedup over plain",
     ):
         assert part in page
-    for arm in ARMS:
+    for arm in report_arms(ENGINE):
         assert f"<td>{arm.name}</td>" in page
     for source in {p["source"] for p in evaluated.content["arms"]["draft"]["per_prompt"]}:
         assert f"<td>{source}</td>" in page
@@ -180,16 +214,41 @@ def test_too_few_prompts_to_calibrate_on_are_refused_and_fewer_than_asked_are_to
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = len(read_rows(places.corpus, "heldout"))
-    for benchmark in (
-        dataclasses.replace(BENCHMARK, prompts=there - 2),
-        dataclasses.replace(BENCHMARK, calibrate_prompts=2),
-    ):
-        with pytest.raises(DraftlineError, match=r"needs 3 held-out prompts or more and has 2 .*heldout_fraction"):
-            calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, benchmark, tmp_path / "c", places.cache)
-    few = dataclasses.replace(BENCHMARK, prompts=there - 3, calibrate_prompts=9)
-    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, few, tmp_path / "c", places.cache)
+    rest = (tmp_path / "c", places.cache)
+    two = dataclasses.replace(BENCHMARK, calibrate_prompts=2)
+    with pytest.raises(DraftlineError, match=r"needs 3 held-out prompts or more and has 2 .*heldout_fraction"):
+        calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, two, *rest)
+    many = dataclasses.replace(BENCHMARK, calibrate_prompts=there + 9, max_new_tokens=4)
+    calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, many, *rest)
     said = capsys.readouterr().out
-    assert "calibrate: 3 held-out prompts, not the 9 of benchmark.calibrate_prompts" in said
+    assert f"calibrate: {there - 1} held-out prompts, not the {there + 9} of benchmark.calibrate_prompts" in said
+
+
+def test_more_prompts_to_time_are_none_of_calibrations_and_calibrate_nothing_anew(
+    evaluated: Evaluated, places: Places, monkeypatch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gate's remedy for a wide interval: raise benchmark.prompts, evaluate again."""
+    rows = read_rows(places.corpus, "heldout")
+    mine = {r.sample_id for r in pick_prompts(rows, 4, BENCHMARK.prompts, 0)[0]}
+    for prompts in (BENCHMARK.prompts, len(rows) - 5, len(rows), 1000):
+        calibration, evaluation = pick_prompts(rows, 4, prompts, 0)
+        assert {r.sample_id for r in calibration} == mine
+        assert not mine & {r.sample_id for r in evaluation}
+        assert len(evaluation) == min(prompts, len(rows) - 4)
+    more = dataclasses.replace(BENCHMARK, prompts=1000)
+    with monkeypatch.context() as m:
+        m.setattr(stages, "load_target", lambda *_: pytest.fail("calibrated again"))
+        calibrate_draft(places.draft, TARGET, places.corpus, ENGINE, more, evaluated.calibrated, places.cache)
+
+    def enough(*_: Any) -> None:
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "run_arms", enough)
+    with pytest.raises(DraftlineError, match="far enough"):
+        evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, more, tmp_path / "r", places.cache)
+    said = f"evaluate: {len(rows) - 4} held-out prompts, not the 1000 of benchmark.prompts"
+    out = capsys.readouterr().out
+    assert said in out and "and 4 others are calibration's own" in out
 
 
 def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
@@ -203,6 +262,38 @@ def test_prompts_are_disjoint_spread_and_the_same_again(places: Places) -> None:
     assert [[r.sample_id for r in part] for part in again] == [
         [r.sample_id for r in part] for part in (calibration, evaluation)
     ]
+
+
+def test_the_acceptance_rate_is_of_what_was_drafted(evaluated: Evaluated) -> None:
+    """And what was verified, which a schedule makes less, has a rate of its own name."""
+    metrics = RequestMetrics(target_steps=4, decoded=8, drafted=20, verified=8, accepted=4, seconds=2.0, ttft=1.0)
+    text = Completion("a", [1, 2], "length", metrics=metrics)
+    plain = Completion("a", [1, 2], "length", metrics=RequestMetrics(target_steps=8, decoded=8, seconds=3.0, ttft=1.0))
+    rows: list[Any] = [SimpleNamespace(sample_id="a", source="chat")]
+    arms = (Arm("none", "none"), Arm("draft", "draft"))
+    numbers = summarise({"none": [plain], "draft": [text]}, rows, BENCHMARK, arms)
+    assert (numbers["draft"]["accept_rate"], numbers["draft"]["verified_accept_rate"]) == (0.2, 0.5)
+    assert (numbers["none"]["accept_rate"], numbers["none"]["verified_accept_rate"]) == (0, 0)
+    for arm in evaluated.content["arms"].values():
+        assert arm["accept_rate"] <= arm["verified_accept_rate"]
+    head = evaluated.content["headline"]
+    assert {k: head[k] for k in ("accept_rate", "verified_accept_rate")} == {
+        k: evaluated.content["arms"]["draft"][k] for k in ("accept_rate", "verified_accept_rate")
+    }
+    assert "accepted / drafted" in evaluated.page and "verified_accept_rate: accepted / verified" in evaluated.page
+
+
+def test_figures_of_another_definition_are_measured_anew(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def seen(*_: Any) -> None:
+        raise DraftlineError("far enough")
+
+    monkeypatch.setattr(stages, "load_target", seen)
+    monkeypatch.setitem(stages.CONVENTIONS, "tau", "something else")
+    out = shutil.copytree(evaluated.report, tmp_path / "report")
+    with pytest.raises(DraftlineError, match="far enough"):
+        evaluate_draft(evaluated.calibrated, TARGET, places.corpus, ENGINE, BENCHMARK, out, places.cache)
 
 
 def test_the_schedule_reckons_with_the_drafts_own_cost(evaluated: Evaluated) -> None:

@@ -38,6 +38,7 @@ def report(speedup: float = 1.5, low: float = 1.45, high: float = 1.55, **change
             "speedup_high": high,
             "tau": 2.3,
             "accept_rate": 0.4,
+            "verified_accept_rate": 0.5,
             "prompts": 16,
         },
         "target": copy.deepcopy(TARGET),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -208,7 +211,7 @@ def test_an_altered_draft_is_refused(recorder, tmp_path):
     file.write_bytes(b"eno")
     with pytest.raises(ArtifactError, match="altered"):
         promotion.champion(recorder, NAME, tmp_path / "cache")
-    assert not any((tmp_path / "cache" / "drafts").iterdir())
+    assert all(p.suffix == ".lock" for p in (tmp_path / "cache" / "drafts").iterdir())
 
 
 def test_a_draft_replaced_with_its_manifest_is_refused(recorder, tmp_path):
@@ -228,6 +231,25 @@ def test_a_cached_draft_is_used_while_whole_and_fetched_again_when_damaged(recor
     assert (again.draft_dir / "model.safetensors").read_bytes() == b"one"
     stored_file(recorder, "champion").unlink()
     assert promotion.champion(recorder, NAME, tmp_path / "cache").version == got.version
+
+
+def test_processes_that_want_a_champion_at_once_fetch_it_once(recorder, tmp_path, monkeypatch):
+    """Each would take away what another had put there, under the feet of who reads it."""
+    submit(recorder, tmp_path, b"one")
+    promote(recorder)
+    download, fetched, both = promotion._download, [], threading.Barrier(2, timeout=1)
+
+    def slow(*args):
+        fetched.append(args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()  # what races is here together; what waits its turn lets this run out
+        return download(*args)
+
+    monkeypatch.setattr(promotion, "_download", slow)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda _: promotion.champion(recorder, NAME, tmp_path / "cache"), range(2)))
+    assert len(fetched) == 1
+    assert got[0] == got[1] and (got[0].draft_dir / "model.safetensors").read_bytes() == b"one"
 
 
 def test_without_challenger_or_champion_the_remedy_is_named(recorder, tmp_path):

@@ -98,6 +98,20 @@ def test_matrices_in_a_form_of_their_own_are_left_to_the_whole_load(cache_dir: P
     assert torch.equal(mine.lm_head_weight, tiny.lm_head_weight)
 
 
+@pytest.mark.parametrize("load", [load_target, load_borrowed])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>404</html>"])
+def test_damaged_weights_are_one_error_with_file_and_remedy(
+    load: Any, damage: Any, cache_dir: Path, tmp_path: Path
+) -> None:
+    folder = _saved("llama", cache_dir, tmp_path / "target", max_shard_size="12KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index["model.embed_tokens.weight"]
+    assert len(set(index.values())) > 1
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DraftlineError, match=rf"{file.name} is cut short or damaged .*download the target's weights"):
+        load(TargetConfig(path=str(folder)), cache_dir)
+
+
 def test_what_is_no_model_is_refused(cache_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bloom"
     shutil.copytree(obtain(TargetConfig(path="tiny"), cache_dir), folder)
