@@ -210,7 +210,7 @@ def _watch(engine: Engine) -> Watch:
     """A watch of what a step is for: `target` and `draft` are their models alone (with the drawing of the block), and
     `verify` the kernel. What the models' attention lays out within them is `layout`, which is none of these."""
     watch = Watch(engine.runner.wait)
-    watch.add(engine.target.family, "hidden", "target")
+    watch.add(type(engine.target.family), "hidden", "target")  # its objects are frozen
     watch.add(engine.target.model.get_output_embeddings(), "forward", "target")
     watch.add(verification, "verify", "verify")
     for method in ("_kind", "_on_device"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from pipeline.config import TargetConfig
+from pipeline.decoding import Request
+from pipeline.decoding.request import Completion, RequestMetrics, StepEvent
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.target import load_target
 from tests.drafts.samples import small_draft
@@ -57,6 +60,41 @@ def test_load(places: list[str], tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
     joined = run("load.py", "--join", str(tmp_path / "load.json"), "--plot", str(tmp_path / "joined.png"))
     assert joined.returncode == 0 and "draft fixed" in joined.stdout and (tmp_path / "joined.png").stat().st_size > 1000
+
+
+class Finishing:
+    """An engine in which request i ends in step `ends[i]`, one token a step each, all of them verified and accepted."""
+
+    def __init__(self, ends: list[int]) -> None:
+        self.ends, self.flying, self.now = ends, dict[str, int](), 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.flying)
+
+    def submit(self, request: Request) -> None:
+        self.flying[request.id] = self.ends[int(request.id)]
+
+    def step(self) -> list[StepEvent]:
+        self.now += 1
+        events = []
+        for name, end in list(self.flying.items()):
+            done = None
+            if end == self.now:
+                del self.flying[name]
+                metrics = RequestMetrics(decoded=end, target_steps=end, verified=end, accepted=end, seconds=1.0)
+                done = Completion(name, [], "length", metrics)
+            events.append(StepEvent(name, [1], done))
+        return events
+
+
+def test_a_pass_under_load_counts_all_its_numbers_while_all_places_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    drive = importlib.import_module("load").drive
+    asked = [Request([1], id=str(i)) for i in range(4)]
+    done = drive(Finishing([3, 5, 7, 20]), asked, 2)  # the last is alone from the seventh step on
+    assert (done.tokens, done.rounds, done.verified, done.accepted) == (14, 15, 15, 15)
+    assert done.per_user == [3.0, 5.0, 7.0]
 
 
 def test_engine(places: list[str], tmp_path: Path) -> None:

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from draftline_kernels import verify
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, QueueFull, Request, StepCost, make_proposer
+from pipeline.decoding import Engine, QueueFull, Request, StepCost, make_proposer, verification
 from pipeline.decoding.attention import Segment, StepLayout
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.decoding.verification import Verification
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
@@ -600,3 +604,54 @@ def test_a_full_queue_and_an_inexact_schedule_are_refused(tiny: Target, draft: D
     engine.submit(Request([5]))
     with pytest.raises(ConfigError, match="Did you mean 'early_stop'"):
         engine.set_schedule("earlystop")
+
+
+def test_step_costs_are_measured_as_far_as_texts_go(
+    tiny: Target,  # noqa: F811
+    draft: DSparkDraft,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = engine_for(tiny, draft, "none").runner
+    monkeypatch.setattr(runner, "time_step", lambda tokens, context, _: 1.0 + 1e-3 * tokens * context)
+    far = {5: [1], 80: [64, 72], 1024: [64, 512, 1016], 4096: [64, 512, 2048, 4088]}
+    for most, contexts in far.items():
+        cost = runner.step_cost(8, EngineConfig(max_requests=2, max_context=most))
+        assert cost.contexts == contexts
+        assert cost.seconds(8, contexts[-1]) == pytest.approx(1.0 + 8e-3 * contexts[-1])
+
+
+@pytest.mark.parametrize("plain", [0, 1])
+def test_the_draft_s_logits_are_copied_only_where_some_were_not_drafted_for(
+    plain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    requests = [Request([1, 2], temperature=1.0, seed=i) for i in range(2 + plain)]
+    sequences = [Sequence(r, frozenset(), [1, 2, 3]) for r in requests]
+    q = torch.randn(2, 4, 50, generator=g)
+    proposal = Proposal(q.argmax(-1), torch.tensor([4, 4]), torch.full((2, 4), 0.5), logits=q)
+    lengths, logits = [4, 2, *[0] * plain], torch.randn(8 + plain, 50, generator=g)
+    given: list[torch.Tensor] = []
+
+    def watch(*args: Any, draft_logits: torch.Tensor, **rest: Any) -> Any:
+        given.append(draft_logits)
+        return verify(*args, draft_logits=draft_logits, **rest)
+
+    monkeypatch.setattr(verification, "verify", watch)
+    result = Verification(sequences, proposal, lengths, logits.clone(), "ratio").result
+    assert (given[0] is q) == (plain == 0)
+    copied = dataclasses.replace(proposal, logits=q.double())  # not float32: copied as all were before
+    again = Verification(sequences, copied, lengths, logits.clone(), "ratio").result
+    assert given[1] is not q and torch.equal(given[1], given[0])
+    assert torch.equal(again.accepted, result.accepted) and torch.equal(again.next_token, result.next_token)
+
+
+def test_a_draft_s_nan_is_not_verified(tiny: Target, draft: DSparkDraft, expected: list[list[int]]) -> None:  # noqa: F811
+    engine = engine_for(tiny, draft, "dspark", scheduler="global")
+    inner = engine.proposer.propose
+
+    def broken(sequences: list[Any]) -> Any:
+        return dataclasses.replace(p := inner(sequences), confidence=torch.full_like(p.confidence, float("nan")))
+
+    engine.proposer.propose = broken  # type: ignore[method-assign]
+    (done,) = engine.generate([Request(prompt_ids(tiny)[0], max_new_tokens=30)])
+    assert done.token_ids == expected[0][:30] and done.metrics.verified == 0 < done.metrics.drafted
