@@ -26,11 +26,11 @@ from pipeline.features.store import FeatureStore
 from pipeline.target import load_target
 from tests.features.conftest import FEATURES, TARGET
 
-pytestmark = [pytest.mark.ray, pytest.mark.fault]
+pytestmark = [pytest.mark.ray, pytest.mark.fault, pytest.mark.timeout(600)]
 
 # One row a shard: 26 chances to be killed between two of them.
 CONFIG = dataclasses.replace(FEATURES, shard_rows=1)
-WAIT_SECONDS = 120
+WAIT_SECONDS = 240  # a driver has to start Ray and its actors, on a crowded machine perhaps
 DRIVER = """
 import sys, ray
 from tests.features.test_faults import CONFIG, TARGET, extract
