@@ -66,8 +66,9 @@ format: env ## rewrites the code in the house style
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
 DEMO_DRAFT := outputs/demo/calibrated
+NEEDS_DRAFT = [ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }
 bench: env ## the comparison tables of benchmarks/ on CPU: extraction, levers, kernels, the engine alone and under load
-	@[ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }
+	@$(NEEDS_DRAFT)
 	@$(PY) benchmarks/extract.py
 	@$(PY) benchmarks/levers.py
 	@$(PY) benchmarks/kernels.py
@@ -76,7 +77,7 @@ bench: env ## the comparison tables of benchmarks/ on CPU: extraction, levers, k
 
 bench-gpu: env ## on a CUDA device: kernels against a copy and other attentions, the engine with SmolLM2 and at Qwen3-4B's size
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu measures a CUDA device, and torch sees none here.')"
-	@[ -d $(DEMO_DRAFT) ] || { echo "There is no $(DEMO_DRAFT): run make demo first, the engine is measured with its draft." >&2; exit 2; }
+	@$(NEEDS_DRAFT)
 	@$(PY) benchmarks/kernels.py --only speed
 	@$(PY) benchmarks/engine.py --device cuda --dtype bfloat16 --draft $(DEMO_DRAFT)
 	@$(PY) benchmarks/load.py --device cuda --dtype bfloat16 --draft $(DEMO_DRAFT) --levels 1,2,4,8,16,32,64

@@ -6,8 +6,9 @@ Ray is imported when it is used: the rooms whose edge this is are read without i
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DraftlineError, user_error
 
@@ -30,6 +31,32 @@ def num_gpus(target: TargetConfig, each: int = 1) -> float | None:
             f"cluster has {there:g} GPUs. Use target.device=cpu, or a cluster that has them."
         )
     return float(each)
+
+
+def over_actors(
+    items: list[dict[str, Any]], actor: type, given: tuple[Any, ...], *, actors: int, gpus: float | None
+) -> Iterator[dict[str, Any]]:
+    """What actors make of items, as it comes: Ray Data restarts an actor that died and gives its item out again.
+
+    Args:
+        items: plain columns; one item is a batch of its own. actor: a class that maps such batches, made with `given`.
+        actors: how many at most. gpus: of each, as `num_gpus` gives it.
+    """
+    import ray
+
+    with warnings.catch_warnings():
+        # Ray 2.60 calls max_task_retries deprecated here and has no other name for it.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
+        made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            actor,
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=gpus,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+            max_task_retries=TRIES - 1,
+            fn_constructor_args=given,
+        )
+    return iter(made.iter_rows())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Every chunk of prompts leaves its answers in the artifact's staging; whoever die
 that the engine failed at are asked again by the next run, once, whether this one ended or not: their cause may be
 mended.
 
-Ray is imported in the functions that need it, so that this room is read without it (CONTRIBUTING.md).
+Ray itself is behind pipeline/actors.py: this room knows none of it (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifact
-from pipeline.actors import TRIES, num_gpus, telling
+from pipeline.actors import num_gpus, over_actors, telling
 from pipeline.config import EngineConfig, PipelineConfig, RegenerateConfig, TargetConfig
 from pipeline.corpus.answers import KIND, read_answers, write_answers
 from pipeline.corpus.conversations import Quarantined
@@ -140,9 +140,7 @@ def _answered(chunks: Path) -> list[dict[str, Any]]:
 
 
 def _ask(rows: list[dict[str, Any]], config: PipelineConfig, target: TargetConfig, folder: Path) -> None:
-    """Answers prompts with Ray Data, which restarts an actor that died and gives its chunk out again."""
-    import ray
-
+    """Answers prompts with Ray Data, and leaves the answers in a folder, by chunks."""
     ask = config.corpus.regenerate
     engine = dataclasses.replace(
         config.engine, max_requests=ask.concurrency, threads=ask.threads, max_queue=4 * ask.concurrency
@@ -153,21 +151,15 @@ def _ask(rows: list[dict[str, Any]], config: PipelineConfig, target: TargetConfi
     chunks = [
         {"chunk": first + n, "rows": json.dumps(rows[i : i + size])} for n, i in enumerate(range(0, len(rows), size))
     ]
-    answered = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
-        RegenerationActor,
-        batch_size=1,
-        num_cpus=1,
-        num_gpus=num_gpus(target),
-        compute=ray.data.ActorPoolStrategy(size=min(ask.actors, len(chunks))),
-        max_task_retries=TRIES - 1,
-        fn_constructor_args=(target, engine, _settings(ask), str(config.cache), str(folder)),
-    )
+    given = (target, engine, _settings(ask), str(config.cache), str(folder))
+    gpus = num_gpus(target)
     with telling(
         "An actor that answers died of the same prompts",
         f"The usual cause is memory: lower corpus.regenerate.concurrency (now {ask.concurrency}) or "
         f"corpus.regenerate.actors (now {ask.actors}). What was answered is kept; the same command goes on.",
     ):
-        _follow(answered.iter_rows(), len(chunks))
+        answered = over_actors(chunks, RegenerationActor, given, actors=ask.actors, gpus=gpus)
+        _follow(answered, len(chunks))
 
 
 def _follow(answered: Iterable[dict[str, Any]], count: int) -> None:

@@ -135,8 +135,7 @@ class Engine:
             )
         # Requests that sample may wait already: `submit` looked at the drafts that there were.
         for name, proposer in (add or {}).items():
-            drawn = getattr(proposer, "rule", None) or self.rule
-            if drawn != self.rule:
+            if (drawn := self._other_rule(proposer)) is not None:
                 raise ConfigError(
                     f"The draft {name!r} draws its tokens for the {drawn} rule and the engine verifies by the "
                     f"{self.rule} rule. Make the proposer with rule={self.rule!r}."
@@ -184,8 +183,7 @@ class Engine:
                 request.id,
                 "temperature",
             )
-        drawn = getattr(self.proposer, "rule", None) or self.rule
-        if request.temperature > 0 and drawn != self.rule:
+        if request.temperature > 0 and (drawn := self._other_rule(self.proposer)) is not None:
             raise RequestRefused(
                 f"{request.temperature}, but the draft draws its tokens for the {drawn} rule and the engine verifies "
                 f"by the {self.rule} rule. Make the proposer with rule={self.rule!r}.",
@@ -201,6 +199,11 @@ class Engine:
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
         sequence.metrics.prompt_tokens = len(request.prompt_ids)
         self.batch.enqueue(sequence)
+
+    def _other_rule(self, proposer: Proposer) -> str | None:
+        """The rule that a proposer draws for where the engine verifies by another; else None."""
+        drawn = getattr(proposer, "rule", None) or self.rule
+        return None if drawn == self.rule else drawn
 
     def cancel(self, request_id: str, failure: str = "") -> bool:
         """Ends a request at the next step, as cancelled, or with the error `failure`; returns whether it was known."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifact
-from pipeline.actors import TRIES, num_gpus, telling
+from pipeline.actors import num_gpus, over_actors, telling
 from pipeline.config import FeaturesConfig, TargetConfig, to_plain
 from pipeline.corpus.build import RowReader, Split
 from pipeline.drafts.config import default_layer_ids
@@ -194,28 +193,16 @@ def _make(
     places: tuple[str, Split, str],
     cache_dir: Path | str,
 ) -> None:
-    """Makes shards with Ray Data, which restarts an actor that died and gives its shard out again."""
-    import ray
-
-    actors = min(config.actors, len(missing))
-    with warnings.catch_warnings():
-        # Ray 2.60 calls max_task_retries deprecated here and has no other name for it.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args")
-        results = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-            Extractor,
-            batch_size=1,
-            num_cpus=1,
-            num_gpus=num_gpus(target, config.gpus_per_actor),
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            max_task_retries=TRIES - 1,
-            fn_constructor_args=(config, target, *places, str(Path(cache_dir).absolute())),
-        )
+    """Makes shards with Ray Data."""
+    given = (config, target, *places, str(Path(cache_dir).absolute()))
+    gpus = num_gpus(target, config.gpus_per_actor)
     with telling(
         "A shard's extracting actor died",
         f"The usual cause is memory: lower features.batch_tokens (now {config.batch_tokens}) or features.actors (now "
         f"{config.actors}). What was made is kept; the same command goes on.",
     ):
-        _follow(results.iter_rows(), len(missing), actors)
+        made = over_actors(missing, Extractor, given, actors=config.actors, gpus=gpus)
+        _follow(made, len(missing), min(config.actors, len(missing)))
 
 
 def _follow(made: Iterable[dict[str, Any]], count: int, actors: int) -> None:
