@@ -7,6 +7,7 @@ keys with the nearest valid name. Inside the rooms only these values travel.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -418,6 +419,8 @@ _NOT_NEGATIVE = (
     "trainer.confidence",
     "trainer.max_failures",
     "benchmark.temperature",
+    "benchmark.seed",
+    "parity.seed",
     "gate.min_prompts",
     "gate.min_tau",
     "serving.port",
@@ -495,6 +498,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return str(value)  # a name or version made of digits, which YAML takes for a number
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise ConfigError(f"{key}={value!r} must be of type {hint.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value!r} must be a finite number.")
     return value
 
 
@@ -515,6 +520,11 @@ def _check_values(config: Any) -> None:
     for key in _NOT_NEGATIVE:
         if get(key) < 0:
             raise ConfigError(f"{key}={get(key)!r} must be 0 or more.")
+    if not re.fullmatch(r"[\w.-]+", config.name) or config.name in (".", ".."):
+        raise ConfigError(
+            f"name={config.name!r} is the folder of the run under output_root: give it letters, digits, '.', '_' and "
+            "'-' only."
+        )
     objectives = ("ce", "kl", "reverse_kl", "tv", "lk", "lk_hybrid")
     if not any(get(f"trainer.{name}") for name in objectives):
         names = ", ".join(f"trainer.{name}" for name in objectives)
@@ -528,6 +538,16 @@ def _check_values(config: Any) -> None:
     for name in ("loss_share", "extract_utilisation", "train_utilisation"):
         if not 0 < get(f"plan.{name}") <= 1:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")
+    if not 0 <= config.gate.max_regression <= 1:
+        raise ConfigError(
+            f"gate.max_regression={config.gate.max_regression} must be from 0 to 1: 0.05 lets a challenger be 5 % "
+            "slower than the champion."
+        )
+    if config.parity.max_new_tokens < 3:
+        raise ConfigError(
+            f"parity.max_new_tokens={config.parity.max_new_tokens} must be 3 or more: the draft proposes nothing in "
+            "shorter answers, so that there is nothing to compare."
+        )
     if not 0 < config.engine.threshold <= 1:
         raise ConfigError(f"engine.threshold={config.engine.threshold} must be above 0 and at most 1.")
     for name in ("step_cost", "trace"):

@@ -56,6 +56,36 @@ def test_every_full_size_experiment_fits_its_cluster(name: str, tmp_path: Path) 
     assert not any("the whole target" in note for note in p.notes), "they start without its layers"
 
 
+def notes(*overrides: str) -> str:
+    return "\n".join(plan(compose([*overrides, *OWN])).notes)
+
+
+def test_where_the_draft_will_load_is_said_before_it_is_trained() -> None:
+    said = notes("experiment=qwen3_4b_dspark")
+    assert "vLLM loads it as speculators." in said and "SGLang loads it as specforge." in said
+    said = notes("experiment=gemma4_12b_dspark")
+    assert "vLLM loads it as deepspec." in said and "SGLang loads it as deepspec." in said
+    assert "It loads in vLLM when trained with draft.sample_from_anchor=false." in notes("experiment=qwen3_4b_dflash")
+
+
+def test_a_draft_that_nothing_would_run_is_an_obstacle() -> None:
+    """The engine does not decode DeepSeek-V4, and no other one runs a draft with sliding windows as it was trained."""
+    windows = "draft.sliding_windows=[2048,2048,2048,2048,2048]"
+    (obstacle,) = plan(compose(["experiment=deepseek_v4_flash_dspark", windows, *OWN])).obstacles
+    assert obstacle.startswith("Nothing would run this draft") and "draft.sliding_windows=[]" in obstacle
+    assert plan(compose(["experiment=qwen3_4b_dspark", windows, *OWN])).obstacles == [], "our own engine runs it"
+
+
+def test_a_draft_taps_the_layers_that_its_features_come_from() -> None:
+    """As training gives them to it."""
+    few = "features.target_layer_ids=[1,17,33]"
+    p = plan(compose(["experiment=qwen3_4b_dspark", "draft.target_layer_ids=[]", few, *OWN]))
+    assert p.draft.config.target_layer_ids == [1, 17, 33]
+    assert p.bytes_per_token == 4 * 2560 * 2 + 5
+    with pytest.raises(ConfigError, match=r"features.target_layer_ids has \[1, 17, 33\]"):
+        plan(compose(["experiment=qwen3_4b_dspark", few, *OWN]))
+
+
 def test_what_workers_read_of_the_target_is_said(tmp_path: Path, cache: Path, tiny: Target) -> None:
     embedding, whole = (f"{n * 4 / 1024:,.1f} KiB" for n in (tiny.vocab_size * 64, tiny.model.num_parameters()))
     note, copied, *_ = plan(smoke(tmp_path, cache, "trainer.warm_start.layers=target")).notes

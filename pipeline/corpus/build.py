@@ -223,6 +223,40 @@ def _token_row(row: dict[str, Any]) -> TokenRow:
     )
 
 
+def count_bigrams(corpus_dir: Path | str, most: int = 2**24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every pair of a token and the supervised one after it in the training rows, ascending, and how often it occurs:
+    (previous, next, count), int64[n] each.
+
+    Args:
+        most: pairs that are held uncounted at once; beside the counts they are all that takes memory.
+    Raises:
+        ArtifactError: as `read_table`.
+    """
+    artifact.load(corpus_dir, "corpus")
+    keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+    waiting: list[np.ndarray] = []
+
+    def merge() -> tuple[np.ndarray, np.ndarray]:
+        new, n = np.unique(np.concatenate(waiting), return_counts=True) if waiting else (keys[:0], counts[:0])
+        waiting.clear()
+        merged, place = np.unique(np.concatenate((keys, new)), return_inverse=True)
+        total = np.bincount(place, np.concatenate((counts, n)), minlength=len(merged)).astype(np.int64)
+        return merged, total
+
+    file = pq.ParquetFile(Path(corpus_dir) / _rows_file("train"), memory_map=True)
+    for batch in file.iter_batches(_ROW_GROUP, columns=["input_ids", "loss_mask"]):
+        lists = batch.column("input_ids")
+        ids = lists.flatten().to_numpy().astype(np.int64)
+        asked = batch.column("loss_mask").flatten().to_numpy(zero_copy_only=False).astype(bool)
+        asked[lists.offsets.to_numpy()[:-1] - lists.offsets[0].as_py()] = False  # nothing is before a row's first
+        at = asked.nonzero()[0]
+        waiting.append(ids[at - 1] << 32 | ids[at])
+        if sum(map(len, waiting)) >= max(most, len(keys)):
+            keys, counts = merge()
+    keys, counts = merge()
+    return keys >> 32, keys & 0xFFFFFFFF, counts
+
+
 def read_heldout_prompts(corpus_dir: Path | str) -> dict[str, list[Message]]:
     """By sample id, what was asked in the held-out rows: the messages before the first answer, as they came (no system
     prompt of the configuration's among them).

@@ -146,7 +146,7 @@ def _heads_that_fit(draft: Draft, former: Draft) -> set[str]:
 
 @torch.no_grad()
 def markov_from_bigrams(
-    draft: Draft, pairs: tuple[torch.Tensor, torch.Tensor], *, smoothing: float = 4.0, seed: int = 0
+    draft: Draft, pairs: tuple[torch.Tensor, ...], *, smoothing: float = 4.0, seed: int = 0
 ) -> None:
     """Sets the Markov head to a low-rank fit of the corpus' bigram log-ratios, in closed form.
 
@@ -154,22 +154,21 @@ def markov_from_bigrams(
     much more likely y is after x than anywhere. Its truncated SVD of the head's rank gives W1 and W2.
 
     Args:
-        pairs: (previous, next) int64[n] target ids; a next token outside the draft vocabulary is skipped.
+        pairs: (previous, next, count) int64[n] each: every pair of target ids once, ascending, and how often it occurs
+            (`pipeline.corpus.build.count_bigrams`). A next token outside the draft vocabulary is skipped.
         smoothing: s, pseudo-count of the unigram distribution.
     """
     head = draft.markov_head
     if head is None:
         return
-    previous, following = pairs
+    previous, following, count = pairs
     draft_size = draft.d2t.shape[0]
     t2d = torch.full((int(draft.embed.shape[0]),), -1, dtype=torch.int64)
     t2d[draft.d2t] = torch.arange(draft_size)
     column = t2d[following]
     inside = column >= 0
-    rows, row = previous[inside].unique(return_inverse=True)
-    column = column[inside]
-    key, count = (row * draft_size + column).unique(return_counts=True)
-    r, c = key // draft_size, key % draft_size
+    rows, r = previous[inside].unique(return_inverse=True)
+    c, count = column[inside], count[inside]
     total = torch.zeros(rows.shape[0]).index_add_(0, r, count.float())
     p = torch.zeros(draft_size).index_add_(0, c, count.float()) / count.sum()
     value = ((count + smoothing * p[c]) / ((total[r] + smoothing) * p[c])).log().clamp(min=0)

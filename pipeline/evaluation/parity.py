@@ -118,7 +118,8 @@ def check_parity(
         )
     loaded = load_target(target, cache_dir)
     checks = [_prompts(loaded, target.system_prompt, corpus_dir, rows)]
-    config = dataclasses.replace(engine, rule="ratio", scheduler="fixed")
+    # One request at a time: more would only take memory from the second copy of the target.
+    config = dataclasses.replace(engine, rule="ratio", scheduler="fixed", max_requests=1)
     decoder = Engine(loaded, config)
     fresh = load_target(target, cache_dir)  # the engine takes the other one over
     draft = load_draft(draft_dir, fresh)

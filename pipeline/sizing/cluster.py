@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig
+from pipeline.drafts.formats import engines
 from pipeline.target.families import ENGINE_OBSTACLES
 
 if TYPE_CHECKING:
@@ -57,7 +58,14 @@ def demands(config: PipelineConfig, decodes: bool) -> list[Demand]:
 
 def obstacles(plan: Plan) -> list[str]:
     """Why the experiment would not fit the cluster of its config; empty if it does."""
-    return [*_memory(plan), *_counts(plan.config, _decodes(plan)), *_room(plan)]
+    found = [*_memory(plan), *_counts(plan.config, _decodes(plan)), *_room(plan)]
+    if not _decodes(plan) and not any(f.loads for f in _fits(plan)):
+        kind = plan.target.config.model_type
+        found.append(
+            f"Nothing would run this draft: draftline's engine does not decode {kind} targets, and of the engines that "
+            f"drafts are exported to, {' '.join(map(str, _fits(plan)))}"
+        )
+    return found
 
 
 def notes(plan: Plan) -> list[str]:
@@ -88,7 +96,7 @@ def notes(plan: Plan) -> list[str]:
             f"draftline's engine does not decode {kind} targets ({ENGINE_OBSTACLES[kind]}): train the draft, export it "
             "(export.version=trained) and measure it in vLLM or SGLang."
         )
-    return found
+    return found + [str(f) for f in _fits(plan)]
 
 
 def bytes_text(n: float) -> str:
@@ -97,6 +105,11 @@ def bytes_text(n: float) -> str:
         if n >= size:
             return f"{n / size:,.1f} {unit}"
     return f"{n / 1024:,.1f} KiB"
+
+
+def _fits(plan: Plan) -> list[engines.Fit]:
+    """Whether the engines that drafts are exported to would load this one."""
+    return [engines.best(plan.draft, name) for name in engines.OWN]
 
 
 def _decodes(plan: Plan) -> bool:

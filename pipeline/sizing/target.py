@@ -11,7 +11,7 @@ import transformers
 
 from pipeline.config import TargetConfig
 from pipeline.errors import DraftlineError
-from pipeline.target.families import check_family
+from pipeline.target.families import check_family, family_of
 from pipeline.target.obtain import config_file
 
 
@@ -24,6 +24,7 @@ class TargetSize:
             embedding, no lm_head; of experts the share that a token is routed to).
         attention: products of a token with each token before it, over all layers (attention counted as full).
         tied: lm_head is the embedding.
+        embed_scale, logit_softcap: the family's (see `pipeline.target.families.Family`).
     """
 
     config: Any
@@ -31,6 +32,8 @@ class TargetSize:
     active: float
     attention: int
     tied: bool
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def hidden(self) -> int:
@@ -57,6 +60,7 @@ def size_target(target: TargetConfig, file: str, cache: Path) -> TargetSize:
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as e:
         raise DraftlineError(f"{path} is not the config.json of a model that transformers can build: {e}") from None
+    family = family_of(model)
     text = config.get_text_config()
     named = dict(model.named_parameters())
     experts = sum(q.numel() for n, q in named.items() if ".experts." in n)
@@ -76,4 +80,6 @@ def size_target(target: TargetConfig, file: str, cache: Path) -> TargetSize:
         layers + share,
         2 * sum(widths),
         tied,
+        family.embed_scale,
+        family.logit_softcap,
     )

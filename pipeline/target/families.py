@@ -101,7 +101,7 @@ def _gemma(model: Any) -> Family:
         _parts(model, backbone),
         placeholders=tuple(i for n in names if (i := getattr(model.config, n, None)) is not None),
         blank=config.pad_token_id or 0,
-        embed_scale=float(embed.embed_scale.to(embed.weight.dtype)),
+        embed_scale=float(torch.tensor(embed.scalar_embed_scale, dtype=embed.weight.dtype, device="cpu")),
         # transformers' multimodal Gemma 3 leaves the cap out, whatever its config says.
         logit_softcap=None if model.config.model_type == "gemma3" else config.final_logit_softcapping or None,
         norm_offset=0.0 if four else 1.0,

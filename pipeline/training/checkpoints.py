@@ -72,6 +72,19 @@ def clear(run: str) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def discard(storage: Path, after: int) -> None:
+    """Removes checkpoints of later steps than the one that a run goes on from: their ranks did not all arrive, and Ray
+    Train would add the next ones to them. One rank calls it, before any of them saves."""
+    for folder in storage.glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > after:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint, in the run's storage."""
+    return f"step_{step:06d}"
+
+
 @contextlib.contextmanager
 def opened(checkpoint: Any, *, run: str, world: int, local_rank: int) -> Iterator[Resume | None]:
     """The checkpoint that a run goes on from, ready to be loaded by `world` ranks; None for a new run.

@@ -18,9 +18,9 @@ from pipeline.errors import ConfigError, nearest
 from pipeline.training.step import Row, StepMetrics, TrainStep
 
 # DeepSpeed takes any key and asks for these (0.19; a test reads them off it). Those that it reads and refuses are left
-# out.
+# out, and `bfloat16`, an older name of `bf16` that nobody but DeepSpeed would look at.
 _DEEPSPEED = """
-activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
 csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
 dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
 gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
@@ -35,8 +35,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def check_settings(deepspeed_config: dict[str, Any]) -> None:
-    """Raises ConfigError for a key that DeepSpeed would pass over in silence, and for a ZeRO stage that training has no
-    use for."""
+    """Raises ConfigError for a key that DeepSpeed would pass over in silence, and for a ZeRO stage or a precision that
+    training has no use for."""
     known = _DEEPSPEED.split()
     for name in deepspeed_config:
         if name not in known:
@@ -44,6 +44,11 @@ def check_settings(deepspeed_config: dict[str, Any]) -> None:
                 f"deepspeed.{name} is not a setting of DeepSpeed's.{nearest(str(name), known)} Valid here: "
                 f"{', '.join(known)}."
             )
+    if (deepspeed_config.get("fp16") or {}).get("enabled"):
+        raise ConfigError(
+            "deepspeed.fp16.enabled=true: a draft's gradients leave float16's range, and a step that DeepSpeed skips "
+            "for that would be taken for lost. Use deepspeed=zero2_bf16, or trainer.autocast=bfloat16."
+        )
     stage = (deepspeed_config.get("zero_optimization") or {}).get("stage")
     if stage not in (1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainerConfig
-from pipeline.corpus.build import read_rows, read_token_counts
+from pipeline.corpus.build import count_bigrams, read_token_counts
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft, make_draft
 from pipeline.drafts.config import DraftConfig, resolve
@@ -101,7 +101,7 @@ def warm_start(
     elif found is not None:
         layers_from_features(draft, target.family, found)
     if trainer.warm_start.markov and draft.config.has_markov:
-        markov_from_bigrams(draft, bigrams(corpus_dir), seed=trainer.seed)
+        markov_from_bigrams(draft, tuple(map(torch.from_numpy, count_bigrams(corpus_dir))), seed=trainer.seed)
     lacking = from_former(draft, load_draft(former, target)) if former is not None else []
     if lacking:
         print(f"train: the former draft gives no {', '.join(lacking)}; they start as without it", flush=True)
@@ -114,17 +114,6 @@ def share(draft: Draft) -> None:
 
     for tensor in draft.trainable_state().values():
         dist.broadcast(tensor, src=0)
-
-
-def bigrams(corpus_dir: Path) -> tuple[Tensor, Tensor]:
-    """(previous, next) target ids int64[n] of every supervised token of the training rows."""
-    before, after = [], []
-    for row in read_rows(corpus_dir, "train"):
-        ids, mask = torch.as_tensor(row.input_ids).long(), torch.as_tensor(row.loss_mask)
-        at = mask[1:].nonzero().squeeze(-1)
-        before.append(ids[at])
-        after.append(ids[at + 1])
-    return torch.cat(before), torch.cat(after)
 
 
 def samples(rows: Iterable[Row], seed: int, most: int = 40_000) -> Samples:

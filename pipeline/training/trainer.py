@@ -106,6 +106,7 @@ def train(
         former_dir=str(former_dir.absolute()) if former_dir is not None else "",
         out=str(out),
         history=str(storage / f"history-{key}.jsonl"),
+        storage=str(storage / f"draft-{key}"),
         manifest_config=plain,
         inputs=inputs,
     )

@@ -56,6 +56,7 @@ class WorkerPlan:
     former_dir: str
     out: str
     history: str
+    storage: str
     manifest_config: dict[str, Any]
     inputs: dict[str, str]
 
@@ -142,6 +143,8 @@ def train_worker(plan: dict[str, Any]) -> None:
                 counted |= {name: past.counts.get(name, 0.0) for name in COUNTS}
                 moved = f" with {world} workers instead of {past.world}" if past.universal else ""
                 print(f"train: goes on from step {first} of {config.steps}{moved}", flush=True)
+    if rank == 0:  # the others wait for it in the first step's sums
+        checkpoints.discard(Path(p.storage), after=first)
     history = History(Path(p.history), first) if rank == 0 else None
     batches = _batches(store, stream, config, features, rank, world, first)
 
@@ -223,7 +226,7 @@ def train_worker(plan: dict[str, Any]) -> None:
             ray.train.report(
                 summary,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step_{number + 1:06d}",
+                checkpoint_dir_name=checkpoints.name_of(number + 1),
                 delete_local_checkpoint_after_upload=True,
             )
             if last:

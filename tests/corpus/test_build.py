@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.corpus.build import (
     SPLITS,
     RowReader,
     build_corpus,
+    count_bigrams,
     read_heldout_prompts,
     read_rows,
     read_table,
@@ -203,6 +205,23 @@ def test_a_reader_gives_the_rows_that_are_asked_for_and_reads_no_others(tmp_path
     with pytest.raises(OSError):
         broken.rows([9])
     assert len(RowReader(tmp_path / "corpus", "heldout")) == 60 - len(whole)
+
+
+@pytest.mark.parametrize("most", [1, 40, 2**24])
+def test_bigrams_are_counted_as_the_rows_have_them(tmp_path, source, chatml, monkeypatch, most: int) -> None:
+    """Whatever the batches, and however often what was read is counted up."""
+    monkeypatch.setattr(build, "_ROW_GROUP", 3)
+    build_corpus(_config(source), chatml, IDENTITY, tmp_path / "corpus")
+    out = tmp_path / "corpus"
+    expected = Counter(
+        (int(row.input_ids[i - 1]), int(row.input_ids[i]))
+        for row in read_rows(out, "train")
+        for i in range(1, len(row.input_ids))
+        if row.loss_mask[i]
+    )
+    found = [list(map(int, x)) for x in count_bigrams(out, most)]
+    assert dict(zip(zip(*found[:2], strict=True), found[2], strict=True)) == expected
+    assert list(zip(*found[:2], strict=True)) == sorted(expected)
 
 
 def test_a_corpus_with_nothing_in_it_is_refused_and_leaves_nothing_behind(tmp_path, source, chatml) -> None:

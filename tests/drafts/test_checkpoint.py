@@ -120,9 +120,9 @@ def test_the_vocabulary_holds_the_most_frequent_tokens_and_the_kept_ones() -> No
 def test_the_markov_head_starts_from_the_corpus_bigrams(tiny: Target, kind: str) -> None:
     """After the closed-form start, the likeliest follower of a token is the one that followed it most."""
     draft = small_draft(tiny, vocabulary=0, markov_head_type=kind)
-    previous = torch.tensor([10] * 30 + [11] * 30 + [12] * 30)
-    following = torch.tensor([20] * 28 + [22] * 2 + [40] * 30 + [60] * 29 + [22])
-    markov_from_bigrams(draft, (previous, following))
+    previous = torch.tensor([10, 10, 11, 12, 12])
+    following = torch.tensor([20, 22, 40, 22, 60])
+    markov_from_bigrams(draft, (previous, following, torch.tensor([28, 2, 30, 1, 29])))
     hidden = torch.randn(3, draft.config.hidden_size, generator=torch.Generator().manual_seed(0))
     bias, _ = draft.markov_step(hidden, torch.tensor([10, 11, 12]))
     assert isinstance(bias, torch.Tensor)

@@ -36,3 +36,18 @@ def test_counts_come_back_and_a_checkpoint_of_before_has_none(tmp_path: Path) ->
     assert checkpoints.Resume(tmp_path, tmp_path, "deepspeed", meta).counts == {"skipped_samples": 4.0}
     meta.pop("counts")
     assert checkpoints.Resume(tmp_path, tmp_path, "deepspeed", meta).counts == {}
+
+
+def test_what_never_became_a_checkpoint_is_not_added_to_the_next_one_of_its_step(tmp_path: Path) -> None:
+    """A worker had uploaded its part when another one's node died; then the run goes on with fewer workers."""
+    for step in (2, 4, 6):
+        (tmp_path / checkpoints.name_of(step) / "deepspeed").mkdir(parents=True)
+        (tmp_path / checkpoints.name_of(step) / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
+    (tmp_path / "checkpoint_manager_snapshot.json").touch()
+    checkpoints.discard(tmp_path, after=4)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "checkpoint_manager_snapshot.json",
+        checkpoints.name_of(2),
+        checkpoints.name_of(4),
+    ]
+    checkpoints.discard(tmp_path / "none", after=0)

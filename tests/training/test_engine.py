@@ -101,7 +101,7 @@ def test_the_settings_that_pass_are_those_deepspeed_asks_for() -> None:
     deepspeed_config.DeepSpeedConfig(_Asked(train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 2}))
     refused = set(getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()))
     with_ranks = {"sequence_parallel_size"}  # asked for where there is a process group
-    assert set(engine._DEEPSPEED.split()) == (_Asked.names | with_ranks) - refused
+    assert set(engine._DEEPSPEED.split()) == (_Asked.names | with_ranks) - refused - {"bfloat16"}
 
 
 def test_a_setting_that_deepspeed_would_pass_over_is_refused_with_the_nearest_name() -> None:
@@ -111,6 +111,10 @@ def test_a_setting_that_deepspeed_would_pass_over_is_refused_with_the_nearest_na
         check_settings({"zero_optimisation": {"stage": 3}, "zero_optimization": {"stage": 2}})
     with pytest.raises(ConfigError, match=r"zero_optimization.stage=0 must be 1, 2 or 3"):
         check_settings({"zero_optimization": {"stage": 0}})
+    with pytest.raises(ConfigError, match=r"deepspeed.bfloat16 is not .*Did you mean 'bf16'\?"):
+        check_settings({"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+    with pytest.raises(ConfigError, match=r"deepspeed.fp16.enabled=true"):
+        check_settings({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}})
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -78,6 +78,12 @@ def fit(draft: Draft, engine: str, format: str = "") -> Fit:
     return Fit(engine, format, tuple(found), elsewhere, settings if helps else {})
 
 
+def best(draft: Draft, engine: str) -> Fit:
+    """How an engine loads a draft at all: its own format first; the own one's refusal where none loads."""
+    fits = [fit(draft, engine, name) for name in dict.fromkeys((OWN[engine], *FORMATS))]
+    return next((f for f in fits if f.loads), fits[0])
+
+
 def _obstacles(draft: Draft, engine: str, format: str) -> list[Obstacle]:
     found = FORMATS[format].obstacles(draft)
     told = {tuple(o.settings) for o in found if o.settings}
