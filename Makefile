@@ -37,19 +37,22 @@ smoke: env ## the same stages on a tiny random target, under two minutes
 
 # Ray's tests mostly wait for processes to start, so three lanes share the cores well. Ray's workers have a niceness of 15,
 # and would wait for the end of the lane that has none of them. The lane whose tests send SIGINT is in the foreground:
-# what a shell puts in the background ignores that signal. AFTER is what keeps the lanes equally long.
+# what a shell puts in the background ignores that signal. What runs after Ray's tests is what keeps the lanes equally long.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
-AFTER := tests/statistical tests/kernels
+AFTER_TRAINING := tests/statistical
+AFTER_JOBS := tests/kernels tests/evaluation
+AFTER := $(AFTER_TRAINING) $(AFTER_JOBS)
 test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
 	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; export RAY_worker_niceness=0; \
-	{ failed=0; $(PYTEST) -m "$(FAST) and ray" tests/training tests/fault || failed=1; export OMP_NUM_THREADS=1; \
-	  $(PYTEST) -m "$(FAST)" $(AFTER) || failed=1; exit $$failed; } >$$out/training 2>&1 & training=$$!; \
+	{ failed=0; $(PYTEST) -m "$(FAST) and ray" tests/training tests/fault || failed=1; \
+	  OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST)" $(AFTER_TRAINING) || failed=1; exit $$failed; } >$$out/training 2>&1 & training=$$!; \
 	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" $(AFTER:%=--ignore %) >$$out/others 2>&1 & others=$$!; \
 	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault $(AFTER:%=--ignore %) || status=1; \
+	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST)" $(AFTER_JOBS) || status=1; \
 	wait $$training || status=1; wait $$others || status=1; cat $$out/*; exit $$status
 
-test-slow: env ## the tests that `make test` leaves out: the other ways of sharding, offload, preemption
+test-slow: env ## what `make test` leaves out: other ways of sharding, preemption, a champion challenged, 1 % biases
 	@$(PYTEST) -m "slow and not gpu"
 
 formats: env ## the exports through the package speculators' own classes (installs it, without its dependencies)

@@ -59,12 +59,19 @@ def test_corpus_to_served_champion_and_nothing_to_do_the_second_time(tmp_path: P
     ]
     assert stages_of(summary["mlflow_uri"]) == once
 
-    # Another draft must hold its own beside the champion; a floor that it can't reach refuses it.
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_another_draft_must_hold_its_own_beside_the_champion(tmp_path: Path) -> None:
+    """A floor that it can't reach refuses it."""
+    first = demo(tmp_path)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     champion = artifact.load(tmp_path / "smoke" / "calibrated", "draft").digest
-    third = demo(tmp_path, "trainer.seed=1", "trainer.warm_start.draft=champion", "gate.min_tau=1000")
-    assert third.returncode == 3, third.stdout[-3000:] + third.stderr[-3000:]
+    second = demo(tmp_path, "trainer.seed=1", "trainer.warm_start.draft=champion", "gate.min_tau=1000")
+    assert second.returncode == 3, second.stdout[-3000:] + second.stderr[-3000:]
     for part in ("verdict: refuse", "FAILED", "over_champion_low", "side by side on 3 prompts", "Train a better draft"):
-        assert part in third.stdout, part
+        assert part in second.stdout, part
     assert not (tmp_path / "smoke" / "summary.json").exists()
     trained = json.loads((tmp_path / "smoke" / "draft" / "manifest.json").read_text())
     assert trained["inputs"]["former"] == champion, "the champion, from the registry"
