@@ -20,7 +20,7 @@ class Verification:
         sequences: B requests; the first ones have a proposal, if there is one.
         proposal: of those. lengths: how many of its tokens were verified, of at least those.
         logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
-            bias or min-p are adjusted in place.
+            bias or min-p are adjusted in place, or in float32 where they are of another dtype.
         rule: coupled or ratio.
     Attributes:
         result: see `draftline_kernels.VerifyResult`.
@@ -46,6 +46,8 @@ class Verification:
             tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
+        if logits.dtype != torch.float32 and any(s.adjustment is not None for s in sequences):
+            logits = logits.float()  # in 16 bits a penalty is less than the distance of two large logits
         self._adjust(logits, tokens)
         self.result = verify(
             logits,
