@@ -170,8 +170,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-            RequestRefused: an invalid field, more tokens than all pages hold, or sampling under a rule and scheduler
-                that are not exact together or with a draft made for the other rule.
+            RequestRefused: an invalid field, fields that contradict each other, more tokens than all pages hold, or
+                sampling under a rule and scheduler that are not exact together or with a draft made for the other rule.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request.check(self.target.vocab_size, self.config.max_context)
@@ -194,6 +194,12 @@ class Engine:
             self.proposer.check(request)
         elif request.draft is not None:
             raise RequestRefused(f"is {request.draft!r}, but this engine has one, unnamed.", request.id, "draft")
+        if request.ignore_eos and (both := self._eos.intersection(request.stop_ids)):
+            raise RequestRefused(
+                f"holds {min(both)}, an eos token of the target, and ignore_eos is True. Leave one of them out.",
+                request.id,
+                "stop_ids",
+            )
         stop = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._eos)
         text = TextStream(self.target.text, request.stop) if request.stop else None
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)
