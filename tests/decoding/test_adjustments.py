@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from draftline_kernels import Adjustment, adjust_
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, Request, StepCost
+from pipeline.decoding import Engine, Request, StepCost, verification
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
@@ -172,6 +173,39 @@ def test_logprobs_are_the_targets_own_whatever_is_asked(
         for row, token, said in zip(logs, completion.token_ids, completion.logprobs, strict=True):
             assert said.token_id == token and said.logprob == pytest.approx(float(row[token]), abs=1e-4)
             assert [v for _, v in said.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("name", ["none", "dspark"])
+def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
+    tiny: Target,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    tokens: int,
+) -> None:
+    prompts = prompt_ids(tiny)
+    asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ASKED)) for i, p in enumerate(prompts)]
+    wanted = engine_of(tiny, name).generate(asked)
+
+    def adjust(logits: torch.Tensor, adjustment: Adjustment, **text: Any) -> None:
+        adjust_(logits, adjustment, **text)
+        if text["prompt"] == prompts[1] and len(text["answer"]) >= tokens:
+            raise IndexError("index 5 is out of bounds")
+
+    monkeypatch.setattr(verification, "adjust_", adjust)
+    engine = engine_of(tiny, name)
+    done = engine.generate(asked)
+    failed = done.pop(1)
+    assert [(d.token_ids, d.finish_reason) for d in done] == [
+        (d.token_ids, d.finish_reason) for i, d in enumerate(wanted) if i != 1
+    ]
+    assert failed.finish_reason == "error" and failed.token_ids == wanted[1].token_ids[: len(failed.token_ids)]
+    assert len(failed.token_ids) >= tokens and len(failed.token_ids) < len(wanted[1].token_ids)
+    words = (
+        rf"its logits could not be adjusted: IndexError after {len(failed.token_ids)} tokens: index 5 is out of bounds"
+    )
+    assert failed.error is not None and re.fullmatch(words, failed.error)
+    assert not engine.has_work and engine.runner.pool.available == engine.runner.pool.pages
 
 
 def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811
