@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,8 @@ from pipeline.decoding.verification import Verification
 from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -69,10 +72,19 @@ class Engine:
         if self.trace is not None:
             atexit.register(self.trace.write)
         draft_bytes = proposer.page_bytes(config.page_size)
-        self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes)
+        self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes, proposer.block_size)
         proposer.attach(self.runner.pool)
         self._held = HeldCommits()
         self.batch = Batch(self.runner.pool, self.runner.cache, config, proposer, self._held)
+        if self.most_tokens < config.max_context:
+            log.warning(
+                "A prompt and its answer may have %d tokens, not the %d of engine.max_context: the KV pool's %d pages "
+                "of %d tokens hold no more. Raise engine.kv_gib, or free memory where it is 0.",
+                self.most_tokens,
+                config.max_context,
+                self.runner.pool.pages,
+                config.page_size,
+            )
         # Kept by draft: arms of a comparison that take turns stay in what they learned, as they would when served.
         self._worths: weakref.WeakKeyDictionary[Proposer, DraftWorth] = weakref.WeakKeyDictionary()
         self._worth = self._worths.setdefault(proposer, DraftWorth())
@@ -82,6 +94,11 @@ class Engine:
     @property
     def proposer(self) -> Proposer:
         return self.batch.proposer
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer: engine.max_context, or less where all pages hold less."""
+        return min(self.config.max_context, self.batch.most_tokens)
 
     # -- configuration between requests ---------------------------------------------------------------------------
 

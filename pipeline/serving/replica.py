@@ -85,7 +85,7 @@ class TargetReplica:
         self._pieces = TokenPieces(self._tokenizer)
         self._text: Callable[[list[int]], str] = engine.target.text
         self._id: str = engine.target.identity.id
-        self._context: int = engine.config.max_context
+        self._context: int = engine.most_tokens
         self._drafts: bool = engine.proposer.block_size > 0
         self._names = [self._id, *([model_name] if model_name else [])]
         self._draft_version = draft_version

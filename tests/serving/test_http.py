@@ -270,6 +270,18 @@ def test_errors_have_openais_shape_and_status(change, status, param, text, strea
     assert "request-" not in e.value.body["message"].lower(), "ids that only the server knows"
 
 
+def test_a_chat_without_max_tokens_takes_what_the_pages_hold():
+    engine = FakeEngine("x" * 200, per_step=50)
+    engine.most_tokens = 100  # of a max_context of 256
+    with serving(engine) as (url, _):
+        api = client(url)
+        assert api.models.retrieve("fake/target").max_model_len == 100
+        answer = api.chat.completions.create(**ASK)
+        assert answer.usage.total_tokens == 100 and answer.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="leave .* of the context of 100 tokens"):
+            api.chat.completions.create(**ASK, max_tokens=100)
+
+
 def test_the_engine_s_refusals_name_the_api_s_fields():
     engine = FakeEngine()
     with serving(engine) as (url, _):
