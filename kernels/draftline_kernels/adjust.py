@@ -50,19 +50,25 @@ def adjust_(
     """Adjusts a request's rows in place.
 
     Args:
-        logits: [n, V], any floating dtype; row i scores the token after `answer` and the first i proposed ones.
+        logits: float32 [n, V]; row i scores the token after `answer` and the first i proposed ones.
         prompt, answer: target ids of the text so far. proposed: at least n - 1 target ids.
         temperature: 0 is greedy.
+
+    Raises:
+        ValueError: logits of another dtype.
     """
+    if logits.dtype != torch.float32:
+        # A logit of 25 in bfloat16 is 0.125 from the next: most penalties would round to nothing.
+        raise ValueError(f"logits are {logits.dtype}; expected float32: call .float() on them first")
     rows, device = logits.shape[0], logits.device
     if adjustment.bias:
         ids = torch.tensor(list(adjustment.bias), device=device)
-        logits[:, ids] += torch.tensor(list(adjustment.bias.values()), dtype=logits.dtype, device=device)
+        logits[:, ids] += torch.tensor(list(adjustment.bias.values()), dtype=torch.float32, device=device)
     if adjustment.repetition != 1.0 or adjustment.presence or adjustment.frequency:
         _penalise(logits, adjustment, prompt, answer, list(proposed[: rows - 1]))
     if adjustment.min_p > 0 and temperature > 0:
         # probability >= min_p * largest, in logits: no less than T * log(1 / min_p) under the largest.
-        floor = logits.amax(-1, keepdim=True).float() + temperature * math.log(adjustment.min_p)
+        floor = logits.amax(-1, keepdim=True) + temperature * math.log(adjustment.min_p)
         logits.masked_fill_(logits < floor, float("-inf"))
 
 
@@ -81,9 +87,9 @@ def _penalise(
         counts[i] = counts[i - 1]
         counts[i, place[len(prompt) + len(answer) + i - 1]] += 1
     tokens, counts, in_prompt = tokens.to(device), counts.to(device), in_prompt.to(device)
-    z = logits[:, tokens].float()
+    z = logits[:, tokens]
     if adjustment.repetition != 1.0:
         r = adjustment.repetition
         z = torch.where((counts > 0) | in_prompt, torch.where(z > 0, z / r, z * r), z)
     z = z - adjustment.frequency * counts - adjustment.presence * (counts > 0)
-    logits[:, tokens] = z.to(logits.dtype)
+    logits[:, tokens] = z

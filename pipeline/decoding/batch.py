@@ -63,6 +63,11 @@ class Batch:
     def empty(self) -> bool:
         return not (self.waiting or self.running)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer, as far as the pages go."""
+        return self._tables.most_tokens(self.proposer.block_size)
+
     def enqueue(self, s: Sequence) -> None:
         """Puts a new request last.
 

@@ -67,17 +67,18 @@ def page_bytes(shapes: Sequence[Shape | None], size: int, dtype: torch.dtype) ->
     return size * dtype.itemsize * sum(s[0] * (s[1] + s[2]) for s in shapes if s is not None)
 
 
-def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device) -> int:
+def pool_pages(config: EngineConfig, bytes_per_page: int, device: torch.device, block: int = 0) -> int:
     """How many pages the pool has: what engine.kv_gib holds; where that is 0, room for engine.max_requests requests of
-    engine.max_context tokens, as far as half of the free memory goes.
+    engine.max_context tokens with `block` behind them, as far as half of the free memory goes.
 
     Raises ConfigError where that is none.
     """
     if config.kv_gib:
         pages = int(config.kv_gib * 2**30) // bytes_per_page
     else:
-        # One more for each: the tokens of a block stand behind the text.
-        wanted = config.max_requests * (-(-config.max_context // config.page_size) + 1)
+        # The tokens of a block stand behind the text; an engine made without a draft may be given one later.
+        most = config.max_context + max(block, config.page_size)
+        wanted = config.max_requests * -(-most // config.page_size)
         free = free_memory(device)
         pages = min(wanted, int(SHARE * free) // bytes_per_page)
         if pages < wanted:

@@ -1,7 +1,7 @@
 """What a step emits: the verified tokens of each request up to its first stop, why it ends, and what was learned.
 
-One request's fault (logits that are not finite, a text that can't be told) ends that request with its cause, never the
-step.
+One request's fault (logits that are not finite or can't be adjusted, a text that can't be told) ends that request with
+its cause, never the step.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def _emit(
 ) -> Emission:
     """following: the token after the accepted ones; None: logits that are not finite."""
     s, first = plan.verifying[i]
+    if s.failure:
+        return Emission(s, reason="error")
     if following is None:
         s.failure = (
             f"the target's logits at position {len(s.tokens)} are not finite (after {len(s.output)} tokens, step "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,8 @@ from pipeline.decoding.verification import Verification
 from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -69,10 +72,19 @@ class Engine:
         if self.trace is not None:
             atexit.register(self.trace.write)
         draft_bytes = proposer.page_bytes(config.page_size)
-        self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes)
+        self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes, proposer.block_size)
         proposer.attach(self.runner.pool)
         self._held = HeldCommits()
         self.batch = Batch(self.runner.pool, self.runner.cache, config, proposer, self._held)
+        if self.most_tokens < config.max_context:
+            log.warning(
+                "A prompt and its answer may have %d tokens, not the %d of engine.max_context: the KV pool's %d pages "
+                "of %d tokens hold no more. Raise engine.kv_gib, or free memory where it is 0.",
+                self.most_tokens,
+                config.max_context,
+                self.runner.pool.pages,
+                config.page_size,
+            )
         # Kept by draft: arms of a comparison that take turns stay in what they learned, as they would when served.
         self._worths: weakref.WeakKeyDictionary[Proposer, DraftWorth] = weakref.WeakKeyDictionary()
         self._worth = self._worths.setdefault(proposer, DraftWorth())
@@ -82,6 +94,11 @@ class Engine:
     @property
     def proposer(self) -> Proposer:
         return self.batch.proposer
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer: engine.max_context, or less where all pages hold less."""
+        return min(self.config.max_context, self.batch.most_tokens)
 
     # -- configuration between requests ---------------------------------------------------------------------------
 
@@ -170,8 +187,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-            RequestRefused: an invalid field, more tokens than all pages hold, or sampling under a rule and scheduler
-                that are not exact together or with a draft made for the other rule.
+            RequestRefused: an invalid field, fields that contradict each other, more tokens than all pages hold, or
+                sampling under a rule and scheduler that are not exact together or with a draft made for the other rule.
             QueueFull: `config.max_queue` requests are waiting.
         """
         request.check(self.target.vocab_size, self.config.max_context)
@@ -194,6 +211,12 @@ class Engine:
             self.proposer.check(request)
         elif request.draft is not None:
             raise RequestRefused(f"is {request.draft!r}, but this engine has one, unnamed.", request.id, "draft")
+        if request.ignore_eos and (both := self._eos.intersection(request.stop_ids)):
+            raise RequestRefused(
+                f"holds {min(both)}, an eos token of the target, and ignore_eos is True. Leave one of them out.",
+                request.id,
+                "stop_ids",
+            )
         stop = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._eos)
         text = TextStream(self.target.text, request.stop) if request.stop else None
         sequence = Sequence(request, stop, list(request.prompt_ids), text=text)

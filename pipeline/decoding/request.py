@@ -7,13 +7,15 @@ import itertools
 import time
 from collections.abc import Mapping
 
-from draftline_kernels import Adjustment
+from draftline_kernels import COLDEST, Adjustment
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 
 MOST_LOGPROBS = 20
 MOST_TOP_K = 2**31 - 1
 """Beyond any vocabulary; the sampler keeps it in 64 bits, and what doesn't fit would fail the step of all requests."""
+LEAST_REPETITION = 0.01
+"""A logit is divided by the repetition penalty, and by less than this it would leave what can be told apart."""
 _ids = itertools.count()
 
 
@@ -41,19 +43,20 @@ class Request:
     Attributes:
         prompt_ids: tokens of the prompt, at least one.
         max_new_tokens: most tokens to emit, a stop token included.
-        temperature: 0 decodes greedily (ties: lowest token id).
+        temperature: 0 decodes greedily (ties: lowest token id); so does what is below COLDEST, which may not go with
+            top_k, top_p or min_p.
         top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all).
         min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
         logprobs: with every token its log-probability under the target (temperature 1, nothing adjusted or left out)
             and the most likely so many beside it; None: no log-probabilities.
         seed: with it, a request gives the same text whatever it is batched with.
         stop_ids: tokens that end the text (emitted as its last token); the target's eos tokens are added
-            unless `ignore_eos`.
+            unless `ignore_eos`, which may not go with one of them here.
         stop: strings that end the text: it ends with the token that completes one of them, wherever in a block that is
             (the string itself is among its tokens; TextStream cuts it off what is shown).
         draft: name of the draft, where an engine has several (None: its default).
         max_draft: most draft tokens verified per round for this request (None: the draft's block size; 0: none, plain
-            decoding).
+            decoding, which may not go with a draft's name).
     """
 
     prompt_ids: list[int]
@@ -83,11 +86,13 @@ class Request:
 
         if not self.prompt_ids:
             refuse("prompt_ids", self.prompt_ids, "at least one token")
-        bad = [t for t in self.prompt_ids if not 0 <= t < vocab_size]
-        if bad:
-            refuse("prompt_ids", bad[0], f"a token id of the target, 0 to {vocab_size - 1}")
-        if self.max_new_tokens < 1:
-            refuse("max_new_tokens", self.max_new_tokens, "1 or more")
+        # Plain integers, here and below: others are cut, overflow or index nothing, in a step that others share.
+        for name in ("prompt_ids", "stop_ids"):
+            bad = [t for t in getattr(self, name) if type(t) is not int or not 0 <= t < vocab_size]
+            if bad:
+                refuse(name, bad[0], f"a token id of the target, an integer from 0 to {vocab_size - 1}")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            refuse("max_new_tokens", self.max_new_tokens, "an integer, 1 or more")
         if len(self.prompt_ids) + self.max_new_tokens > max_context:
             refuse(
                 "prompt_ids + max_new_tokens",
@@ -96,7 +101,6 @@ class Request:
             )
         if not 0.0 <= self.temperature < 100.0:
             refuse("temperature", self.temperature, "from 0 to 100")
-        # Plain integers: others are cut or overflow in the sampler, in a step that others share.
         if type(self.top_k) is not int or not 0 <= self.top_k <= MOST_TOP_K:
             refuse("top_k", self.top_k, f"an integer from 0 (off) to {MOST_TOP_K}")
         if type(self.seed) is not int:
@@ -105,22 +109,34 @@ class Request:
             refuse("top_p", self.top_p, "above 0 and at most 1")
         if not 0.0 <= self.min_p <= 1.0:
             refuse("min_p", self.min_p, "from 0 (off) to 1")
-        if not 0.0 < self.repetition_penalty <= 10.0:
-            refuse("repetition_penalty", self.repetition_penalty, "above 0 and at most 10 (1: off)")
+        if self.temperature > 0 and self.greedy and (self.top_k or self.top_p < 1 or self.min_p):
+            rule = (
+                f"0 (greedy) or at least {COLDEST} where top_k, top_p or min_p is asked for, which has no effect below"
+            )
+            refuse("temperature", self.temperature, rule)
+        if not LEAST_REPETITION <= self.repetition_penalty <= 10.0:
+            refuse("repetition_penalty", self.repetition_penalty, f"from {LEAST_REPETITION} to 10 (1: off)")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 refuse(name, getattr(self, name), "from -2 to 2")
         for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                refuse("logit_bias", token, f"of token ids of the target, 0 to {vocab_size - 1}")
+            if type(token) is not int or not 0 <= token < vocab_size:
+                refuse("logit_bias", token, f"of token ids of the target, integers from 0 to {vocab_size - 1}")
             if not -100.0 <= bias <= 100.0:
                 refuse(f"logit_bias[{token}]", bias, "from -100 to 100")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            refuse("logprobs", self.logprobs, f"from 0 to {MOST_LOGPROBS}")
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MOST_LOGPROBS):
+            refuse("logprobs", self.logprobs, f"an integer from 0 to {MOST_LOGPROBS}, or None")
         if "" in self.stop:
             refuse("stop", self.stop, "of strings that are not empty")
-        if self.max_draft is not None and self.max_draft < 0:
-            refuse("max_draft", self.max_draft, "0 or more")
+        if self.max_draft is not None and (type(self.max_draft) is not int or self.max_draft < 0):
+            refuse("max_draft", self.max_draft, "an integer, 0 or more, or None")
+        if self.max_draft == 0 and self.draft is not None:
+            refuse("max_draft", 0, f"1 or more, or None, where draft={self.draft!r} is asked for; or leave draft out")
+
+    @property
+    def greedy(self) -> bool:
+        """It takes the likeliest token each time: neither noise nor what only narrows the choice changes its text."""
+        return self.temperature < COLDEST
 
     @property
     def adjustment(self) -> Adjustment:
@@ -130,7 +146,16 @@ class Request:
         )
 
     def samples(self, count: int) -> list[Request]:
-        """`count` requests for as many answers: the seeds count up from this one's, ids get a number."""
+        """`count` requests for as many answers: the seeds count up from this one's, ids get a number.
+
+        Raises RequestRefused where they would all be one greedy text.
+        """
+        if count > 1 and self.greedy:
+            raise RequestRefused(
+                f"is {self.temperature}, which gives {count} times the same text. Ask for one sample, or raise it.",
+                self.id,
+                "temperature",
+            )
         seeds = [(self.seed + i) & (2**63 - 1) for i in range(count)]
         return [dataclasses.replace(self, seed=seed, id=f"{self.id}/{i}") for i, seed in enumerate(seeds)]
 

@@ -27,7 +27,8 @@ class TargetRunner:
     Args:
         config: sizes, and whether linears are prepacked (CPU, fp32).
         layer_ids: tapped decoder layers (empty: no taps).
-        draft_page_bytes: what a page takes in the drafts beside the target, to size the pool.
+        draft_page_bytes, block_size: what a page takes in the drafts beside the target, and how many tokens of theirs
+            stand behind a text, to size the pool.
     Attributes:
         pool: of the pages, for the drafts' keys and values too.
         buckets: sizes in tokens that steps without prompt chunks are padded to; none, as nothing here is captured in
@@ -38,7 +39,12 @@ class TargetRunner:
     """
 
     def __init__(
-        self, target: Target, config: EngineConfig, layer_ids: list[int] | None = None, draft_page_bytes: int = 0
+        self,
+        target: Target,
+        config: EngineConfig,
+        layer_ids: list[int] | None = None,
+        draft_page_bytes: int = 0,
+        block_size: int = 0,
     ) -> None:
         limit = getattr(target.config, "max_position_embeddings", None)
         if limit is not None and config.max_context > limit:
@@ -54,7 +60,7 @@ class TargetRunner:
             (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
         ]
         each = page_bytes(shapes, config.page_size, target.dtype) + draft_page_bytes
-        self.pool = PagePool(pool_pages(config, each, target.device), config.page_size)
+        self.pool = PagePool(pool_pages(config, each, target.device, block_size), config.page_size)
         self.cache = PagedKV(shapes, self.pool.pages, self.pool.size, target.dtype, target.device)
         self.buckets: tuple[int, ...] = ()
         self.unsound: set[int] = set()

@@ -21,10 +21,14 @@ class PageTables:
     def __init__(self, pool: PagePool, *, keep: bool) -> None:
         self.pool, self.keep = pool, keep
 
+    def most_tokens(self, block: int) -> int:
+        """Of a prompt and its answer, were they alone, with `block` slots behind them."""
+        return max(0, self.pool.pages * self.pool.size - block)
+
     def check(self, request: Request, block: int) -> None:
         """Raises RequestRefused for a request that would not fit were it alone, with `block` slots behind its text."""
         most = len(request.prompt_ids) + request.max_new_tokens
-        if self.pool.needed(most + block) > self.pool.pages:
+        if most > self.most_tokens(block):
             raise RequestRefused(
                 f"is {most}; with a block of {block} behind them they would never fit the {self.pool.pages} pages of "
                 f"{self.pool.size} tokens that there are. Raise engine.kv_gib, or free memory where it is 0.",

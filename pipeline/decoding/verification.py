@@ -5,6 +5,8 @@ Letters: B requests (those that decode, then those whose prompt just ended), T r
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,18 @@ from draftline_kernels import Sampling, adjust_, verify
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence, TokenLogprob
 
+log = logging.getLogger(__name__)
+
 
 class Verification:
     """Decides what the requests of a step emit.
 
     Args:
-        sequences: B requests; the first ones have a proposal, if there is one.
+        sequences: B requests; the first ones have a proposal, if there is one. One whose rows can't be adjusted gets
+            its `failure` set, and its part of the result means nothing.
         proposal: of those. lengths: how many of its tokens were verified, of at least those.
         logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
-            bias or min-p are adjusted in place.
+            bias or min-p are adjusted in place, or in float32 where they are of another dtype.
         rule: coupled or ratio.
     Attributes:
         result: see `draftline_kernels.VerifyResult`.
@@ -46,6 +51,8 @@ class Verification:
             tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
+        if logits.dtype != torch.float32 and any(s.adjustment is not None for s in sequences):
+            logits = logits.float()  # in 16 bits a penalty is less than the distance of two large logits
         self._adjust(logits, tokens)
         self.result = verify(
             logits,
@@ -74,18 +81,22 @@ class Verification:
 
     def _adjust(self, logits: Tensor, tokens: Tensor) -> None:
         for i, s in enumerate(self._sequences):
-            mine = logits[self._starts[i] : self._starts[i + 1]]
-            if s.request.logprobs is not None:
-                self._raw[i] = mine if s.adjustment is None else mine.clone()
-            if s.adjustment is not None:
-                adjust_(
-                    mine,
-                    s.adjustment,
-                    prompt=s.request.prompt_ids,
-                    answer=s.output,
-                    proposed=tokens[i].tolist(),
-                    temperature=s.request.temperature,
-                )
+            try:
+                mine = logits[self._starts[i] : self._starts[i + 1]]
+                if s.request.logprobs is not None:
+                    self._raw[i] = mine if s.adjustment is None else mine.clone()
+                if s.adjustment is not None:
+                    adjust_(
+                        mine,
+                        s.adjustment,
+                        prompt=s.request.prompt_ids,
+                        answer=s.output,
+                        proposed=tokens[i].tolist(),
+                        temperature=s.request.temperature,
+                    )
+            except Exception as e:  # what one request asks for must not end the others'
+                log.exception("The logits of request %s could not be adjusted", s.request.id)
+                s.failure = f"its logits could not be adjusted: {type(e).__name__} after {len(s.output)} tokens: {e}"
 
 
 def _of_all(logits: Tensor, requests: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from pipeline.decoding.request import Completion, Request, RequestMetrics, StepEvent
+from pipeline.decoding.request import Completion, Request, RequestMetrics, RequestRefused, StepEvent
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class EngineLoop:
                 return  # the client went away before its turn came
             if self.error is not None:
                 accepted.set_exception(RuntimeError(f"The engine stopped: {self.error!r}"))
+                return
+            if request.id in self._listeners:
+                # Here and not by the engine: the other's listener would be lost, and nobody told of its end.
+                accepted.set_exception(RequestRefused("another request with this id is not finished.", request.id))
                 return
             self._listeners[request.id] = listener
             try:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.decoding.request import MOST_LOGPROBS, MOST_TOP_K
+from draftline_kernels import COLDEST
+from pipeline.decoding.request import LEAST_REPETITION, MOST_LOGPROBS, MOST_TOP_K
 from pipeline.errors import nearest
 
 MOST_CHOICES = 16
@@ -103,7 +104,7 @@ class Sampled(_Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION, le=10)
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -144,6 +145,10 @@ class Sampled(_Strict):
             "n": self.choices,
             "logprobs": None,
             "max_draft": self._max_draft,
+            # As the client gave it: a server without a draft can't do what it asks.
+            "speculation": self.speculation.model_dump()
+            if isinstance(self.speculation, Speculation)
+            else self.speculation,
         }
 
     @property
@@ -219,9 +224,15 @@ def parse(kind: type[ChatRequest | CompletionRequest], body: Any) -> ChatRequest
         what = _rule(first["msg"])
         raise ApiError(400, f"{name} is {_cut(first['input'])}; it {what}.", name, "invalid_value") from None
     _check_stop(request)
-    for token in request.logit_bias or {}:
-        if not token.isdecimal() or len(token) > 10:
-            raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
+    _check_bias(request.logit_bias or {})
+    if request.choices > 1 and request.temperature is not None and request.temperature < COLDEST:
+        raise ApiError(
+            400,
+            f"n is {request.n} and temperature is {request.temperature:g}, which gives the same text each time; ask "
+            "for n=1, or raise temperature.",
+            "n",
+            "invalid_value",
+        )
     if request.stream_options is not None and not request.stream:
         raise ApiError(
             400, "stream_options is set, but stream is not true; set it to true.", "stream_options", "invalid_value"
@@ -253,6 +264,20 @@ def _check_stop(request: Sampled) -> None:
         raise ApiError(400, f"stop holds {len(stop)} strings; it must be 4 or fewer.", "stop", "invalid_value")
     if "" in stop:
         raise ApiError(400, "stop holds '', which every text contains; leave it out.", "stop", "invalid_value")
+
+
+def _check_bias(bias: dict[str, float]) -> None:
+    named: dict[int, str] = {}
+    for token in bias:
+        if not token.isdecimal() or len(token) > 10:
+            raise ApiError(400, f"logit_bias has {token!r}; its keys must be token ids.", "logit_bias", "invalid_value")
+        if (other := named.setdefault(int(token), token)) != token:
+            raise ApiError(
+                400,
+                f"logit_bias has {other!r} and {token!r}, which are the same token; give one of them.",
+                "logit_bias",
+                "invalid_value",
+            )
 
 
 def _path(location: tuple[int | str, ...]) -> str:

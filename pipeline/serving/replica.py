@@ -85,7 +85,8 @@ class TargetReplica:
         self._pieces = TokenPieces(self._tokenizer)
         self._text: Callable[[list[int]], str] = engine.target.text
         self._id: str = engine.target.identity.id
-        self._context: int = engine.config.max_context
+        self._context: int = engine.most_tokens
+        self._drafts: bool = engine.proposer.block_size > 0
         self._names = [self._id, *([model_name] if model_name else [])]
         self._draft_version = draft_version
         self._system_prompt = system_prompt
@@ -143,12 +144,15 @@ class TargetReplica:
         """
         try:
             request = self._request(job)
+            samples = request.samples(job["n"])
         except ApiError as e:
             yield e.item()
             return
+        except RequestRefused as e:
+            yield _refusal(e, job).item()
+            return
         here = asyncio.get_running_loop()
         events: asyncio.Queue[StepEvent] = asyncio.Queue()
-        samples = request.samples(job["n"])
         choices = {r.id: _Choice(i, TextStream(self._text, r.stop)) for i, r in enumerate(samples)}
         going = set[str]()
 
@@ -210,6 +214,13 @@ class TargetReplica:
             raise ApiError(503, "The server is draining and takes no new requests.", code="draining")
         if job["model"] not in self._names:
             raise unknown_model(job["model"], self._names)
+        if not self._drafts and job["speculation"] not in (None, "off"):
+            raise ApiError(
+                400,
+                f"speculation is {job['speculation']!r}, but this server has no draft; leave it out, or use 'off'.",
+                "speculation",
+                "unsupported_value",
+            )
         field = "messages" if "messages" in job else "prompt"
         ids = self._chat_ids(job["messages"]) if "messages" in job else self._prompt_ids(job["prompt"])
         room = self._context - len(ids)

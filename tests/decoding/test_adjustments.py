@@ -11,7 +11,10 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from draftline_kernels import Adjustment, adjust_
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, Request, StepCost
+from pipeline.decoding import Engine, Request, StepCost, verification
+from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.request import Sequence
+from pipeline.decoding.verification import Verification
 from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.test_engine import KINDS, prompt_ids, proposer_for
@@ -56,6 +59,51 @@ def test_a_row_of_a_block_counts_what_was_proposed_before_it() -> None:
         alone = logits[i : i + 1].clone()
         adjust_(alone, adjustment, prompt=[1, 2], answer=[9, 2, *before], proposed=[], temperature=1.0)
         assert torch.equal(block[i], alone[0]), i
+
+
+def oracle(logits: torch.Tensor, request: Request, answer: list[int]) -> torch.Tensor:
+    """A row [V] adjusted token by token in float64, without min-p."""
+    z = logits.double().clone()
+    for token, bias in request.logit_bias.items():
+        z[token] += bias
+    for token in {*request.prompt_ids, *answer}:
+        z[token] = z[token] / request.repetition_penalty if z[token] > 0 else z[token] * request.repetition_penalty
+    for token in set(answer):
+        z[token] -= request.frequency_penalty * answer.count(token) + request.presence_penalty
+    return z
+
+
+def test_16_bit_logits_are_adjusted_as_in_float64() -> None:
+    # Between 16 and 32 two logits of bfloat16 are 0.125 apart, so that half of these would round to nothing.
+    logits = (20 + 10 * torch.rand(1 + 8 + 1, 400, generator=torch.Generator().manual_seed(2))).bfloat16()
+    logits[0, 7] = logits[0, 9] = 35.0
+    asked = [
+        Request([1, 2], presence_penalty=0.05, logprobs=1),
+        Request([3], repetition_penalty=1.003, presence_penalty=0.03, frequency_penalty=0.02,
+                logit_bias={i: 0.011 * i for i in range(0, 400, 7)}),
+        Request([3]),
+    ]  # fmt: skip
+    answers = [[7], list(range(100, 200)), [5]]
+    sequences = [Sequence(r, frozenset(), [*r.prompt_ids, *a]) for r, a in zip(asked, answers, strict=True)]
+    block = [350, 351, 350, 352, 353, 350, 354]
+    tokens = torch.tensor([[0] * 7, block, [0] * 7])
+    proposal = Proposal(tokens, torch.tensor([0, 7, 0]), torch.full((3, 7), 0.5))
+    step = Verification(sequences, proposal, [0, 7, 0], logits.clone(), "coupled")
+    picks = [int(oracle(logits[1 + i], asked[1], answers[1] + block[:i]).argmax()) for i in range(8)]
+    accepted = next(i for i, (mine, theirs) in enumerate(zip(block, picks, strict=False)) if mine != theirs)
+    first = int(oracle(logits[0], asked[0], answers[0]).argmax())
+    assert first == 9 and int(logits[0].argmax()) == 7, "the penalty decides"
+    assert step.result.next_token.tolist() == [first, picks[accepted], int(logits[-1].float().argmax())]
+    (said,) = step.logprobs(0, [first]) or []
+    assert said.logprob == float(logits[0].float().log_softmax(-1)[first]), "the target's own, unpenalised"
+    # Every row of the block, as if all before it had been taken.
+    rows = logits[1:9].float()
+    adjust_(rows, sequences[1].adjustment, prompt=[3], answer=answers[1], proposed=block, temperature=0.0)  # type: ignore[arg-type]
+    for i, row in enumerate(rows):
+        wanted = oracle(logits[1 + i], asked[1], answers[1] + block[:i])
+        torch.testing.assert_close(row.double(), wanted, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="bfloat16; expected float32"):
+        adjust_(logits, Adjustment(presence=0.05), prompt=[1], answer=[7], proposed=[], temperature=0.0)
 
 
 def plain(target: Target, prompt: list[int], count: int) -> list[int]:
@@ -124,6 +172,37 @@ def test_logprobs_are_the_targets_own_whatever_is_asked(
         for row, token, said in zip(logs, completion.token_ids, completion.logprobs, strict=True):
             assert said.token_id == token and said.logprob == pytest.approx(float(row[token]), abs=1e-4)
             assert [v for _, v in said.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("name", ["none", "dspark"])
+def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
+    tiny: Target,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    tokens: int,
+) -> None:
+    prompts = prompt_ids(tiny)
+    asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ASKED)) for i, p in enumerate(prompts)]
+    wanted = engine_of(tiny, name).generate(asked)
+
+    def adjust(logits: torch.Tensor, adjustment: Adjustment, **text: Any) -> None:
+        adjust_(logits, adjustment, **text)
+        if text["prompt"] == prompts[1] and len(text["answer"]) >= tokens:
+            raise IndexError("index 5 is out of bounds")
+
+    monkeypatch.setattr(verification, "adjust_", adjust)
+    engine = engine_of(tiny, name)
+    done = engine.generate(asked)
+    failed = done.pop(1)
+    assert [(d.token_ids, d.finish_reason) for d in done] == [
+        (d.token_ids, d.finish_reason) for i, d in enumerate(wanted) if i != 1
+    ]
+    assert failed.finish_reason == "error" and failed.token_ids == wanted[1].token_ids[: len(failed.token_ids)]
+    assert len(failed.token_ids) >= tokens and len(failed.token_ids) < len(wanted[1].token_ids)
+    cause = f"IndexError after {len(failed.token_ids)} tokens: index 5 is out of bounds"
+    assert failed.error == f"its logits could not be adjusted: {cause}"
+    assert not engine.has_work and engine.runner.pool.available == engine.runner.pool.pages
 
 
 def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811

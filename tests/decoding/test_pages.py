@@ -251,6 +251,7 @@ def test_a_page_is_found_for_the_draft_that_wrote_it_and_its_double_is_not_kept(
 def test_the_pool_s_size() -> None:
     cpu = torch.device("cpu")
     assert pool_pages(EngineConfig(max_requests=3, max_context=100), 1000, cpu) == 3 * 8
+    assert pool_pages(EngineConfig(max_requests=3, max_context=100), 1000, cpu, block=29) == 3 * 9
     assert pool_pages(EngineConfig(kv_gib=0.5), 2**20, cpu) == 512
     few = pool_pages(EngineConfig(max_requests=1000, max_context=10**6), 2**30, cpu)
     assert few < 1000, "within the free memory"
@@ -422,6 +423,31 @@ def test_what_can_never_fit_is_refused_with_the_remedy(tiny: Target) -> None:  #
         engine.submit(Request([5] * 20, max_new_tokens=41))
     while engine.has_work:
         engine.step()
+
+
+def test_how_long_a_text_may_be_is_told_where_the_pages_hold_less(
+    tiny: Target,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = engine_of(tiny, proposer(tiny, "dspark"), pages=4)
+    block = engine.proposer.block_size
+    assert engine.most_tokens == 64 - block < 512
+    (told,) = [r.message for r in caplog.records if "engine.max_context" in r.message]
+    assert (
+        f"may have {64 - block} tokens, not the 512 of engine.max_context: the KV pool's 4 pages of 16 tokens" in told
+    )
+    (done,) = engine.generate([Request([5] * 20, max_new_tokens=engine.most_tokens - 20, ignore_eos=True)])
+    assert done.finish_reason == "length" and len(done.token_ids) == engine.most_tokens - 20
+    caplog.clear()
+    assert engine_of(tiny, proposer(tiny, "dspark")).most_tokens == 512 and not caplog.records
+
+
+def test_a_block_longer_than_a_page_takes_nothing_of_the_context(tiny: Target) -> None:  # noqa: F811
+    draft = proposer(tiny, "dspark")
+    engine = engine_of(tiny, draft, max_requests=1, max_context=32, page_size=2)
+    assert draft.block_size > 2 and engine.most_tokens == 32
+    (done,) = engine.generate([Request([5] * 20, max_new_tokens=12, ignore_eos=True)])
+    assert len(done.token_ids) == 12
 
 
 def test_a_failed_request_s_pages_are_found_by_nobody(

@@ -60,6 +60,8 @@ class FakeEngine:
             tokenizer=byte_tokenizer(), identity=SimpleNamespace(id="fake/target"), text=_text
         )
         self.config = SimpleNamespace(max_context=256, max_requests=4, threads=0)
+        self.most_tokens = 256
+        self.proposer = SimpleNamespace(block_size=7)
         self.tokens = byte_tokenizer()(answer)["input_ids"]
         self.per_step, self.delay, self.max_queue = per_step, delay, max_queue
         self.running: dict[str, tuple[Request, list[int]]] = {}

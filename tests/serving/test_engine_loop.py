@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from pipeline.decoding.batch import QueueFull
-from pipeline.decoding.request import Request
+from pipeline.decoding.request import Request, RequestRefused
 from pipeline.serving.engine_loop import EngineLoop
 from tests.serving.fakes import FakeEngine, until
 
@@ -35,6 +35,20 @@ def test_a_refusal_is_its_callers_and_leaves_the_loop_alive():
         loop.submit(Request([1], max_new_tokens=200), events.append).result(5)
     until(lambda: ended(events))
     assert loop.alive
+    loop.close()
+
+
+def test_an_id_in_use_is_refused_and_its_first_request_goes_on():
+    engine = FakeEngine("x" * 30, delay=0.01)
+    loop = EngineLoop(engine)
+    first, second = [], []
+    loop.submit(Request([1], max_new_tokens=200, id="mine"), first.append).result(5)
+    with pytest.raises(RequestRefused, match="Request mine: another request with this id is not finished"):
+        loop.submit(Request([2], max_new_tokens=200, id="mine"), second.append).result(5)
+    until(lambda: ended(first) == "stop")
+    assert len(engine.requests) == 1 and not second and loop.active == 0
+    loop.submit(Request([2], max_new_tokens=200, id="mine"), second.append).result(5)
+    until(lambda: ended(second) == "stop")
     loop.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import http.client
 import json
@@ -13,6 +14,8 @@ import openai
 import pytest
 
 from pipeline.decoding.request import RequestRefused
+from pipeline.serving.protocol import ChatRequest, parse
+from pipeline.serving.replica import TargetReplica
 from tests.serving.fakes import FakeEngine, byte_tokenizer, serving, until
 
 ASK = {"model": "fake/target", "messages": [{"role": "user", "content": "hi"}]}
@@ -199,6 +202,34 @@ def test_a_request_says_how_much_is_drafted_for_it():
     assert [r.max_draft for r in engine.requests] == [0, 2, None]
 
 
+def test_speculation_is_refused_where_nothing_drafts():
+    engine = FakeEngine()
+    engine.proposer.block_size = 0
+    with serving(engine) as (url, _):
+        api = client(url)
+        for said in ("draft", {"max_tokens": 2}):
+            with pytest.raises(openai.BadRequestError, match="but this server has no draft; leave it out") as e:
+                api.chat.completions.create(**ASK, extra_body={"speculation": said})
+            assert e.value.param == "speculation" and str(said) in e.value.body["message"]
+        api.chat.completions.create(**ASK)
+        api.chat.completions.create(**ASK, extra_body={"speculation": "off"})
+    assert [r.max_draft for r in engine.requests] == [None, 0]
+
+
+def test_a_replica_refuses_samples_that_would_all_be_the_same():
+    """Whoever asks it without the HTTP surface, which refuses them first."""
+    job = parse(ChatRequest, {**ASK, "temperature": 0}).job() | {"n": 2}
+    replica = TargetReplica(FakeEngine())
+
+    async def items():
+        return [item async for item in replica.generate(job)]
+
+    (item,) = asyncio.run(items())
+    replica.close()
+    assert (item["kind"], item["status"], item["param"]) == ("error", 400, "temperature")
+    assert "2 times the same text" in item["message"]
+
+
 def test_requests_that_come_together_are_decoded_together():
     engine = FakeEngine("x" * 60, per_step=2, delay=0.02)
     with serving(engine) as (url, _), concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -237,6 +268,18 @@ def test_errors_have_openais_shape_and_status(change, status, param, text, strea
     assert e.value.param == param
     assert text in e.value.body["message"]
     assert "request-" not in e.value.body["message"].lower(), "ids that only the server knows"
+
+
+def test_a_chat_without_max_tokens_takes_what_the_pages_hold():
+    engine = FakeEngine("x" * 200, per_step=50)
+    engine.most_tokens = 100  # of a max_context of 256
+    with serving(engine) as (url, _):
+        api = client(url)
+        assert api.models.retrieve("fake/target").max_model_len == 100
+        answer = api.chat.completions.create(**ASK)
+        assert answer.usage.total_tokens == 100 and answer.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="leave .* of the context of 100 tokens"):
+            api.chat.completions.create(**ASK, max_tokens=100)
 
 
 def test_the_engine_s_refusals_name_the_api_s_fields():

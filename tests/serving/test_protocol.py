@@ -37,7 +37,10 @@ def test_all_fields_arrive():
     assert parse(ChatRequest, {**CHAT, "n": 3, "logprobs": True, "top_logprobs": 2}).job()["logprobs"] == 2
     assert parse(CompletionRequest, {"model": "m", "prompt": "x", "logprobs": 0}).job()["logprobs"] == 0
     for said, most in (("off", 0), ("draft", None), ({"max_tokens": 2}, 2)):
-        assert parse(ChatRequest, {**CHAT, "speculation": said}).job()["max_draft"] == most
+        job = parse(ChatRequest, {**CHAT, "speculation": said}).job()
+        assert (job["max_draft"], job["speculation"]) == (most, said)
+    assert plain["speculation"] is None
+    assert parse(ChatRequest, {**CHAT, "n": 3, "temperature": 0.1}).job()["n"] == 3
 
 
 def test_a_developer_speaks_as_the_system():
@@ -83,6 +86,10 @@ def test_prompts_are_a_text_or_token_ids(prompt):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
         ({"presence_penalty": 2.5}, "presence_penalty", "2.5"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"repetition_penalty": 0.009}, "repetition_penalty", "0.009"),
+        ({"n": 3, "temperature": 0}, "n", "n is 3 and temperature is 0, which gives the same text each time"),
+        ({"n": 2, "temperature": 1e-6}, "n", "temperature is 1e-06"),
+        ({"logit_bias": {"5": 1, "05": -100}}, "logit_bias", "'5' and '05', which are the same token"),
         ({"min_p": 1.5}, "min_p", "1.5"),
         ({"logit_bias": {"the": 1}}, "logit_bias", "'the'"),
         ({"tools": [{"type": "function"}]}, "tools", "function"),
