@@ -140,6 +140,24 @@ def test_an_answer_whose_first_token_swallows_the_prompts_last_is_refused_alone(
     assert spoken(chat_format.row(conversation("Hi", "return a + b")), tokenizer) == ["return a + b" + END]
 
 
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, [2]),
+        (CHATML_SPANS, [2]),
+        (CHATML_SPANS.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace("{{ '\n' }}", END), [2]),
+        (CHATML_SPANS.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"), []),  # a newline ends no answer
+    ],
+    ids=["prefix", "spans", "behind the span", "none"],
+)
+def test_answers_end_at_the_templates_end_of_turn_and_at_eos(bpe, template: str, ends: list[int]) -> None:
+    tokenizer = with_template(bpe, template)
+    assert tokenizer.convert_tokens_to_ids(END) == 2
+    assert ChatFormat(tokenizer).stop_ids([]) == tuple(ends)
+    assert ChatFormat(tokenizer).stop_ids([5, 0]) == tuple(sorted([0, 5, *ends]))
+    assert ChatFormat(tokenizer).stop_ids([2, 0]) == (0, 2)
+
+
 NO_HEADER = CHATML.replace("{{ '<|im_start|>assistant\n' }}{% endif %}", "{% endif %}")
 NO_END = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
