@@ -277,6 +277,9 @@ class ChatFormat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _refuse_special_text(self, messages: Sequence[Message]) -> None:
+        # All of them, not only those that forge a turn: a rendering is tokenized as one text, in which a tokenizer
+        # takes every special token for one or none (split_special_tokens), the template's own included; and in pieces,
+        # text gets other tokens where a tokenizer marks a text's beginning (docs/corpus.md).
         for i, message in enumerate(messages):
             if not message.token_ids and (found := self._special_pattern.search(message.content)):
                 raise RowError(
