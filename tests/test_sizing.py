@@ -244,3 +244,6 @@ def test_a_plan_without_a_corpus_asks_what_to_expect(tmp_path: Path, cache: Path
     broken.write_text('{"model_type": "bert"}')
     with pytest.raises(DraftlineError, match="bert"):
         size_target(config.target, str(broken), cache)
+    broken.write_text('{"model_type": "of-tomorrow"}')
+    with pytest.raises(DraftlineError, match=r"config\.json is not a model that transformers can load: .*of-tomorrow"):
+        size_target(config.target, str(broken), cache)

@@ -157,8 +157,7 @@ class Regenerator:
         if self._engine is None:
             tokenizer, self._engine = self._load()
             self._chat = self._chat or ChatFormat(tokenizer)
-            end = self._chat.end_of_turn
-            self._stop_ids = frozenset(self._engine.target.eos_ids) | (frozenset() if end is None else {end})
+            self._stop_ids = self._chat.stop_ids(self._engine.target.eos_ids)
         assert self._chat is not None
         return self._chat, self._engine
 
@@ -182,7 +181,7 @@ class Regenerator:
             top_k=settings.top_k,
             top_p=settings.top_p,
             seed=prompt_seed(settings.seed, prompt.messages),
-            stop_ids=tuple(sorted(self._stop_ids)),
+            stop_ids=self._stop_ids,
         )
         request.check(engine.target.vocab_size, engine.config.max_context)
         return prompt, request
@@ -211,7 +210,7 @@ def rows_of(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         yield {name: batch[name][i].item() if batch[name].dtype != object else batch[name][i] for name in COLUMNS}
 
 
-def _answer(chat: ChatFormat, prompt: Conversation, completion: Completion, stop_ids: frozenset[int]) -> Message:
+def _answer(chat: ChatFormat, prompt: Conversation, completion: Completion, stop_ids: Sequence[int]) -> Message:
     """The response as a message from which `ChatFormat.row` makes exactly the tokens the target produced."""
     spoken = list(completion.token_ids)
     reason = completion.finish_reason

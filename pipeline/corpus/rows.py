@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class ChatFormat:
     Attributes:
         tokenizer: a transformers tokenizer.
         uses_spans: the template has `{% generation %}` spans.
-        end_of_turn: id of the token that ends an assistant turn; None if the template has none.
+        end_of_turn: id of the special token that ends an assistant turn; None if the template has none.
 
     Raises:
         TemplateError: no template, one that fails on a plain question and answer, or one that cannot mark the answer.
@@ -128,7 +128,8 @@ class ChatFormat:
             ids, (turn,) = self._layout(question)
         except _Unmarkable as e:
             raise self._template_error(question, e) from None
-        self.end_of_turn: int | None = ids[turn.end_of_text] if turn.end_of_text < len(ids) else None
+        # Behind a span that no special token ends there is text (a newline), where no answer may be stopped.
+        self.end_of_turn = next((i for i in ids[turn.end_of_text :][:1] if i in self._special), None)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of messages that end with a user turn, generation prompt included: what the engine is given.
@@ -141,6 +142,12 @@ class ChatFormat:
             return self._encode(self._render(messages, len(messages), prompt=True))
         except _Unmarkable as e:
             raise RowError(f"The chat template does not take this prompt: {e.why}") from None
+
+    def stop_ids(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
+        """Tokens that end an answer wherever one is decoded: the target's eos tokens and the template's end of turn,
+        which is none of them where a base checkpoint is given a chat template."""
+        own = [] if self.end_of_turn is None else [self.end_of_turn]
+        return tuple(sorted({*eos_ids, *own}))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of response tokens, special tokens left out, spaces untouched."""
@@ -270,6 +277,9 @@ class ChatFormat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _refuse_special_text(self, messages: Sequence[Message]) -> None:
+        # All of them, not only those that forge a turn: a rendering is tokenized as one text, in which a tokenizer
+        # takes every special token for one or none (split_special_tokens), the template's own included; and in pieces,
+        # text gets other tokens where a tokenizer marks a text's beginning (docs/corpus.md).
         for i, message in enumerate(messages):
             if not message.token_ids and (found := self._special_pattern.search(message.content)):
                 raise RowError(

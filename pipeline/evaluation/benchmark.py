@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import BenchmarkConfig, EngineConfig
-from pipeline.corpus.rows import TokenRow
+from pipeline.corpus.rows import ChatFormat, TokenRow
 from pipeline.decoding import Completion, Engine, Request, RoundTrace, StepCost, make_proposer
 from pipeline.drafts.base import Draft
 from pipeline.errors import DraftlineError
@@ -134,11 +134,10 @@ def collect_rounds(
             raw.append(trace.raw_confidence.numpy()[whole])
             accepted.append(trace.accepted.numpy()[whole])
 
+    stops = chat_stops(engine)
     engine.on_round = keep
     try:
-        requests = [
-            _request(r, i, config, temperature=t) for t in (0.0, config.temperature) for i, r in enumerate(rows)
-        ]
+        requests = [_request(r, i, config, t, stops) for t in (0.0, config.temperature) for i, r in enumerate(rows)]
         engine.generate(requests)
     finally:
         engine.on_round = None
@@ -169,13 +168,14 @@ def run_arms(
     # The engine learns what drafting costs as it runs: each proposer has its own table, or n-gram's near-zero cost
     # would mix into the neural draft's and the schedule would be neither's.
     costs: dict[tuple[str, str], StepCost] = {}
+    stops = chat_stops(engine)
     warm = dataclasses.replace(config, max_new_tokens=min(8, config.max_new_tokens))
     shared = engine.step_cost or engine.profile()
     for _ in range(2):  # The first pass pays for what is made on first use; the second learns from the rest.
         costs = {key: shared.copy(draft=0.0) for key in made}
         for arm in arms:
             engine.step_cost = costs[arm.key]
-            _decode(engine, arm, made, rows[0], 0, warm)
+            _decode(engine, arm, made, rows[0], 0, warm, stops)
     # What first use cost is no part of a step's cost.
     costs = {key: shared.copy(draft=cost.draft) for key, cost in costs.items()}
     began = time.monotonic()
@@ -183,7 +183,7 @@ def run_arms(
         turn = i % len(arms)
         for arm in (*arms[turn:], *arms[:turn]):
             engine.step_cost = costs[arm.key]
-            done[arm.name].append(_decode(engine, arm, made, row, i, config))
+            done[arm.name].append(_decode(engine, arm, made, row, i, config, stops))
         left = (time.monotonic() - began) / (i + 1) * (len(rows) - i - 1)
         base, mine = ((a, done[a][i]) for a in shown)
         print(
@@ -248,18 +248,37 @@ def summarise(
     return out
 
 
-def _decode(engine: Engine, arm: Arm, made: Proposers, row: TokenRow, i: int, config: BenchmarkConfig) -> Completion:
+def chat_stops(engine: Engine) -> tuple[int, ...]:
+    """Tokens at which the answers of served chats end; TemplateError without a chat template."""
+    return ChatFormat(engine.target.tokenizer).stop_ids(engine.target.eos_ids)
+
+
+def _decode(
+    engine: Engine,
+    arm: Arm,
+    made: Proposers,
+    row: TokenRow,
+    i: int,
+    config: BenchmarkConfig,
+    stops: tuple[int, ...],
+) -> Completion:
     engine.set_proposer(made[arm.key])
     engine.set_schedule(arm.scheduler, rule=arm.rule)
-    completion = engine.generate([_request(row, i, config, temperature=config.temperature if arm.sampled else 0.0)])[0]
+    completion = engine.generate([_request(row, i, config, config.temperature if arm.sampled else 0.0, stops)])[0]
     if completion.finish_reason == "error":
         raise DraftlineError(f"Held-out prompt {row.sample_id}, arm {arm.name}: {completion.error}")
     return completion
 
 
-def _request(row: TokenRow, i: int, config: BenchmarkConfig, temperature: float) -> Request:
+def _request(row: TokenRow, i: int, config: BenchmarkConfig, temperature: float, stops: tuple[int, ...]) -> Request:
     prompt = [int(t) for t in row.input_ids[: row.prompt_length]]
-    return Request(prompt, max_new_tokens=config.max_new_tokens, temperature=temperature, seed=config.seed + i)
+    return Request(
+        prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        seed=config.seed + i,
+        stop_ids=stops,
+    )
 
 
 def rate(c: Completion) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 CONVENTIONS = {
+    "answers": "end at an eos token of the target or the chat template's end of turn, as served chats do",
     "tau": "tokens emitted per decoding step of the target, bonus token included, prefill's token excluded",
     "accept_rate": "accepted / drafted tokens, those that the schedule did not verify among them",
     "verified_accept_rate": "accepted / verified draft tokens",

@@ -37,7 +37,7 @@ from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.errors import DraftlineError
-from pipeline.evaluation.benchmark import block_proposer, pick_prompts
+from pipeline.evaluation.benchmark import block_proposer, chat_stops, pick_prompts
 from pipeline.evaluation.checks import Check, table
 from pipeline.evaluation.metrics import rounded
 from pipeline.features.forward import feature_rows
@@ -173,14 +173,16 @@ def decode(
     proposer.propose = watched
     engine.set_proposer(proposer)
     engine.set_schedule("fixed", rule="ratio")
-    done = []
+    done, stops = [], chat_stops(engine)
     for i, row in enumerate(rows):
         prompt = [int(t) for t in row.input_ids[: row.prompt_length]]
         kept.clear()
         accepted: list[int] = []
         engine.on_round = lambda trace, accepted=accepted: accepted.append(int(trace.accepted[0]))  # type: ignore[misc]
         try:
-            request = Request(prompt, parity.max_new_tokens, temperature=temperature, seed=parity.seed + i)
+            request = Request(
+                prompt, parity.max_new_tokens, temperature=temperature, seed=parity.seed + i, stop_ids=stops
+            )
             completion = engine.generate([request])[0]
         finally:
             engine.on_round = None

@@ -24,7 +24,7 @@ from pipeline.drafts.config import default_layer_ids
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import check_identity, shard_name, write_shard
-from pipeline.target import check_family, load_identity, load_target, obtain, validate_layer_ids
+from pipeline.target import load_config, load_identity, load_target, obtain, validate_layer_ids
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _PRINT_SECONDS = 2.0
@@ -179,11 +179,7 @@ def check(
 
 
 def _model_config(target: TargetConfig, cache_dir: Path | str) -> Any:
-    from transformers import AutoConfig
-
-    loaded = AutoConfig.from_pretrained(obtain(target, Path(cache_dir)))
-    check_family(loaded.model_type)
-    return loaded
+    return load_config(obtain(target, Path(cache_dir)))
 
 
 def _make(

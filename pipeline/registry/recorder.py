@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import sys
@@ -292,16 +293,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _answers(uri: str) -> None:
-    """Raises DraftlineError when no server listens: MLflow's own client would retry for minutes first."""
+    """Raises DraftlineError when no HTTP server listens: MLflow's own client would retry for minutes first."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
             pass
     except urllib.error.HTTPError:
         pass  # it answers, if only to ask who we are
-    except OSError as e:
+    # The others: an address that is none (ValueError: half an IPv6 address, a name with an empty part), a port that is
+    # no number, and what answers in another protocol.
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        why = str(getattr(e, "reason", e)) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
         raise DraftlineError(
-            f"No MLflow server answers at tracking.uri={uri!r} ({getattr(e, 'reason', e)}). Start it, or leave "
-            "tracking.uri empty for a sqlite store under the output root."
+            f"No MLflow server answers at tracking.uri={uri!r} ({' '.join(why.split())}). Start it, mend the address, "
+            "or leave tracking.uri empty for a sqlite store under the output root."
         ) from None
 
 

@@ -26,6 +26,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 
+from pipeline.actors import num_gpus
 from pipeline.artifact import load
 from pipeline.config import EngineConfig, ServingConfig, TargetConfig
 from pipeline.errors import DraftlineError
@@ -118,10 +119,14 @@ def application(
     model_name: str | None = None,
     draft_version: str | None = None,
 ) -> serve.Application:
-    """The bound application, for `serve.run` or a Serve config file."""
+    """The bound application, for `serve.run` or a Serve config file.
+
+    Raises:
+        DraftlineError: the cluster that Ray is connected to has no GPU for a target that decodes on one.
+    """
     # Every request that the engine would queue must reach it: its own bound answers 429, Serve's never comes first.
     ongoing = engine.max_requests + engine.max_queue + 16
-    gpu = {"num_gpus": 1} if target.device.startswith("cuda") else {}
+    gpus = num_gpus(target)
     replica = serve.deployment(
         name=TARGET,
         num_replicas=1,
@@ -130,7 +135,7 @@ def application(
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
         max_constructor_retry_count=1,
-        ray_actor_options={"num_cpus": 1, **gpu},
+        ray_actor_options={"num_cpus": 1} if gpus is None else {"num_cpus": 1, "num_gpus": gpus},
     )(ServedTarget).bind(
         dataclasses.asdict(target),
         dataclasses.asdict(engine),
@@ -163,13 +168,12 @@ def deploy(
     Returns:
         the base URL, e.g. `http://127.0.0.1:8000`; clients add `/v1`.
     Raises:
-        DraftlineError: the port is taken, Serve already listens on another, its proxy did not come up, or the replica
-            could not load.
+        DraftlineError: the cluster has no GPU for the target, the port is taken, Serve already listens on another, its
+            proxy did not come up, or the replica could not load.
         ArtifactError: the draft is missing or damaged.
     """
     if draft_dir is not None:
         load(draft_dir, "draft")
-    host, port = _listen(serving)
     app = application(
         target,
         engine,
@@ -178,6 +182,7 @@ def deploy(
         model_name=model_name,
         draft_version=draft_version,
     )
+    host, port = _listen(serving)
     logs = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         serve.run(app, name=serving.app_name, route_prefix=serving.route_prefix, logging_config=logs)

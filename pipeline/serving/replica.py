@@ -92,9 +92,11 @@ class TargetReplica:
         self._system_prompt = system_prompt
         self._created = int(time.time())
         self._draining = False
+        self._chat_stops: tuple[int, ...] = ()
         try:
             self._chat: ChatFormat | None = ChatFormat(self._tokenizer)
             self._no_chat = ""
+            self._chat_stops = self._chat.stop_ids(engine.target.eos_ids)
         except TemplateError as e:
             self._chat, self._no_chat = None, str(e)
         # oneDNN asks OpenMP for its threads, whose number is each thread's own: the engine's thread would decode on the
@@ -253,6 +255,7 @@ class TargetReplica:
             logit_bias=job["logit_bias"],
             logprobs=job["logprobs"],
             stop=tuple(job["stop"]),
+            stop_ids=self._chat_stops if "messages" in job else (),
             max_draft=job["max_draft"],
             seed=job["seed"],
         )
@@ -294,7 +297,8 @@ class TargetReplica:
             "kind": "done",
             "index": index,
             "finish_reason": done.finish_reason,
-            "stop_reason": done.stop_reason,
+            # A token that ends turns is the end of the answer, as eos is, and nothing that the client asked for.
+            "stop_reason": done.stop_reason if isinstance(done.stop_reason, str) else None,
             "prompt_tokens": len(request.prompt_ids),
             "cached_tokens": m.cached_prompt,
             "completion_tokens": len(done.token_ids),

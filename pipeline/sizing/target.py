@@ -11,7 +11,8 @@ import transformers
 
 from pipeline.config import TargetConfig
 from pipeline.errors import DraftlineError
-from pipeline.target.families import check_family, family_of
+from pipeline.target.families import family_of
+from pipeline.target.loading import load_config
 from pipeline.target.obtain import config_file
 
 
@@ -53,9 +54,8 @@ def size_target(target: TargetConfig, file: str, cache: Path) -> TargetSize:
         DraftlineError: no such file, not a model's, or of a family that is not supported.
     """
     path = Path(file) if file else config_file(target, cache)
+    config = load_config(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        check_family(config.model_type)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as e:

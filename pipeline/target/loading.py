@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 # entries are not: where it came from, who wrote it, and the dtype that target.dtype overrides.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _TEMPLATES = Path(__file__).parent / "templates"
-_UNREADABLE = (OSError, ValueError, SafetensorError)  # the last is neither of the others
+# The last two are neither of the others; of a config whose values are of a wrong type, transformers raises the last.
+_UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -143,7 +145,7 @@ def load_tokenizer(config: TargetConfig, cache_dir: Path) -> Any:
     path = obtain(config, cache_dir)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
+    except _UNREADABLE as e:  # a config's fault too: it is read where the tokenizer does not say its class
         raise DraftlineError(f"{path} has no tokenizer that transformers can load: {_first_line(e)}") from None
     if config.chat_template:
         own = _TEMPLATES / f"{config.chat_template}.jinja"
@@ -180,6 +182,22 @@ def load_identity(config: TargetConfig, cache_dir: Path, tokenizer: Any = None) 
     )
 
 
+def load_config(path: Path) -> Any:
+    """A target's transformers config, as it is (`get_text_config()` has the text model's), without its weights.
+
+    Args:
+        path: the target's directory, or a config.json.
+    Raises:
+        DraftlineError: it is unreadable, or of a family that is not supported.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except _UNREADABLE as e:
+        raise _unreadable(path, e) from None
+    check_family(config.model_type)
+    return config
+
+
 def load_target(config: TargetConfig, cache_dir: Path) -> Target:
     """Loads the target as configured.
 
@@ -190,9 +208,9 @@ def load_target(config: TargetConfig, cache_dir: Path) -> Target:
     tokenizer = load_tokenizer(config, cache_dir)
     if config.device != "cpu" and not torch.cuda.is_available():
         raise DraftlineError(f"target.device={config.device!r}, but this process sees no GPU. Use target.device=cpu.")
+    load_config(path)  # before reading the weights
     try:
         transformers.utils.logging.disable_progress_bar()  # one line per tensor in a job's log
-        check_family(transformers.AutoConfig.from_pretrained(path).model_type)  # before reading the weights
         placed = {"device_map": "auto"} if config.device == "auto" else {}
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **placed)
     except _UNREADABLE as e:
@@ -215,9 +233,8 @@ def load_borrowed(config: TargetConfig, cache_dir: Path) -> Target:
     """
     path = obtain(config, cache_dir)
     tokenizer = load_tokenizer(config, cache_dir)
+    known = load_config(path)
     try:
-        known = transformers.AutoConfig.from_pretrained(path)
-        check_family(known.model_type)
         model = _without_layers(path, known, getattr(torch, config.dtype))
     except _UNREADABLE as e:
         raise _unreadable(path, e) from None
@@ -317,6 +334,8 @@ def _unreadable(path: Path, e: Exception) -> DraftlineError:
                     f"{file} is cut short or damaged ({_first_line(damage)}). Delete it and copy or download the "
                     "target's weights again."
                 )
+    if isinstance(e, StrictDataclassError):  # which value it is stands in its second line
+        return DraftlineError(f"{path} has a config.json that transformers does not take: {' '.join(str(e).split())}")
     return DraftlineError(f"{path} is not a model that transformers can load: {_first_line(e)}")
 
 

@@ -52,6 +52,11 @@ def test_routes_that_serve_takes_are_taken(prefix: str) -> None:
     assert compose([f"serving.route_prefix={prefix}"]).serving.route_prefix == prefix
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "auto"])
+def test_devices_that_every_actor_has_are_taken(device: str) -> None:
+    assert compose([f"target.device={device}"]).target.device == device
+
+
 def test_deepspeed_settings_pass_through_as_they_are() -> None:
     assert compose(["deepspeed=zero3"]).deepspeed == {"zero_optimization": {"stage": 3}}
 
@@ -113,6 +118,9 @@ def test_values_survive_being_plain() -> None:
         ("serving.route_prefix='/{a}'", "must be / or begin with one"),
         ("serving.app_name=", "serving.app_name is empty"),
         ("trainer.warm_start.layers=feature", "Did you mean 'features'?"),
+        ("target.device=cuda:1", "Ray chooses the GPU of each actor, which sees no other"),
+        ("target.device=gpu", "target.device='gpu' is not one of cpu, cuda, auto."),
+        ("target.device=cuda:x", "target.device='cuda:x' is not one of cpu, cuda, auto."),
         ("trainer.use_gpu=1", "trainer.use_gpu=1 must be of type bool"),
         ("nonsense", "is not a setting; write name=value"),
     ],

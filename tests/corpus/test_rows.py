@@ -133,11 +133,42 @@ def test_text_that_spells_a_special_token_is_refused_with_its_turn(tokenizer, tu
         tokenize(conversation(*texts), tokenizer)
 
 
+def test_a_special_token_that_the_template_never_writes_is_refused_in_prompts_and_rows_alike(tokenizer) -> None:
+    text = "What does <|endoftext|> do?"
+    assert "<|endoftext|>" not in tokenizer.chat_template
+    with pytest.raises(RowError, match=r"messages\[0\].*'<\|endoftext\|>'"):
+        ChatFormat(tokenizer).prompt_ids([Message("user", text)])
+    with pytest.raises(RowError, match=r"messages\[0\].*'<\|endoftext\|>'"):
+        tokenize(conversation(text, "Hello"), tokenizer)
+    # Read as plain text by the tokenizer's own switch, the template's tokens would be no special ones either.
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    split = tokenizer(rendered, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert not {*split} & {*tokenizer.all_special_ids}
+
+
 def test_an_answer_whose_first_token_swallows_the_prompts_last_is_refused_alone(tokenizer) -> None:
     chat_format = ChatFormat(tokenizer)
     with pytest.raises(RowError, match=r"messages\[1\]"):
         chat_format.row(conversation("Hi", "    return a + b"))
     assert spoken(chat_format.row(conversation("Hi", "return a + b")), tokenizer) == ["return a + b" + END]
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, [2]),
+        (CHATML_SPANS, [2]),
+        (CHATML_SPANS.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace("{{ '\n' }}", END), [2]),
+        (CHATML_SPANS.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"), []),  # a newline ends no answer
+    ],
+    ids=["prefix", "spans", "behind the span", "none"],
+)
+def test_answers_end_at_the_templates_end_of_turn_and_at_eos(bpe, template: str, ends: list[int]) -> None:
+    tokenizer = with_template(bpe, template)
+    assert tokenizer.convert_tokens_to_ids(END) == 2
+    assert ChatFormat(tokenizer).stop_ids([]) == tuple(ends)
+    assert ChatFormat(tokenizer).stop_ids([5, 0]) == tuple(sorted([0, 5, *ends]))
+    assert ChatFormat(tokenizer).stop_ids([2, 0]) == (0, 2)
 
 
 NO_HEADER = CHATML.replace("{{ '<|im_start|>assistant\n' }}{% endif %}", "{% endif %}")

@@ -13,17 +13,18 @@ import torch
 from pipeline import artifact
 from pipeline.config import CorpusConfig, ParityConfig, TargetConfig
 from pipeline.corpus.build import build_corpus, read_rows
+from pipeline.decoding import Completion, Engine, Request
 from pipeline.decoding.proposers.dspark import DSparkProposer
 from pipeline.decoding.proposers.eagle3 import Eagle3Proposer
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.errors import DraftlineError
-from pipeline.evaluation.benchmark import pick_prompts
-from pipeline.evaluation.parity import ParityError, check_parity, require_parity
+from pipeline.evaluation.benchmark import Arm, block_proposer, collect_rounds, pick_prompts, proposers, run_arms
+from pipeline.evaluation.parity import ParityError, check_parity, decode, require_parity
 from pipeline.features.forward import feature_rows
 from pipeline.features.store import shard_name, write_shard
-from pipeline.target import load_target
+from pipeline.target import load_target, tiny
 from tests.drafts.samples import small_draft
-from tests.evaluation.conftest import ENGINE, TARGET, Places
+from tests.evaluation.conftest import BENCHMARK, ENGINE, TARGET, Places
 from tests.training.test_step import KINDS
 
 PARITY = ParityConfig(prompts=6, max_new_tokens=24)
@@ -113,6 +114,33 @@ def test_a_layer_id_off_by_one_is_caught(trained: Trained, monkeypatch: Any, kin
     monkeypatch.setattr(proposer, "__init__", shifted)
     content = trained.check(draft_of(trained.places, trained.root / "draft", **ASKED[kind]))
     assert "draft logits" in failed(content)
+
+
+def test_measured_answers_end_where_served_chats_do(places: Places, tmp_path: Path, monkeypatch: Any) -> None:
+    """With a template whose end of turn is no eos token: the tail behind it is no part of any figure."""
+    template = tmp_path / "ends-with-pad.jinja"
+    template.write_text(tiny.TEMPLATE.replace("<|im_end|>", "<|pad|>"))
+    target = load_target(dataclasses.replace(TARGET, chat_template=str(template)), places.cache)
+    end = target.tokenizer.convert_tokens_to_ids("<|pad|>")
+    assert target.eos_ids and end not in target.eos_ids
+    draft = small_draft(load_target(TARGET, places.cache))
+    engine = Engine(target, ENGINE)
+    asked: list[Request] = []
+    generate = engine.generate
+
+    def seen(requests: list[Request]) -> list[Completion]:
+        asked.extend(requests)
+        return generate(requests)
+
+    monkeypatch.setattr(engine, "generate", seen)
+    rows = read_rows(places.corpus, "heldout")[:2]
+    short = dataclasses.replace(BENCHMARK, max_new_tokens=4)
+    arms = (Arm("none", "none"), Arm("draft t1", "draft", sampled=True))
+    run_arms(engine, arms, proposers(arms, {"draft": draft}, ENGINE), rows, short, ("none", "draft t1"))
+    collect_rounds(engine, block_proposer(draft, ENGINE), rows, short)
+    decode(engine, draft, rows, dataclasses.replace(PARITY, max_new_tokens=4), 1.0)
+    assert len(asked) >= 4 + 4 + 2
+    assert {r.stop_ids for r in asked} == {tuple(sorted({end, *target.eos_ids}))}
 
 
 def test_a_swapped_slot_layout_is_caught(trained: Trained, monkeypatch: Any) -> None:

@@ -21,7 +21,7 @@ from pipeline.features.extract import Extractor, extract, with_layers
 from pipeline.features.forward import batches, feature_rows
 from pipeline.features.store import FeatureStore, shard_name
 from pipeline.features.stream import StreamExtractor, feature_stream
-from pipeline.target import load_target
+from pipeline.target import load_target, obtain
 from tests.features.conftest import FEATURES, TARGET
 
 pytestmark = pytest.mark.ray
@@ -162,6 +162,19 @@ def test_layers_that_nobody_names_are_the_drafts_default(corpus_dir, cache_dir) 
     named = with_layers(dataclasses.replace(FEATURES, target_layer_ids=[]), TARGET, cache_dir)
     assert named.target_layer_ids == default_layer_ids(4)
     assert with_layers(FEATURES, TARGET, cache_dir) is FEATURES
+
+
+def test_a_target_of_a_kind_that_transformers_does_not_know_is_one_error(corpus_dir, cache_dir, tmp_path) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(obtain(TARGET, cache_dir), folder)
+    (folder / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    config, target = dataclasses.replace(FEATURES, target_layer_ids=[]), TargetConfig(path=str(folder))
+    for run in (
+        lambda: extract(config, target, corpus_dir, tmp_path / "f", cache_dir),
+        lambda: feature_stream(config, target, corpus_dir, cache_dir),
+    ):
+        with pytest.raises(DraftlineError, match="not a model that transformers can load: .*of-tomorrow"):
+            run()
 
 
 def test_an_empty_split_is_refused(corpus_dir, cache_dir, tmp_path) -> None:

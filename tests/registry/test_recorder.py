@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 
 import pytest
 
 from pipeline.errors import DraftlineError
-from pipeline.registry.recorder import Recorder, flatten, identity_tags
+from pipeline.registry.recorder import Recorder, _answers, flatten, identity_tags
 
 
 def run_of(recorder, run_id):
     return recorder.client.get_run(run_id)
+
+
+@pytest.fixture
+def answering():
+    """Starts a server that answers one connection with these bytes; gives its address."""
+    threads: list[threading.Thread] = []
+    with contextlib.ExitStack() as stack:
+
+        def start(answer: bytes) -> str:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def once() -> None:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+
+            threads.append(threading.Thread(target=once, daemon=True))
+            threads[-1].start()
+            return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        yield start
+        for thread in threads:
+            thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("http://127.0.0.1:port", "InvalidURL: nonnumeric port: 'port'"),
+        ("http://127.0.0.1:1", "Connection refused"),
+        ("http://[::1", "ValueError: Invalid IPv6 URL"),
+        ("http://a..b:80", "empty or too long"),
+    ],
+)
+def test_an_address_at_which_no_server_can_be_is_one_error(uri, why, tmp_path):
+    with pytest.raises(DraftlineError, match=r"tracking\.uri=.*leave tracking\.uri empty") as e:
+        Recorder(uri, "draftline", tmp_path)
+    assert repr(uri) in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b""], ids=["another protocol", "nothing"])
+def test_a_server_that_is_no_http_server_is_one_error(answering, tmp_path, answer):
+    uri = answering(answer)
+    with pytest.raises(DraftlineError, match="No MLflow server answers") as e:
+        Recorder(uri, "draftline", tmp_path)
+    assert uri in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_server_that_wants_to_know_who_asks_is_there(answering):
+    _answers(answering(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"))
 
 
 def test_a_stage_is_a_child_with_its_standard_tags(recorder, monkeypatch):

@@ -52,12 +52,16 @@ class FakeEngine:
     """Answers every request with `answer`, `per_step` tokens a step, taking `delay` seconds a step.
 
     `cancelled` lists the ids that were cancelled, `failures` has why, where that was told; `fail` makes the next step
-    raise, `refusal` the next submission. `cached` tokens of every prompt were found.
+    raise, `refusal` the next submission. `cached` tokens of every prompt were found. `target.eos_ids` end a text, as a
+    request's stop_ids do.
     """
 
     def __init__(self, answer: str = "Hello!", per_step: int = 3, delay: float = 0.0, max_queue: int = 8) -> None:
         self.target = SimpleNamespace(
-            tokenizer=byte_tokenizer(), identity=SimpleNamespace(id="fake/target"), text=_text
+            tokenizer=byte_tokenizer(),
+            identity=SimpleNamespace(id="fake/target"),
+            text=_text,
+            eos_ids=[byte_tokenizer().eos_token_id],
         )
         self.config = SimpleNamespace(max_context=256, max_requests=4, threads=0)
         self.most_tokens = 256
@@ -105,11 +109,14 @@ class FakeEngine:
             matched = None
             for n in range(len(new)):
                 text = _text(out + new[: n + 1])
-                if matched := next((s for s in request.stop if s in text), None):
+                matched = next((s for s in request.stop if s in text), None)
+                if matched is None and new[n] in request.stop_ids:
+                    matched = new[n]
+                if matched is not None or new[n] in self.target.eos_ids:
                     new = new[: n + 1]
                     break
             out += new
-            ends = matched or len(out) == len(self.tokens)
+            ends = matched is not None or len(out) == len(self.tokens) or out[-1] in self.target.eos_ids
             reason = "stop" if ends else "length" if len(out) == request.max_new_tokens else None
             said = None if request.logprobs is None else [_logprob(t, request.logprobs) for t in new]
             reason = "cancelled" if name in self.cancelled else reason

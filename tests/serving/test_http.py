@@ -133,6 +133,22 @@ def test_a_stop_string_ends_the_text_and_the_engines_work():
     assert answer.usage.completion_tokens == len("one two three")
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "x"], ids=["eos", "not eos"])
+def test_a_chat_ends_with_the_templates_end_of_turn_and_plain_text_goes_on(eos):
+    """A base checkpoint with a chat template: its eos is another token than the one that ends a turn."""
+    engine = FakeEngine("Hello<|im_end|>and on")
+    engine.target.eos_ids = [byte_tokenizer().convert_tokens_to_ids(eos)]
+    with serving(engine) as (url, _):
+        api = client(url)
+        answer = api.chat.completions.create(**ASK)
+        plain = api.completions.create(model="fake/target", prompt="x", max_tokens=100)
+    assert answer.choices[0].message.content == "Hello"
+    assert (answer.choices[0].finish_reason, answer.choices[0].stop_reason) == ("stop", None)
+    assert answer.usage.completion_tokens == len("Hello") + 1
+    assert plain.choices[0].text == ("Hello" if eos == "<|im_end|>" else "Helloand on")
+    assert engine.requests[1].stop_ids == ()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_choices_have_seeds_that_count_up(stream):
     engine = FakeEngine("Hi, 日本", per_step=2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import TargetConfig
 from pipeline.errors import ConfigError, DraftlineError
-from pipeline.target import Target, check_family, family_of, features_of, load_target, obtain
+from pipeline.target import Target, check_family, family_of, features_of, load_config, load_target, obtain
 from tests.target.tiny_families import BUILDERS, VOCABULARY, tiny_target
 
 LENGTH = 23
@@ -112,6 +112,25 @@ def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(tmp_pa
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(DraftlineError, match="'bloom'; supported are"):
         load_target(TargetConfig(path=str(folder)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ('{"model_type": "of-tomorrow"}', "not a model that transformers can load: .*`of-tomorrow`"),
+        ("{}", "not a model that transformers can load: .*model_type"),
+        ('{"model_ty', "not a model that transformers can load: .*JSON"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "does not take: .*'hidden_size' expected int, got str"),
+        ('{"model_type": "bloom"}', "'bloom'; supported are"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line_wherever_it_is_read(tmp_path: Path, written: str, says: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(written)
+    for place in (tmp_path, file):
+        with pytest.raises(DraftlineError, match=says) as e:
+            load_config(place)
+        assert "\n" not in str(e.value)
 
 
 def test_tap_ids_are_checked_against_the_text_model_s_layers() -> None:
