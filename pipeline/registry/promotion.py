@@ -52,8 +52,8 @@ Begin = Callable[[], StageRun]
 
 
 def model_name(target_id: str, family: str) -> str:
-    """The registered model's name, e.g. `draftline-smollm2-135m-dspark` (MLflow allows no `/` or `:` in it)."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", target_id.lower()).strip("-")
+    """The registered model's name, e.g. `draftline-qwen3-1-7b-dspark`: its drafts' too, and there MLflow allows no dot."""
+    slug = re.sub(r"[^a-z0-9]+", "-", target_id.lower()).strip("-")
     return f"draftline-{slug}-{family}"
 
 

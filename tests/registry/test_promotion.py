@@ -48,6 +48,17 @@ def champion_weights(recorder, folder: Path) -> bytes:
 def test_model_names_follow_target_and_family():
     assert promotion.model_name("smollm2-135m", "dspark") == "draftline-smollm2-135m-dspark"
     assert promotion.model_name("Qwen/Qwen3-4B", "dspark") == "draftline-qwen-qwen3-4b-dspark"
+    assert promotion.model_name("Qwen3-1.7B", "dspark") == "draftline-qwen3-1-7b-dspark"
+
+
+def test_a_target_with_a_dot_in_its_name_is_registered(recorder, tmp_path):
+    """MLflow lets a registered model have one, and not the drafts of its versions."""
+    target = {**TARGET, "id": "Qwen3-1.7B"}
+    name = promotion.model_name(target["id"], "dspark")
+    make_report(tmp_path / "report", make_draft(tmp_path / "draft", target=target), target=target)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        version = promotion.register(recorder, lambda: run, name, tmp_path / "draft", tmp_path / "report")
+    assert str(recorder.client.get_model_version_by_alias(name, "challenger").version) == version
 
 
 def test_a_registered_draft_is_a_challenger_with_its_numbers(recorder, tmp_path):
