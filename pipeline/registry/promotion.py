@@ -90,7 +90,7 @@ def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str,
     _same_draft(draft, content, report_dir)
     client = recorder.client
     tags = _version_tags(draft, report, content)
-    version = _find(recorder, name, tags)
+    version = _find(recorder, name, {k: tags[k] for k in ("draft_digest", "report_digest")})
     candidate = _by_alias(recorder, name, CHALLENGER) or _by_alias(recorder, name, CHAMPION)
     if version is not None and candidate is not None and version == str(candidate.version):
         return version
@@ -243,6 +243,11 @@ def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> 
     return fetch(recorder, _resolve(recorder, name, which), cache_dir)
 
 
+def version_of(recorder: Recorder, name: str, digest: str) -> str | None:
+    """The number of a version of the draft with this digest, if there is one."""
+    return _find(recorder, name, {"draft_digest": digest})
+
+
 def fetch(recorder: Recorder, version: ModelVersion, cache_dir: Path | str) -> DraftVersion:
     """Brings a version's draft to this machine (once per digest).
 
@@ -317,8 +322,7 @@ def _numbers(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _find(recorder: Recorder, name: str, tags: dict[str, str]) -> str | None:
-    keys = ("draft_digest", "report_digest")
-    query = " and ".join([f"name = '{name}'", *(f"tags.{k} = '{tags[k]}'" for k in keys)])
+    query = " and ".join([f"name = '{name}'", *(f"tags.{k} = '{v}'" for k, v in tags.items())])
     found = recorder.client.search_model_versions(query)
     return str(found[0].version) if found else None
 

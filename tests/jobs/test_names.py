@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs import export, promote, register, serve, train
-from pipeline.config import PipelineConfig
-from pipeline.entry import compose, run
+from pipeline import artifact
+from pipeline.config import PipelineConfig, to_plain
+from pipeline.drafts.checkpoint import save_draft
+from pipeline.entry import compose, recorder, run
+from pipeline.errors import ConfigError
+from pipeline.registry import promotion
 from pipeline.registry.promotion import registered_name
+from pipeline.target import load_target
+from tests.drafts.samples import small_draft
 from tests.jobs.test_export import prepare
+from tests.registry.reports import report
 
 NAME = "draftline-tiny-dspark"
 
@@ -48,6 +56,61 @@ def test_a_champion_is_exported_served_and_trained_on_without_its_run(
     assert deployed == [NAME]
     found = train.former(compose(settings(place, "trainer.warm_start.draft=champion")))
     assert found is not None and (found / "manifest.json").is_file()
+
+
+def train_on(root: Path, setting: str, former: str | None, seed: int) -> tuple[PipelineConfig, str]:
+    """A run whose draft was trained from `former` (a digest) by this setting, registered and champion: its version."""
+    config = compose(settings(root, f"trainer.warm_start.draft={setting}"))
+    config = dataclasses.replace(config, name=f"run{seed}")
+    target = load_target(config.target, config.cache)
+    identity, inputs = target.identity.as_dict(), {"former": former} if former else {}
+    plain = {"trainer": to_plain(config.trainer)}
+    draft = small_draft(target, seed=seed)
+    own = save_draft(config.run_dir / "draft", draft, target=identity, config=plain, inputs=inputs)
+    place, report_dir = config.run_dir / "calibrated", config.run_dir / "report"
+    made = save_draft(place, draft, target=identity, config={}, inputs={"draft": own.digest})
+    with artifact.create(report_dir, "report", config={}, inputs={}, target=identity) as staging:
+        artifact.write_json(staging.path / "report.json", report(draft_digest=made.digest, target=identity))
+    kept = recorder(config)
+    with kept.stage(kept.parent(config.name), "register") as run_:
+        version = promotion.register(kept, lambda: run_, NAME, place, report_dir)
+    kept.client.set_registered_model_alias(NAME, "champion", version)
+    return config, version
+
+
+def with_former(config: PipelineConfig, which: str) -> PipelineConfig:
+    start = dataclasses.replace(config.trainer.warm_start, draft=which)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, warm_start=start))
+
+
+def digest_of_former(config: PipelineConfig) -> str:
+    found = train.former(config)
+    assert found is not None
+    return artifact.load(found, "draft").digest
+
+
+def test_a_run_whose_own_draft_became_champion_keeps_the_former_it_was_trained_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tmp_path, registered=True)
+    first = artifact.load(tmp_path / "smoke" / "calibrated", "draft").digest
+    config, version = train_on(tmp_path, "champion", first, seed=2)
+    own = artifact.load(config.run_dir / "calibrated", "draft").digest
+    assert digest_of_former(config) == first
+    assert "train: champion is this run's own draft; its former stays version 1" in capsys.readouterr().out
+    assert digest_of_former(with_former(config, version)) == own, "a number means that version"
+    assert digest_of_former(with_former(config, "challenger")) == own, "the draft was not trained by this setting"
+    other, _ = train_on(tmp_path, "champion", None, seed=3)
+    anothers = artifact.load(other.run_dir / "calibrated", "draft").digest
+    assert digest_of_former(config) == anothers, "a champion of another run is new work"
+    assert digest_of_former(other) == anothers, "it had no former: now it trains on"
+
+
+def test_a_former_that_is_registered_no_more_is_to_be_pinned(tmp_path: Path) -> None:
+    prepare(tmp_path, registered=True)
+    config, _ = train_on(tmp_path, "champion", "f" * 64, seed=2)
+    with pytest.raises(ConfigError, match=rf"\(version 2\).*digest {'f' * 16}\) {NAME} has no version. Pin a version"):
+        train.former(config)
 
 
 def test_a_mistyped_former_draft_is_answered_with_both_readings(
