@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import Manifest, code_version, load
 from pipeline.errors import ArtifactError, DraftlineError, UnknownVersion
+from pipeline.identity import same_target
 from pipeline.lock import locked
 from pipeline.registry.gate import GateDecision, GatePolicy, decide
 from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags, tagged_identity
@@ -164,7 +165,7 @@ def promote(
     comparison, target = None, None
     if champion is not None and champion.tags["draft_digest"] != challenger.tags["draft_digest"]:
         target = tagged_identity(champion.tags)
-        if target == report.get("target"):
+        if same_target(target, report.get("target")):
             comparison = compare(challenger, champion)
     decision = decide(report, policy, champion_target=target, comparison=comparison)
     moves = decision.promoted and (champion is None or champion.version != challenger.version)

@@ -13,10 +13,10 @@ from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.entry import compose, recorder, run
-from pipeline.errors import ConfigError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.registry import promotion
 from pipeline.registry.promotion import registered_name
-from pipeline.target import load_target
+from pipeline.target import load_target, obtain
 from tests.drafts.samples import small_draft
 from tests.jobs.test_export import prepare
 from tests.registry.reports import report
@@ -132,6 +132,20 @@ def test_a_draft_is_not_registered_under_another_targets_name(
     overrides = ["experiment=smoke", "target=smollm2_135m", f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"]
     assert run(register.stage, "register", overrides, ray=False) == 2
     assert "was made for the target 'tiny', and target.path='smollm2-135m'" in capsys.readouterr().err
+
+
+def test_a_draft_is_registered_by_the_name_its_target_has_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(prepare(tmp_path, registered=True))
+    monkeypatch.setattr("pipeline.evaluation.parity.require_parity", lambda *_: None)
+    copy = shutil.copytree(obtain(config.target, config.cache), tmp_path / "moved")
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(copy)))
+    assert register.stage(config) == "1"
+    assert "draftline-moved-dspark version 1" in capsys.readouterr().out
+    (copy / "config.json").write_text((copy / "config.json").read_text().replace("{", '{"rope_scaling_note": 1,', 1))
+    with pytest.raises(ArtifactError, match="was made for the target 'tiny'"):
+        register.stage(config)
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])

@@ -245,6 +245,17 @@ def test_a_draft_of_another_target_is_refused_unmeasured(recorder, tmp_path):
     assert alias(recorder, "champion") == first
 
 
+@pytest.mark.parametrize(("ratio", "promoted"), [(1.0, True), (0.8, False)])
+def test_a_draft_of_the_same_target_elsewhere_is_compared(recorder, tmp_path, ratio, promoted):
+    submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)
+    moved, folder = {**TARGET, "id": "copy"}, tmp_path / "b"
+    make_report(folder / "report", make_draft(folder / "draft", b"b", target=moved), target=moved)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        promotion.register(recorder, lambda: run, NAME, folder / "draft", folder / "report")
+    assert promote(recorder, ratio=ratio)[0].promoted is promoted
+
+
 def test_the_stored_report_decides_not_a_later_file(recorder, tmp_path):
     submit(recorder, tmp_path, b"one", exact_greedy=False)
     make_report(tmp_path / "report", make_draft(tmp_path / "draft", b"one"))
