@@ -38,7 +38,7 @@ def main(config: PipelineConfig) -> None:
         parity.require(config, parity.stage(config, parent))
         evaluate.stage(config, parent)
         version = register.stage(config, parent)
-        decision = promote.stage(config, parent)
+        decision = promote.stage(config, parent, version)
         if not decision.promoted:
             raise SystemExit(promote.REFUSED)
         serve.stage(config, parent)

@@ -20,7 +20,8 @@ from pipeline.entry import StageRecord, run
 REFUSED = 3
 
 
-def stage(config: PipelineConfig, parent: str | None = None) -> Any:
+def stage(config: PipelineConfig, parent: str | None = None, version: str | None = None) -> Any:
+    """The gate's decision about a version, by its number; None: about the challenger of now."""
     from pipeline.registry.promotion import fetch, promote, registered_name
 
     print("== promote", flush=True)
@@ -43,7 +44,7 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Any:
                 record.begin,
             )
 
-        decision = promote(record.recorder, record.begin, registered_name(config), config.gate, compare)
+        decision = promote(record.recorder, record.begin, registered_name(config), config.gate, compare, version)
         begun = record.begun
     if begun or not decision.promoted:
         print(decision.text(), flush=True)

@@ -12,6 +12,8 @@ import sys
 if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
+from pathlib import Path
+
 from pipeline import artifact
 from pipeline.config import PipelineConfig
 from pipeline.entry import StageRecord, run
@@ -39,10 +41,15 @@ def stage(config: PipelineConfig, parent: str | None = None) -> str:
 
 def _check_target(config: PipelineConfig, draft: artifact.Manifest) -> None:
     """Raises ArtifactError where the draft would get the name of another target's."""
-    from pipeline.target import target_id
+    from pipeline.identity import same_target
+    from pipeline.target import load_identity, target_id
 
     made = (draft.target or {}).get("id")
     if not config.tracking.model_name and made != target_id(config.target):
+        # Where it lies now it may go by another name. What isn't on this machine is not fetched to find out.
+        here = Path(config.target.path).is_dir()
+        if here and same_target(draft.target, load_identity(config.target, config.cache).as_dict()):
+            return
         raise ArtifactError(
             f"The draft at {config.run_dir / 'calibrated'} was made for the target {made!r}, and "
             f"target.path={config.target.path!r} is {target_id(config.target)!r}. Give the target that it was made for."

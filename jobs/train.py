@@ -13,12 +13,18 @@ if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpat
     sys.path[0] = os.path.dirname(os.path.realpath(sys.path[0]))  # as a script: this folder has a pipeline.py too
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pipeline import artifact
 from pipeline.artifact import Manifest
 from pipeline.config import PipelineConfig
 from pipeline.entry import record, recorder, run
-from pipeline.errors import ConfigError, UnknownVersion
-from pipeline.training.trainer import train
+from pipeline.errors import ArtifactError, ConfigError, UnknownVersion
+from pipeline.training.trainer import is_trained, train
+
+if TYPE_CHECKING:
+    from pipeline.registry.promotion import DraftVersion
+    from pipeline.registry.recorder import Recorder
 
 
 def former(config: PipelineConfig) -> Path | None:
@@ -30,9 +36,12 @@ def former(config: PipelineConfig) -> Path | None:
         return Path(which)
     from pipeline.registry.promotion import lookup, registered_name
 
-    name = registered_name(config)
+    kept, name = recorder(config), registered_name(config)
     try:
-        return lookup(recorder(config), name, which, config.cache / "champions").draft_dir
+        found = lookup(kept, name, which, config.cache / "champions")
+        if not which.isdigit() and (before := _before_own(config, kept, found)) is not None:
+            found = lookup(kept, name, before, config.cache / "champions")
+        return found.draft_dir
     except UnknownVersion as e:
         raise ConfigError(
             f"trainer.warm_start.draft={which!r} is neither a draft's directory ({Path(which).absolute()} is none) nor "
@@ -40,20 +49,55 @@ def former(config: PipelineConfig) -> Path | None:
         ) from None
 
 
+def _before_own(config: PipelineConfig, kept: Recorder, found: DraftVersion) -> str | None:
+    """The version that this run's draft was trained from, where an alias has come to name that very draft: it moved
+    because of this run, which has nothing to do anew. None where the alias names another's draft, or where the corpus
+    or a setting is another now: then the run's own draft is what the next one starts from.
+
+    Raises:
+        ConfigError: there is no such version any more.
+    """
+    from pipeline.registry.promotion import version_of
+
+    which = config.trainer.warm_start.draft
+    try:
+        own = artifact.load(config.run_dir / "draft", "draft", verify=False)
+    except ArtifactError:
+        return None
+    meant = own.config.get("trainer", {}).get("warm_start", {}).get("draft")
+    digest = own.inputs.get("former")
+    if found.tags.get("input.draft") != own.digest or meant != which or digest is None:
+        return None
+    if not is_trained(config, former=digest, **_places(config)):
+        return None
+    before = version_of(kept, found.name, digest)
+    if before is None:
+        raise ConfigError(
+            f"trainer.warm_start.draft={which!r} names this run's own draft now (version {found.version}), and of the "
+            f"former that it was trained from (digest {digest[:16]}) {found.name} has no version. Pin a version: "
+            "trainer.warm_start.draft=<number>."
+        )
+    print(f"train: {which} is this run's own draft; its former stays version {before}", flush=True)
+    return before
+
+
+def _places(config: PipelineConfig) -> dict[str, Any]:
+    """Where the stage reads and writes."""
+    root = config.run_dir
+    features = None if config.features.mode == "stream" else root / "features"
+    return {"features_dir": features, "corpus_dir": root / "corpus", "out": root / "draft", "cache_dir": config.cache}
+
+
 def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
     root, out = config.run_dir, config.run_dir / "draft"
     start = former(config)
-    features = None if config.features.mode == "stream" else root / "features"
     return record(
         "train",
         config,
         lambda begin: train(
             config,
-            features_dir=features,
-            corpus_dir=root / "corpus",
-            out=out,
+            **_places(config),
             run_dir=root,
-            cache_dir=config.cache,
             former_dir=start,
             begin=begin,
         ),

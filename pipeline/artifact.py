@@ -34,6 +34,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import ArtifactError
+from pipeline.identity import same_target
 from pipeline.lock import lock
 
 SCHEMA_VERSION = 1
@@ -116,7 +117,7 @@ class Manifest:
         counts: rows, tokens, shards, ... of its content.
         config: the plain config of the stage that made it.
         inputs: name -> digest of each input artifact.
-        target: identity of the target it belongs to, if any (see `pipeline.target.TargetIdentity`).
+        target: identity of the target it belongs to, if any (see `pipeline.identity.TargetIdentity`).
         info: anything else worth keeping (tables, metrics), not part of the identity.
         code_version, created: who wrote it and when (not part of the identity).
     """
@@ -287,7 +288,8 @@ def current(
 ) -> Manifest | None:
     """The manifest at `path` if it was made from exactly these inputs and config (and for this target), else None.
 
-    A stage whose output is current is skipped (design.md, rule 4). A damaged artifact is not current.
+    A stage whose output is current is skipped (design.md, rule 4), wherever its target lay when it was made. A damaged
+    artifact is not current.
     """
     final = Path(path).absolute()
     if any(p.exists() for p in _beside(final)):
@@ -299,7 +301,7 @@ def current(
     except ArtifactError:
         return None
     same = digest_json(manifest.config) == digest_json(config) and manifest.inputs == inputs
-    return manifest if same and target in (None, manifest.target) else None
+    return manifest if same and (target is None or same_target(manifest.target, target)) else None
 
 
 def _beside(final: Path) -> tuple[Path, Path]:

@@ -568,6 +568,12 @@ def _check_values(config: Any) -> None:
             f"serving.route_prefix={config.serving.route_prefix!r} must be / or begin with one and not end with one, "
             "as in /draftline."
         )
+    # Of a registered model MLflow refuses only `/` and `:`, but the drafts behind its versions go by the same name.
+    if (name := config.tracking.model_name) and (not name.strip() or set(name) & set("/:.%\"'")):
+        raise ConfigError(
+            f"tracking.model_name={name!r} must not be blank or have one of / : . % \" ' in it, which MLflow refuses; "
+            "use - instead, or leave it empty for a name of target and draft."
+        )
     if not config.serving.app_name:
         raise ConfigError("serving.app_name is empty; Ray Serve wants a name for the application.")
     if config.engine.rule == "ratio" and config.engine.scheduler == "global":

@@ -179,7 +179,7 @@ def test_code_without_its_git_is_known_by_its_sources(tmp_path: Path) -> None:
 
 def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
-    for name in ("__init__.py", "artifact.py", "errors.py", "lock.py"):
+    for name in ("__init__.py", "artifact.py", "errors.py", "identity.py", "lock.py"):
         shutil.copy(ROOT / "pipeline" / name, tmp_path / "pipeline")
     for command in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)

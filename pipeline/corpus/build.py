@@ -30,6 +30,7 @@ from pipeline.corpus.answers import read_provenance
 from pipeline.corpus.conversations import Conversation, Message, Quarantined, read_conversations, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, RowError, TokenRow
 from pipeline.errors import DraftlineError
+from pipeline.identity import same_target
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
@@ -92,7 +93,7 @@ def build_corpus(
         "chat_template": chat.template_digest,
         **({"tokenizer": target["tokenizer_digest"]} if target and "tokenizer_digest" in target else {}),
     }
-    if (found := artifact.current(out, "corpus", config=settings, inputs=inputs)) and found.target == target:
+    if (found := artifact.current(out, "corpus", config=settings, inputs=inputs)) and same_target(found.target, target):
         return found
     begin()
     with artifact.create(out, "corpus", config=settings, inputs=inputs, target=target) as staging:

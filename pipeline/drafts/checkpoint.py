@@ -18,6 +18,7 @@ from pipeline.drafts.config import DraftConfig, check
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.identity import differing
 from pipeline.target import Target
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -99,14 +100,13 @@ def load_draft(path: Path | str, target: Target) -> Draft:
         )
     manifest = artifact.load(path, "draft")
     mine, theirs = target.identity.as_dict(), manifest.target or {}
-    differing = [
-        f"{key}: the draft's is {theirs.get(key)!r}, the target's is {mine[key]!r}"
-        for key in ("weight_digest", "config_digest", "tokenizer_digest", "revision")
-        if theirs.get(key) != mine[key]
+    told = [
+        f"{key}: the draft's is {theirs.get(key)!r}, the target's is {mine.get(key)!r}"
+        for key in differing(theirs, mine)
     ]
-    if differing:
+    if told:
         raise ArtifactError(
-            f"The draft at {path} belongs to another target. " + "; ".join(differing) + ". Train a draft for this one."
+            f"The draft at {path} belongs to another target. " + "; ".join(told) + ". Train a draft for this one."
         )
     try:
         raw = json.loads((path / CONFIG).read_text())

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.errors import ArtifactError
+from pipeline.identity import differing
 
 _SAMPLE_IDS = "sample_ids"
 _THREADS = 2  # that verify ahead: hashing leaves the interpreter to the training step
@@ -194,7 +195,6 @@ class _Shard:
 
 
 _FIELDS = {
-    "id": "id",
     "revision": "revision",
     "weight_digest": "weights",
     "config_digest": "config",
@@ -203,25 +203,24 @@ _FIELDS = {
 
 
 def check_identity(manifest: artifact.Manifest, identity: Mapping[str, str], what: Path | str) -> None:
-    """Refuses an artifact made with another target.
+    """Refuses an artifact made with another target (`pipeline.identity.same_target`).
 
     Args:
         identity: `TargetIdentity.as_dict()` of the target in use.
         what: the artifact, as the message calls it.
 
     Raises:
-        ArtifactError: names the first of id, revision, weights, config, tokenizer that differs, and what to do.
+        ArtifactError: names the first of revision, weights, config, tokenizer that differs, and what to do.
     """
     if manifest.target is None:
         raise ArtifactError(f"{what} does not say which target it was made with. Make the {manifest.kind} again.")
-    for field, name in _FIELDS.items():
+    for field in differing(manifest.target, identity):
         made, used = manifest.target.get(field), identity.get(field)
-        if made != used:
-            raise ArtifactError(
-                f"{what} belongs to another target: its {name} is {_short(made)}, the configured target's is "
-                f"{_short(used)}. Set target.path and target.revision to those it was made with, or make the "
-                f"{manifest.kind} again with this target."
-            )
+        raise ArtifactError(
+            f"{what} belongs to another target: its {_FIELDS.get(field, field)} is {_short(made)}, the configured "
+            f"target's is {_short(used)}. Set target.path and target.revision to those it was made with, or make the "
+            f"{manifest.kind} again with this target."
+        )
 
 
 def _short(value: str | None) -> str:

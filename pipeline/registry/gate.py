@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.errors import DraftlineError
 from pipeline.evaluation.checks import Check, table
+from pipeline.identity import differing
 
 _REMEDY = "Train a better draft, or change the gate's settings (gate.*) if its bounds are not yours."
 
@@ -136,8 +137,9 @@ def decide(
 
 def _same_target(candidate: dict[str, Any], champion: Mapping[str, str]) -> list[Check]:
     checks, ours = [], _field(candidate, "target")
-    for part in sorted({*ours, *champion}):
-        same = ours.get(part) == champion.get(part)
+    others = differing(ours, champion)
+    for part in sorted({*ours, *champion} - {"id"}):
+        same = part not in others
         detail = "" if same else f"the champion's target has {_short(champion.get(part))}"
         remedy = "A draft of another target needs a name of its own: set tracking.model_name."
         checks.append(Check(f"target.{part}", _short(ours.get(part)), "as champion's", same, detail, remedy))

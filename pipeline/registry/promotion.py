@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifact import Manifest, code_version, load
 from pipeline.errors import ArtifactError, DraftlineError, UnknownVersion
+from pipeline.identity import same_target
 from pipeline.lock import locked
 from pipeline.registry.gate import GateDecision, GatePolicy, decide
 from pipeline.registry.recorder import Recorder, StageRun, flatten, identity_tags, tagged_identity
@@ -52,8 +53,8 @@ Begin = Callable[[], StageRun]
 
 
 def model_name(target_id: str, family: str) -> str:
-    """The registered model's name, e.g. `draftline-smollm2-135m-dspark` (MLflow allows no `/` or `:` in it)."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", target_id.lower()).strip("-")
+    """The registered model's name, e.g. `draftline-qwen3-1-7b-dspark`; its drafts go by it, which may have no dot."""
+    slug = re.sub(r"[^a-z0-9]+", "-", target_id.lower()).strip("-")
     return f"draftline-{slug}-{family}"
 
 
@@ -90,7 +91,7 @@ def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str,
     _same_draft(draft, content, report_dir)
     client = recorder.client
     tags = _version_tags(draft, report, content)
-    version = _find(recorder, name, tags)
+    version = _find(recorder, name, {k: tags[k] for k in ("draft_digest", "report_digest")})
     candidate = _by_alias(recorder, name, CHALLENGER) or _by_alias(recorder, name, CHAMPION)
     if version is not None and candidate is not None and version == str(candidate.version):
         return version
@@ -129,23 +130,30 @@ def register(recorder: Recorder, begin: Begin, name: str, draft_dir: Path | str,
     return version
 
 
-def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, compare: Compare) -> GateDecision:
-    """Lets the gate decide on the challenger; moves `champion` to it, or leaves everything as it was.
+def promote(
+    recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, compare: Compare, version: str | None = None
+) -> GateDecision:
+    """Lets the gate decide on a version; moves `champion` to it, or leaves everything as it was.
 
-    Without a challenger the champion itself is held to the bounds, which may have changed. The decision goes onto the
-    version (tags) and the run (artifact `decision.json`, metrics), unless the version tells of the same one already.
-    Call `decision.require()` afterwards to fail when it was refused.
+    The decision goes onto the version (tags) and the run (artifact `decision.json`, metrics), unless the version tells
+    of the same one already. Call `decision.require()` afterwards to fail when it was refused.
 
     Args:
         begin: gives the promote stage's run.
         compare: measures challenger and champion side by side; called when there is a champion of the same target
             with another draft.
+        version: number of the challenger, as `register` returned it; None takes whichever has the alias now, without
+            one the champion itself, which is held to the bounds again.
     Raises:
-        DraftlineError: there is neither. ArtifactError: a stored report or draft was altered.
+        DraftlineError: there is neither, or the champion changed meanwhile (then nothing was moved).
+        UnknownVersion: no such version. ArtifactError: a stored report or draft was altered.
     """
     client = recorder.client
-    champion, waiting = _by_alias(recorder, name, CHAMPION), _by_alias(recorder, name, CHALLENGER)
-    challenger = waiting or champion
+    champion = _by_alias(recorder, name, CHAMPION)
+    if version is not None:
+        challenger: ModelVersion | None = _resolve(recorder, name, version)
+    else:
+        challenger = _by_alias(recorder, name, CHALLENGER) or champion
     if challenger is None:
         raise DraftlineError(f"{name} has no challenger. Register a draft first (the register stage).")
     if back := challenger.tags.get("rolled_back_to"):
@@ -157,13 +165,13 @@ def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, com
     comparison, target = None, None
     if champion is not None and champion.tags["draft_digest"] != challenger.tags["draft_digest"]:
         target = tagged_identity(champion.tags)
-        if target == report.get("target"):
+        if same_target(target, report.get("target")):
             comparison = compare(challenger, champion)
     decision = decide(report, policy, champion_target=target, comparison=comparison)
     moves = decision.promoted and (champion is None or champion.version != challenger.version)
     tags: dict[str, str] = {"verdict": decision.verdict}
     tags |= {f"gate.{c.name}": f"{c.value} {c.bound} {'ok' if c.passed else 'FAILED'}" for c in decision.reasons}
-    settled = not moves and (waiting is None or not decision.promoted)
+    settled = not moves and not (decision.promoted and _is(recorder, name, CHALLENGER, challenger))
     if settled and all(challenger.tags.get(k) == v for k, v in tags.items()):
         return decision
     run = begin()
@@ -172,6 +180,12 @@ def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, com
     run.log_dict(record, "decision.json")
     run.log_metrics({f"gate.{c.name}": float(c.value) for c in decision.reasons if not isinstance(c.value, str)})
     run.tag({"model": name, "version": challenger.version, "verdict": decision.verdict})
+    # Comparing takes minutes, in which others promote. MLflow can't compare and set in one, so as late as can be.
+    if decision.promoted and not _is(recorder, name, CHAMPION, champion):
+        raise DraftlineError(
+            f"The champion of {name} changed while version {challenger.version} was judged against "
+            f"{f'version {champion.version}' if champion else 'none'}; nothing was moved. Promote again."
+        )
     tags["decision_run_id"] = run.run_id
     if moves and champion is not None:
         tags["supersedes"] = str(champion.version)
@@ -182,7 +196,7 @@ def promote(recorder: Recorder, begin: Begin, name: str, policy: GatePolicy, com
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion.version)
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
-    if decision.promoted:
+    if decision.promoted and _is(recorder, name, CHALLENGER, challenger):  # another's challenger waits for its own
         client.delete_registered_model_alias(name, CHALLENGER)
     return decision
 
@@ -227,21 +241,12 @@ def lookup(recorder: Recorder, name: str, which: str, cache_dir: Path | str) -> 
     Raises:
         UnknownVersion: no such version. ArtifactError: the stored draft is not the one that was registered.
     """
-    if not which.isdigit():
-        found = _by_alias(recorder, name, which)
-    else:
-        try:
-            found = recorder.client.get_model_version(name, which)
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            found = None
-    if found is None:
-        there = sorted(str(v.version) for v in recorder.client.search_model_versions(f"name = '{name}'"))
-        if there:
-            there += recorder.client.get_registered_model(name).aliases
-        raise UnknownVersion(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
-    return fetch(recorder, found, cache_dir)
+    return fetch(recorder, _resolve(recorder, name, which), cache_dir)
+
+
+def version_of(recorder: Recorder, name: str, digest: str) -> str | None:
+    """The number of a version of the draft with this digest, if there is one."""
+    return _find(recorder, name, {"draft_digest": digest})
 
 
 def fetch(recorder: Recorder, version: ModelVersion, cache_dir: Path | str) -> DraftVersion:
@@ -318,8 +323,7 @@ def _numbers(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _find(recorder: Recorder, name: str, tags: dict[str, str]) -> str | None:
-    keys = ("draft_digest", "report_digest")
-    query = " and ".join([f"name = '{name}'", *(f"tags.{k} = '{tags[k]}'" for k in keys)])
+    query = " and ".join([f"name = '{name}'", *(f"tags.{k} = '{v}'" for k, v in tags.items())])
     found = recorder.client.search_model_versions(query)
     return str(found[0].version) if found else None
 
@@ -330,6 +334,31 @@ def _ensure_model(recorder: Recorder, name: str) -> None:
     except MlflowException as e:
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _resolve(recorder: Recorder, name: str, which: str) -> ModelVersion:
+    """A version by its number or alias; raises UnknownVersion, which names those there are."""
+    if not which.isdigit():
+        found = _by_alias(recorder, name, which)
+    else:
+        try:
+            found = recorder.client.get_model_version(name, which)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            found = None
+    if found is None:
+        there = sorted(str(v.version) for v in recorder.client.search_model_versions(f"name = '{name}'"))
+        if there:
+            there += recorder.client.get_registered_model(name).aliases
+        raise UnknownVersion(f"{name} has no version {which!r}; there are: {', '.join(there) or 'none'}.")
+    return found
+
+
+def _is(recorder: Recorder, name: str, alias: str, version: ModelVersion | None) -> bool:
+    """Whether an alias names this version now; None: whether it names none."""
+    now = _by_alias(recorder, name, alias)
+    return (now and str(now.version)) == (version and str(version.version))
 
 
 def _by_alias(recorder: Recorder, name: str, alias: str) -> ModelVersion | None:

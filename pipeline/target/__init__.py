@@ -1,9 +1,9 @@
 """The frozen target: obtaining it, its identity, its family, its taps."""
 
+from pipeline.identity import TargetIdentity
 from pipeline.target.families import Family, check_family, family_of
 from pipeline.target.loading import (
     Target,
-    TargetIdentity,
     load_borrowed,
     load_config,
     load_identity,

@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.artifact import digest_json, sha256_file, write_json
 from pipeline.errors import ConfigError, DraftlineError
+from pipeline.identity import TargetIdentity
 from pipeline.target.families import Family, check_family, family_of
 from pipeline.target.obtain import obtain
 
@@ -31,26 +32,6 @@ _TEMPLATES = Path(__file__).parent / "templates"
 # The last two are neither of the others; of a config whose values are of a wrong type, transformers raises the last.
 _UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetIdentity:
-    """Which target something belongs to.
-
-    weight_digest: over the safetensors files; config_digest: over config.json, without what says only how it was
-    written; tokenizer_digest: over the tokenizer's files and chat template; revision: the hub's commit, else the
-    configured one, else the first 12 digits of the weight digest.
-    """
-
-    id: str
-    revision: str
-    weight_digest: str
-    config_digest: str
-    tokenizer_digest: str
-
-    def as_dict(self) -> dict[str, str]:
-        """As manifests keep it."""
-        return dataclasses.asdict(self)
 
 
 class Target:

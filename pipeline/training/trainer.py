@@ -74,20 +74,8 @@ def train(
     import ray
 
     check_settings(config.deepspeed)
-    inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
-    identity = load_identity(config.target, cache_dir).as_dict()
-    if features_dir is not None:
-        features = artifact.load(features_dir, "features", verify=False)
-        check_identity(features, identity, features_dir)  # here too: a worker's refusal is tried max_failures times
-        inputs["features"] = features.digest
-    if former_dir is not None:
-        inputs["former"] = artifact.load(former_dir, "draft", verify=False).digest
-    if config.target.dtype == "float16":
-        raise ConfigError(
-            "target.dtype=float16: gradients of the vocabulary loss would be lost in its range. Train with "
-            "target.dtype=bfloat16 (or float32)."
-        )
-    config = _with_layers(config, features_dir, cache_dir)
+    former = artifact.load(former_dir, "draft", verify=False).digest if former_dir is not None else None
+    config, inputs, identity = _made_from(config, features_dir, corpus_dir, cache_dir, former)
     plain = stage_config(config)
     if (done := artifact.current(out, "draft", config=plain, inputs=inputs, target=identity)) is not None:
         return done
@@ -137,6 +125,46 @@ def train(
             f"{config.trainer.steps}. The same command goes on from there."
         )
     return artifact.load(out, "draft", verify=False)
+
+
+def is_trained(
+    config: PipelineConfig,
+    *,
+    features_dir: Path | None,
+    corpus_dir: Path,
+    out: Path,
+    cache_dir: Path,
+    former: str | None,
+) -> bool:
+    """Whether `train` would have nothing to do, were it to start from the draft with the digest `former`."""
+    made, inputs, identity = _made_from(config, features_dir, corpus_dir, cache_dir, former)
+    return artifact.current(out, "draft", config=stage_config(made), inputs=inputs, target=identity) is not None
+
+
+def _made_from(
+    config: PipelineConfig, features_dir: Path | None, corpus_dir: Path, cache_dir: Path, former: str | None
+) -> tuple[PipelineConfig, dict[str, str], dict[str, str]]:
+    """All that decides about a draft: the configuration with its layers, the digests of what it is made from, and the
+    target's identity.
+
+    Raises:
+        ConfigError: a target that training can't use, layers that the features are not of.
+        ArtifactError: features made with another target.
+    """
+    inputs = {"corpus": artifact.load(corpus_dir, "corpus", verify=False).digest}
+    identity = load_identity(config.target, cache_dir).as_dict()
+    if features_dir is not None:
+        features = artifact.load(features_dir, "features", verify=False)
+        check_identity(features, identity, features_dir)  # here too: a worker's refusal is tried max_failures times
+        inputs["features"] = features.digest
+    if former is not None:
+        inputs["former"] = former
+    if config.target.dtype == "float16":
+        raise ConfigError(
+            "target.dtype=float16: gradients of the vocabulary loss would be lost in its range. Train with "
+            "target.dtype=bfloat16 (or float32)."
+        )
+    return _with_layers(config, features_dir, cache_dir), inputs, identity
 
 
 def _with_layers(config: PipelineConfig, features_dir: Path | None, cache_dir: Path) -> PipelineConfig:

@@ -117,6 +117,12 @@ def test_values_survive_being_plain() -> None:
         ("serving.route_prefix=//", "serving.route_prefix='//' must be /"),
         ("serving.route_prefix='/{a}'", "must be / or begin with one"),
         ("serving.app_name=", "serving.app_name is empty"),
+        (
+            "tracking.model_name=qwen3-1.7b",
+            "model_name='qwen3-1.7b' must not be blank or have one of / : . % \" '",
+        ),
+        ("tracking.model_name='a/b'", "tracking.model_name='a/b' must not be blank"),
+        ("tracking.model_name=' '", "tracking.model_name=' ' must not be blank"),
         ("trainer.warm_start.layers=feature", "Did you mean 'features'?"),
         ("target.device=cuda:1", "Ray chooses the GPU of each actor, which sees no other"),
         ("target.device=gpu", "target.device='gpu' is not one of cpu, cuda, auto."),

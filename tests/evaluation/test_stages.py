@@ -23,7 +23,7 @@ from pipeline.evaluation.benchmark import Arm, pick_prompts, report_arms, summar
 from pipeline.evaluation.report import render
 from pipeline.evaluation.stages import calibrate_draft, compare_drafts, evaluate_draft
 from pipeline.registry.gate import decide
-from pipeline.target import load_target
+from pipeline.target import load_target, obtain
 from tests.evaluation.conftest import BENCHMARK, ENGINE, TARGET, Places
 from tests.registry.reports import Policy
 
@@ -185,6 +185,17 @@ def test_a_second_run_measures_nothing(evaluated: Evaluated, places: Places, mon
     again = evaluate_draft(evaluated.calibrated, *rest, evaluated.report, places.cache)
     assert again.info["headline"] == evaluated.content["headline"]
     assert calibrate_draft(places.draft, *rest, evaluated.calibrated, places.cache).kind == "draft"
+
+
+def test_a_copy_of_the_target_at_another_place_measures_nothing_anew(
+    evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any
+) -> None:
+    copy = shutil.copytree(obtain(TARGET, places.cache), tmp_path / "copy")
+    rest = (dataclasses.replace(TARGET, path=str(copy)), places.corpus, ENGINE, BENCHMARK)
+    monkeypatch.setattr(stages, "load_target", lambda *_: pytest.fail("the target was loaded again"))
+    assert evaluate_draft(evaluated.calibrated, *rest, evaluated.report, places.cache).kind == "report"
+    assert calibrate_draft(places.draft, *rest, evaluated.calibrated, places.cache).kind == "draft"
+    load_draft(evaluated.calibrated, load_target(rest[0], places.cache))
 
 
 def test_another_dtype_is_measured_anew(evaluated: Evaluated, places: Places, tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,9 @@ def test_a_corpus_of_another_target_is_refused_before_anything_runs(corpus_dir, 
     target = load_target(TARGET, cache_dir)
     target.model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
-    with pytest.raises(ArtifactError, match="belongs to another target: its id is 'tiny'"):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ArtifactError, match="belongs to another target: its config is "):
         extract(FEATURES, TargetConfig(path=str(folder)), corpus_dir, tmp_path / "features", cache_dir)
 
 

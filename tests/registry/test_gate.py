@@ -64,6 +64,8 @@ def test_each_comparison_with_the_champion_refuses_by_itself(candidate, compared
 
 def test_an_equal_draft_measured_well_replaces_the_champion():
     assert decide(report(), Policy(), champion_target=TARGET, comparison=comparison()).promoted
+    moved = report(target={**TARGET, "id": "copy"})
+    assert decide(moved, Policy(), champion_target=TARGET, comparison=comparison()).promoted
 
 
 def test_a_refusal_says_what_to_do():
@@ -72,7 +74,7 @@ def test_a_refusal_says_what_to_do():
     assert "benchmark.prompts" in loose
     slower = decide(report(), STRICT, champion_target=TARGET, comparison=comparison(0.9, 0.88, 0.93)).text()
     assert "Train a better draft" in slower
-    other = decide(report(target={**TARGET, "id": "other"}), STRICT, champion_target=TARGET).text()
+    other = decide(report(target={**TARGET, "revision": "r2"}), STRICT, champion_target=TARGET).text()
     assert "tracking.model_name" in other
 
 

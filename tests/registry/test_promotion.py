@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline.errors import ArtifactError, DraftlineError
+from pipeline.errors import ArtifactError, DraftlineError, UnknownVersion
 from pipeline.registry import promotion
 from pipeline.registry.gate import PromotionRefused
 from tests.registry.reports import TARGET, Policy, comparison, make_draft, make_report
@@ -25,15 +25,16 @@ def submit(recorder, folder: Path, weights: bytes, **numbers) -> str:
         return promotion.register(recorder, lambda: run, NAME, folder / "draft", folder / "report")
 
 
-def promote(recorder, policy=None, ratio=1.0):
-    """Promotes; challenger and champion measured side by side give `ratio`, to 1 %."""
+def promote(recorder, policy=None, ratio=1.0, version=None, meanwhile=lambda: None):
+    """Promotes; challenger and champion measured side by side give `ratio`, to 1 %, and `meanwhile` happens."""
 
     def compare(challenger, champion):
         assert challenger.version != champion.version
+        meanwhile()
         return comparison(ratio, ratio - 0.01, ratio + 0.01, draft=challenger.tags["draft_digest"])
 
     with recorder.stage(recorder.parent("demo"), "promote") as run:
-        return promotion.promote(recorder, lambda: run, NAME, policy or Policy(), compare), run
+        return promotion.promote(recorder, lambda: run, NAME, policy or Policy(), compare, version), run
 
 
 def alias(recorder, which: str) -> str | None:
@@ -48,6 +49,17 @@ def champion_weights(recorder, folder: Path) -> bytes:
 def test_model_names_follow_target_and_family():
     assert promotion.model_name("smollm2-135m", "dspark") == "draftline-smollm2-135m-dspark"
     assert promotion.model_name("Qwen/Qwen3-4B", "dspark") == "draftline-qwen-qwen3-4b-dspark"
+    assert promotion.model_name("Qwen3-1.7B", "dspark") == "draftline-qwen3-1-7b-dspark"
+
+
+def test_a_target_with_a_dot_in_its_name_is_registered(recorder, tmp_path):
+    """MLflow lets a registered model have one, and not the drafts of its versions."""
+    target = {**TARGET, "id": "Qwen3-1.7B"}
+    name = promotion.model_name(target["id"], "dspark")
+    make_report(tmp_path / "report", make_draft(tmp_path / "draft", target=target), target=target)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        version = promotion.register(recorder, lambda: run, name, tmp_path / "draft", tmp_path / "report")
+    assert str(recorder.client.get_model_version_by_alias(name, "challenger").version) == version
 
 
 def test_a_registered_draft_is_a_challenger_with_its_numbers(recorder, tmp_path):
@@ -106,6 +118,58 @@ def test_a_refused_challenger_leaves_the_champion(recorder, tmp_path):
     assert alias(recorder, "challenger") == second
     assert recorder.client.get_model_version(NAME, second).tags["verdict"] == "refuse"
     assert recorder.client.get_run(run.run_id).data.metrics["gate.speedup_low"] == pytest.approx(1.1)
+
+
+def test_a_version_is_promoted_by_its_number_whoever_is_challenger(recorder, tmp_path):
+    """Two pipelines of one model: the one's draft was never measured where the other promotes."""
+    first = submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)
+    second, third = (submit(recorder, tmp_path / n, n.encode()) for n in "bc")
+    decision, run = promote(recorder, version=second)
+    assert decision.promoted and recorder.client.get_run(run.run_id).data.tags["version"] == second
+    assert [alias(recorder, a) for a in ("champion", "previous", "challenger")] == [second, first, third]
+    assert "verdict" not in recorder.client.get_model_version(NAME, third).tags
+    assert promotion.promote(recorder, unused, NAME, Policy(), unused, second).promoted
+    assert alias(recorder, "challenger") == third
+    with pytest.raises(UnknownVersion, match="no version '9'; there are: 1, 2, 3, "):
+        promote(recorder, version="9")
+
+
+def test_a_challenger_that_is_registered_meanwhile_waits_for_its_own_turn(recorder, tmp_path):
+    first = submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)
+    second, later = submit(recorder, tmp_path / "b", b"b"), []
+    assert promote(recorder, meanwhile=lambda: later.append(submit(recorder, tmp_path / "c", b"c")))[0].promoted
+    assert [alias(recorder, a) for a in ("champion", "previous", "challenger")] == [second, first, *later]
+
+
+def test_nothing_moves_where_the_champion_changed_meanwhile(recorder, tmp_path):
+    one, two, three = (submit(recorder, tmp_path / n, n.encode()) for n in "abc")
+    promote(recorder, version=one)
+
+    def other_job():
+        promote(recorder, version=three)
+
+    said = f"champion of {NAME} changed while version {two} was judged against version {one}; .*Promote again"
+    with pytest.raises(DraftlineError, match=said):
+        promote(recorder, version=two, meanwhile=other_job)
+    assert [alias(recorder, a) for a in ("champion", "previous", "challenger")] == [three, one, None]
+    assert "verdict" not in recorder.client.get_model_version(NAME, two).tags
+    assert promote(recorder, version=two)[0].promoted
+    assert [alias(recorder, a) for a in ("champion", "previous")] == [two, three]
+
+
+def test_a_first_champion_gives_way_to_one_that_was_first_meanwhile(recorder, tmp_path):
+    one, two = (submit(recorder, tmp_path / n, n.encode()) for n in "ab")
+    with recorder.stage(recorder.parent("demo"), "promote") as run:
+
+        def begin():
+            promote(recorder, version=two)
+            return run
+
+        with pytest.raises(DraftlineError, match="judged against none; nothing was moved"):
+            promotion.promote(recorder, begin, NAME, Policy(), unused, one)
+    assert alias(recorder, "champion") == two
 
 
 def test_promoting_the_champion_again_changes_nothing(recorder, tmp_path):
@@ -179,6 +243,17 @@ def test_a_draft_of_another_target_is_refused_unmeasured(recorder, tmp_path):
         decision = promotion.promote(recorder, lambda: run, NAME, Policy(), lambda *_: pytest.fail("targets differ"))
     assert [c.name for c in decision.failed] == ["target.revision"]
     assert alias(recorder, "champion") == first
+
+
+@pytest.mark.parametrize(("ratio", "promoted"), [(1.0, True), (0.8, False)])
+def test_a_draft_of_the_same_target_elsewhere_is_compared(recorder, tmp_path, ratio, promoted):
+    submit(recorder, tmp_path / "a", b"a")
+    promote(recorder)
+    moved, folder = {**TARGET, "id": "copy"}, tmp_path / "b"
+    make_report(folder / "report", make_draft(folder / "draft", b"b", target=moved), target=moved)
+    with recorder.stage(recorder.parent("demo"), "register") as run:
+        promotion.register(recorder, lambda: run, NAME, folder / "draft", folder / "report")
+    assert promote(recorder, ratio=ratio)[0].promoted is promoted
 
 
 def test_the_stored_report_decides_not_a_later_file(recorder, tmp_path):

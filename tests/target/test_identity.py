@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from pipeline.config import TargetConfig
 from pipeline.errors import ConfigError, DraftlineError
+from pipeline.identity import differing, same_target
 from pipeline.target import Target, family_of, features_of, load_identity, load_target, load_tokenizer, loading, obtain
 
 SMALL = {
@@ -41,6 +42,15 @@ def test_one_changed_weight_is_another_target(cache_dir: Path, tiny: Target, tmp
     assert after.weight_digest != before.weight_digest
     assert after.revision == after.weight_digest[:12]
     assert after.tokenizer_digest == before.tokenizer_digest
+
+
+def test_a_copy_elsewhere_is_the_same_target_and_whatever_else_differs_is_told(tiny: Target) -> None:
+    made = tiny.identity.as_dict()
+    assert same_target(made, {**made, "id": "copy"})
+    for field in set(made) - {"id"}:
+        assert differing(made, {**made, field: "x"}) == [field] == differing({**made, field: "x"}, made)
+    assert not same_target(None, made) and same_target(None, None)
+    assert differing({k: v for k, v in made.items() if k != "config_digest"}, made) == ["config_digest"]
 
 
 def test_another_rotary_base_is_another_target_and_another_writer_is_not(cache_dir: Path, tmp_path: Path) -> None:
