@@ -84,10 +84,15 @@ class Batch:
         self.waiting.append(s)
 
     def admit(self) -> None:
-        """Lets waiting requests run, in order, as far as places and pages go."""
+        """Lets waiting requests run, in order, as far as places and pages go.
+
+        One whose prompt begins as one that is being read waits until those pages can be found, and so do those behind
+        it: of several choices of a prompt the first reads it and the others find it. What they lose by that is a step
+        at most, as the tokens of prompts that a step reads are the first one's first.
+        """
         while self.waiting and len(self.running) < self._most:
             s = self.waiting[0]
-            if not self._tables.admit(s, self.proposer.tag, spare=len(self.running)):
+            if not self._tables.admit(s, self.proposer.tag, self.running):
                 return
             self.waiting.popleft()
             if not s.admitted:

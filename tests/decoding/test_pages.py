@@ -19,6 +19,7 @@ from pipeline.decoding.cache import page_bytes, pool_pages
 from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.pages import PagePool, chain_key
 from pipeline.decoding.request import RequestRefused, Sequence
+from pipeline.decoding.tables import PageTables
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.test_engine import KINDS, prompt_ids
@@ -201,6 +202,73 @@ def test_the_model_of_the_test_above_has_hits_and_preemptions() -> None:
     assert model.hits > 50 and model.preempted > 3 and len(model.ended) == 12
 
 
+def waiting_for_a_prompt(kind: str = "dspark") -> tuple[Model, list[Sequence]]:
+    """One prompt of 13 tokens is being read; two choices of it and another prompt wait."""
+    model = Model(40, 4, 3, kind, 0)
+    for prompt in [[1, 2, 0] * 4 + [1]] * 3 + [[2]]:
+        model.arrive(prompt, 18)
+    everyone = list(model.batch)
+    model.step()
+    assert model.batch.running == everyone[:1] and list(model.batch.waiting) == everyone[1:]
+    assert everyone[0].computed == 6
+    return model, everyone
+
+
+@pytest.mark.parametrize("kind", ["none", "dspark", "eagle3"])
+def test_choices_of_a_prompt_wait_until_it_is_read_and_find_it(kind: str) -> None:
+    model, everyone = waiting_for_a_prompt(kind)
+    model.step()
+    assert model.batch.running == everyone[:1] and not everyone[0].prefilled
+    model.step()
+    assert model.batch.running == everyone[:1] and everyone[0].prefilled
+    model.batch.admit()
+    assert model.batch.running == everyone, "in order"
+    assert [s.computed for s in everyone[1:]] == [12, 12, 0]
+    while not model.batch.empty:
+        model.step()
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is preempted"])
+def test_who_waits_for_a_prompt_goes_on_without_it(how: str) -> None:
+    model, everyone = waiting_for_a_prompt()
+    first, second, third, last = everyone
+    if how == "is preempted":
+        model.preempt(first)
+    else:
+        model.batch.remove(first, sound=False)
+    for s in list(model.batch.running):
+        model.batch.remove(s, sound=False)
+    model.batch.admit()
+    reader = first if how == "is preempted" else second
+    assert model.batch.running == [reader] and reader.computed == 0
+    while third in model.batch.waiting:
+        model.step()
+    assert third.computed >= 12 and last in model.batch.running
+    while not model.batch.empty:
+        model.step()
+    assert len(model.ended) == (4 if how == "is preempted" else 3)
+
+
+def test_nobody_waits_for_a_prompt_whose_pages_it_could_not_take() -> None:
+    """Those of another draft, those behind a page that differs, or any without a prefix cache."""
+    prompt = [1, 2, 0] * 4 + [1]
+    for tag, keep, other, waits in (
+        (lambda s, end: (s.request.draft, None), True, prompt, False),
+        (lambda s, end: 7, True, [0, *prompt], False),
+        (lambda s, end: 7, False, prompt, False),
+        (lambda s, end: None, True, prompt, True),
+        (lambda s, end: (7, s.tokens[end]), True, [*prompt[:4], 0], False),
+        (lambda s, end: (7, s.tokens[end]), True, [*prompt[:5], 0], True),
+    ):
+        tables = PageTables(PagePool(40, SIZE), keep=keep)
+        asked = [Request(p, max_new_tokens=5, draft=d) for p, d in ((prompt, "old"), (other, "new"))]
+        first, second = (Sequence(r, frozenset(), list(r.prompt_ids)) for r in asked)
+        assert tables.admit(first, tag, [])
+        free = tables.pool.available
+        assert tables.admit(second, tag, [first]) is not waits
+        assert not waits or (tables.pool.available == free and not second.pages), "nothing has changed"
+
+
 def test_pages_of_a_text_lie_side_by_side_and_leave_each_other_room() -> None:
     pool = PagePool(64, 4)
     tables = [pool.take(3) for _ in range(4)]
@@ -336,6 +404,24 @@ def test_a_prefix_hit_changes_no_text_and_no_draft(
         assert same_rounds(*found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_of_a_prompt_read_it_once(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    name: str,
+) -> None:
+    texts, read = [], []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), prefix_cache=keep, max_requests=4)
+        done = engine.generate(Request(prompts[4], NEW, temperature=0.9, ignore_eos=True).samples(4))
+        texts.append([c.token_ids for c in done])
+        read.append([len(prompts[4]) - c.metrics.cached for c in done])
+    rest = (len(prompts[4]) - 1) % 16 + 1
+    assert texts[0] == texts[1]
+    assert read == [[len(prompts[4])] * 4, [len(prompts[4]), rest, rest, rest]]
+
+
 def test_a_conversation_goes_on_where_it_ended(tiny: Target, prompts: list[list[int]]) -> None:  # noqa: F811
     """What was said is found as well as what was asked."""
     engine = engine_of(tiny, proposer(tiny, "dspark"))
@@ -371,7 +457,8 @@ def test_a_pool_that_runs_out_changes_no_text(
     keep: bool,
 ) -> None:
     target = load_target(TargetConfig(path="tiny"), cache_dir)
-    engine = engine_of(target, proposer(target, name), pages=15, prefix_cache=keep)
+    pages = 11 if keep else 15  # what prompts have in common is there once
+    engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
     gave_up: list[str] = []
     inner = engine.batch.preempt
 
@@ -393,13 +480,13 @@ def test_a_pool_that_runs_out_changes_no_text(
     for c in done:
         assert c.logprobs is not None and [p.token_id for p in c.logprobs] == c.token_ids
         assert c.metrics.decoded == len(c.token_ids) - 1 and c.metrics.ttft > 0
-    assert engine.runner.pool.available == 15 and not engine.runner.pool.refs.any()
+    assert engine.runner.pool.available == pages and not engine.runner.pool.refs.any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_gives_one_text_whatever_the_pool(cache_dir: Path, prompts: list[list[int]], name: str) -> None:  # noqa: F811
     texts, preempted, cached = [], [], []
-    for pages, keep in ((0, False), (0, True), (15, True), (13, False)):
+    for pages, keep in ((0, False), (0, True), (11, True), (13, False)):
         target = load_target(TargetConfig(path="tiny"), cache_dir)
         engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
         asked = [
@@ -486,7 +573,9 @@ def test_a_preempted_request_comes_back_with_its_draft_or_the_default_once_that_
             engine.batch.preempt(engine.batch.running[0])
         if step == 12:
             assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dspark"]
+            tags = [drafts.tag(s, 16) for s in engine.batch.running]
             engine.change_drafts(default="dflash", remove=["dspark"])
+            assert [drafts.tag(s, 16) for s in engine.batch.running] == tags, "of the draft that they end with"
             engine.batch.preempt(engine.batch.running[1])
         if step == 14:
             assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dflash"]
