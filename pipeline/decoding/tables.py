@@ -35,7 +35,8 @@ class PageTables:
     def admit(self, s: Sequence, tag: Tag, others: list[Sequence]) -> bool:
         """Gives a request pages for all that it has to read, found ones first; `s.computed` then counts what they hold.
 
-        At least one position is left to compute: its logits, or what the draft is told of it, are needed.
+        At least one position is left to compute: its logits, or what the draft is told of it, are needed. A request
+        that is never drafted for takes pages of any draft and of none.
 
         Args:
             others: that hold pages; each must be left one to grow.
@@ -47,7 +48,7 @@ class PageTables:
         found: list[int] = []
         if self.keep:
             for i in range((s.prefill_end - 1) // size):
-                page = self.pool.find(self._key(s, i), tag(s, (i + 1) * size))
+                page = self.pool.find(self._key(s, i), _wanted(s, (i + 1) * size, tag))
                 if page is None:
                     if self._comes(s, i, tag, others):
                         return False
@@ -90,6 +91,10 @@ class PageTables:
                 self.pool.publish(s.pages[i], self._key(s, i))
             s.listed = max(s.listed, whole)
 
+    def shows(self, s: Sequence, start: int | None) -> bool:
+        """Whether one of a request's pages that others may find reaches beyond position `start` (None: beyond all)."""
+        return start is not None and s.listed * self.pool.size > start
+
     def release(self, s: Sequence) -> None:
         """Lets go of everything a request holds."""
         self.pool.give_back(s.pages)
@@ -101,7 +106,7 @@ class PageTables:
         Whoever is waited for holds all pages of its prompt, and so gets to its end or gives them up: either ends this.
         """
         size, end = self.pool.size, (page + 1) * self.pool.size
-        key, wanted = self._key(s, page), tag(s, end)
+        key, wanted = self._key(s, page), _wanted(s, end, tag)
         for other in others:
             # The tag of a prompt's very end may need its next token, which isn't known.
             if not other.listed <= page < other.prefill_end // size or end >= len(other.tokens):
@@ -116,3 +121,8 @@ class PageTables:
             start = len(s.keys) * size
             s.keys.append(chain_key(s.keys[-1] if s.keys else b"", s.tokens[start : start + size]))
         return s.keys[page]
+
+
+def _wanted(s: Sequence, end: int, tag: Tag) -> Hashable | None:
+    """The tag that a page for a request must bear: any (None) where no draft is to come, as its limit only falls."""
+    return tag(s, end) if s.draft_limit > 0 else None

@@ -20,9 +20,11 @@ from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.pages import PagePool, chain_key
 from pipeline.decoding.request import RequestRefused, Sequence
 from pipeline.decoding.tables import PageTables
+from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.test_engine import KINDS, prompt_ids
+from tests.decoding.test_worth import IDLE
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 
@@ -50,6 +52,7 @@ class Model:
         self.cells: dict[int, tuple[int, ...]] = {}
         self.drafts: dict[int, tuple[int, ...]] = {}
         self.context: dict[Sequence, int] = {}
+        self.since: dict[Sequence, int] = {}
         self.ended: list[Sequence] = []
         self.hits = self.preempted = 0
 
@@ -61,6 +64,8 @@ class Model:
     def admit(self, s: Sequence) -> None:
         self.hits += s.computed
         self.context[s] = s.computed
+        # Who is never drafted for may have found pages without the draft's.
+        self.since[s] = 0 if s.draft_limit > 0 else s.computed
 
     def release(self, s: Sequence) -> None:
         del self.context[s]
@@ -141,7 +146,7 @@ class Model:
             for p in range(s.computed):
                 assert self.cells[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1])
             extra = self.kind == "eagle3"
-            for p in range(self.context[s] if self.kind != "none" else 0):
+            for p in range(self.since[s], self.context[s] if self.kind != "none" else 0):
                 assert self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1 + extra])
         assert {p: int(n) for p, n in enumerate(self.pool.refs) if n} == held
         free = int(self.pool._free.sum())
@@ -430,6 +435,65 @@ def test_a_conversation_goes_on_where_it_ended(tiny: Target, prompts: list[list[
     (second,) = engine.generate([Request([*text, 5, 6], max_new_tokens=4)])
     # The last token's keys were never computed.
     assert second.metrics.cached == (len(text) - 1) // 16 * 16
+
+
+class Told(DraftWorth):
+    """Drafts for everyone or for nobody, as it is told."""
+
+    now = False
+
+    def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
+        drafted = [s for s in sequences if self.now and s.draft_limit > 0]
+        return drafted, [s for s in sequences if s not in drafted]
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_conversation_goes_on_where_it_ended_though_nothing_was_drafted(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    name: str,
+    many: bool,
+) -> None:
+    """Where few run, its draft finds its keys of what was said too; where many do, of what was asked."""
+    metrics = []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), prefix_cache=keep, max_requests=8, scheduler="global")
+        engine.step_cost, engine._worth = IDLE.copy(), Told()
+        others = [Request([7 + i] * 20, 26, ignore_eos=True) for i in range(5 * many)]
+        first, *_ = engine.generate([Request(prompts[0], 24, ignore_eos=True), *others])
+        engine._worth.now = True
+        text = prompts[0] + first.token_ids
+        (second,) = engine.generate([Request([*text, 5, 6], 20, ignore_eos=True)])
+        metrics.append(second.metrics)
+    assert same_rounds(metrics[:1], metrics[1:]) and metrics[1].drafted > 0
+    assert metrics[1].cached == (len(prompts[0] if many else text) - 1) // 16 * 16
+
+
+def test_who_is_never_drafted_for_takes_pages_of_any_draft(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    """And leaves none behind from which a draft would draft without its context."""
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    drafts = SeveralDrafts({n: proposer(target, n) for n in ("dspark", "eagle3")}, "dspark", target.vocab_size)
+    engine = engine_of(target, drafts)
+
+    def ask(draft: str, max_draft: int | None = None) -> Any:
+        (done,) = engine.generate([Request(prompts[0], max_new_tokens=NEW, draft=draft, max_draft=max_draft)])
+        assert done.token_ids == expected[0]
+        return done.metrics
+
+    whole = (len(prompts[0]) - 1) // 16 * 16
+    assert ask("dspark").cached == 0
+    plain = ask("eagle3", 0)
+    assert (plain.cached, plain.drafted) == (whole, 0)
+    drafted = ask("eagle3")
+    fresh = load_target(TargetConfig(path="tiny"), cache_dir)
+    (alone,) = engine_of(fresh, proposer(fresh, "eagle3")).generate([Request(prompts[0], max_new_tokens=NEW)])
+    assert drafted.cached == 0 and same_rounds([alone.metrics], [drafted])
 
 
 def test_eagle3_s_pages_are_found_by_the_token_behind_them_too(cache_dir: Path, prompts: list[list[int]]) -> None:  # noqa: F811
