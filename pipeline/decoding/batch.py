@@ -21,6 +21,11 @@ from pipeline.decoding.tables import PageTables
 
 log = logging.getLogger(__name__)
 
+FEW = 4
+"""Requests up to which the draft is told of a text that ends while it isn't asked. What that costs there is reading the
+draft's weights once a text, against reading a turn's pages again; with more of them running, each row costs, and where
+nothing is drafted the next turn is hardly drafted for either."""
+
 
 class QueueFull(RequestRefused):
     """The engine's queue is at its bound; the client should retry later (HTTP 429)."""
@@ -89,10 +94,15 @@ class Batch:
         self.waiting.append(s)
 
     def admit(self) -> None:
-        """Lets waiting requests run, in order, as far as places and pages go."""
+        """Lets waiting requests run, in order, as far as places and pages go.
+
+        One whose prompt begins as one that is being read waits until those pages can be found, and so do those behind
+        it: of several choices of a prompt the first reads it and the others find it. What they lose by that is a step
+        at most, as the tokens of prompts that a step reads are the first one's first.
+        """
         while self.waiting and len(self.running) < self._most:
             s = self.waiting[0]
-            if not self._tables.admit(s, self.proposer.tag, spare=len(self.running)):
+            if not self._tables.admit(s, self.proposer.tag, self.running):
                 return
             self.waiting.popleft()
             if not s.admitted:
@@ -133,11 +143,18 @@ class Batch:
         self._tables.settle(s)
 
     def remove(self, s: Sequence, *, sound: bool) -> None:
-        """Takes a request out. sound: the logits of all that it computed were finite."""
+        """Takes a request out. sound: the logits of all that it computed were finite.
+
+        Where few run, the draft is told of what was held back of it, so that its last pages bear the draft's tag and a
+        conversation that goes on finds them.
+        """
         self._ids.discard(s.request.id)
         if s in self.waiting:
             self.waiting.remove(s)
         else:
+            drafted_for = s.request.max_draft != 0  # else its next turn hardly is either, and takes pages of any draft
+            if sound and drafted_for and len(self.running) <= FEW and self._tables.shows(s, self._held.first(s)):
+                self._held.hand_over(self.proposer, [s])
             self._let_go(s, sound=sound)
 
     def _let_go(self, s: Sequence, *, sound: bool) -> None:

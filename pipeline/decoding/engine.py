@@ -280,7 +280,7 @@ class Engine:
         drafting, plain = self._whom_to_draft_for([s for s in batch.running if s.prefilled])
         decoding = drafting + plain
         if drafting:
-            self._held.hand_over(self.proposer)
+            self._held.hand_over(self.proposer, drafting)
         began = time.perf_counter()
         proposal = self.proposer.propose(drafting) if drafting else None
         proposed = time.perf_counter()
@@ -355,11 +355,11 @@ class Engine:
             c.sequence.computed += c.rows.stop - c.rows.start
         proposal = plan.proposal
         if not plan.verifying:
-            self._commit(plan.chunks, taps, hold=proposal is None)
+            self._commit(plan.chunks, [], taps, hold=proposal is None)
             return self._end_unsound(plan)
         step = Verification([s for s, _ in plan.verifying], proposal, plan.lengths, logits, self.rule)
         emitted, commits, accepted = emissions(plan, step)
-        self._commit([*plan.chunks, *commits], taps, hold=proposal is None)
+        self._commit(plan.chunks, commits, taps, hold=proposal is None)
         if proposal is not None:
             if self._skips_drafts:
                 self._worth.observe(plan.decoding[: plan.drafted], proposal, plan.lengths, accepted)
@@ -387,8 +387,12 @@ class Engine:
                 events.append(self._end(Emission(c.sequence, reason="error")))
         return events
 
-    def _commit(self, commits: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
-        if hold and self._skips_drafts:
-            self._held.add(commits, taps, self.proposer)
-        else:
-            self.proposer.commit(commits, taps)
+    def _commit(self, chunks: list[Commit], blocks: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
+        """Tells the draft what became part of texts, of those that decode later where it may be held back. Prompts it
+        is told at once where others may look for their pages, which bear its tag then only."""
+        if not hold or not self._skips_drafts:
+            self._held.tell([*chunks, *blocks], taps, self.proposer)
+            return
+        if self.config.prefix_cache:
+            self._held.tell(chunks, taps, self.proposer)
+        self._held.add(blocks if self.config.prefix_cache else [*chunks, *blocks], taps, self.proposer)

@@ -1,7 +1,9 @@
 """Positions that became part of a text while nothing was drafted, kept for the draft until it is asked again.
 
 A draft's context grows by a few rows a step, and reading its weights for them costs a plain step some hundredths. Held
-back and handed over together, they cost a fraction of that; a request that ends meanwhile takes its own along.
+back and handed over together, they cost a fraction of that, and only those are handed over whose request is drafted
+for. A request that ends meanwhile takes its own along: on a machine that is full each row costs, and it has no use for
+them. So that this is what happens there, more is kept the more requests there are.
 """
 
 from __future__ import annotations
@@ -13,39 +15,109 @@ import torch
 from pipeline.decoding.proposers.base import Commit, Proposer
 from pipeline.decoding.request import Sequence
 
-MOST_ROWS = 128
-"""Rows of taps kept before they are handed over anyway: it bounds their memory, and what the next draft waits for."""
+MOST_ROWS, ROWS_EACH = 128, 32
+"""Rows of taps kept before all are handed over anyway, and for each request where those are more: they bound what the
+next draft waits for."""
+MOST_BYTES = 64 * 2**20
+"""Of taps, however many rows these are."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Step:
+    """A step's taps (float[T, L*D], the rows that are held), and how many of its commits are held yet."""
+
+    number: int
+    taps: torch.Tensor | None
+    held: int
 
 
 class HeldCommits:
-    """Commits in the order in which they were made, with the taps of their steps."""
+    """Commits with the taps of their steps, of each request in the order in which they were made."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[list[Commit], torch.Tensor | None]] = []
+        self._commits: dict[Sequence, list[tuple[_Step, Commit]]] = {}
+        self._steps = self._rows = self._bytes = 0
 
     def add(self, commits: list[Commit], taps: torch.Tensor | None, proposer: Proposer) -> None:
         """Keeps a step's commits (taps [T, L*D]); hands all over where they have become many."""
-        if commits:
-            self._steps.append((commits, taps))
-        if sum(c.rows.stop - c.rows.start for held, _ in self._steps for c in held) >= MOST_ROWS:
+        if not commits:
+            return
+        commits, taps = _chosen(commits, taps)
+        self._steps += 1
+        step = _Step(self._steps, taps, len(commits))
+        self._bytes += _bytes(step)
+        for c in commits:
+            self._rows += _rows(c)
+            self._commits.setdefault(c.sequence, []).append((step, c))
+        if self._rows >= max(MOST_ROWS, ROWS_EACH * len(self._commits)) or self._bytes >= MOST_BYTES:
             self.hand_over(proposer)
+
+    def tell(self, commits: list[Commit], taps: torch.Tensor | None, proposer: Proposer) -> None:
+        """Commits at once, but for requests of which something is held: theirs are kept behind that."""
+        later = [c for c in commits if c.sequence in self._commits]
+        if now := [c for c in commits if c.sequence not in self._commits]:
+            proposer.commit(now, taps)
+        if later:
+            self.add(later, taps, proposer)
+
+    def first(self, sequence: Sequence) -> int | None:
+        """The first position of a request that is held; None: the draft knows all."""
+        held = self._commits.get(sequence)
+        return held[0][1].start if held else None
 
     def drop(self, sequence: Sequence) -> None:
         """Forgets a request that is released."""
-        steps = [([c for c in held if c.sequence is not sequence], taps) for held, taps in self._steps]
-        self._steps = [(held, taps) for held, taps in steps if held]
+        self._take(sequence)
 
-    def hand_over(self, proposer: Proposer) -> None:
-        """Commits everything kept, in one call."""
-        steps, self._steps = self._steps, []
-        if not steps:
+    def hand_over(self, proposer: Proposer, sequences: list[Sequence] | None = None) -> None:
+        """Commits what is kept of these requests (None: of all), in one call."""
+        wanted: dict[_Step, list[Commit]] = {}
+        for s in list(self._commits) if sequences is None else sequences:
+            for step, c in self._take(s):
+                wanted.setdefault(step, []).append(c)
+        if not wanted:
             return
         commits: list[Commit] = []
         rows: list[torch.Tensor] = []
         offset = 0
-        for held, taps in steps:
-            commits += [dataclasses.replace(c, rows=slice(c.rows.start + offset, c.rows.stop + offset)) for c in held]
+        for step in sorted(wanted, key=lambda step: step.number):
+            mine, taps = _chosen(sorted(wanted[step], key=lambda c: c.rows.start), step.taps)
+            commits += [_moved(c, c.rows.start + offset) for c in mine]
             if taps is not None:
                 rows.append(taps)
                 offset += taps.shape[0]
         proposer.commit(commits, torch.cat(rows) if rows else None)
+
+    def _take(self, sequence: Sequence) -> list[tuple[_Step, Commit]]:
+        """Takes a request's commits out."""
+        taken = self._commits.pop(sequence, [])
+        for step, c in taken:
+            self._rows -= _rows(c)
+            step.held -= 1
+            if step.held == 0:
+                self._bytes -= _bytes(step)
+        return taken
+
+
+def _chosen(commits: list[Commit], taps: torch.Tensor | None) -> tuple[list[Commit], torch.Tensor | None]:
+    """Commits of a step with the rows of its taps that are theirs, a copy where it has others too."""
+    if taps is None or sum(map(_rows, commits)) == taps.shape[0]:
+        return commits, taps
+    index: list[int] = []
+    moved: list[Commit] = []
+    for c in commits:
+        moved.append(_moved(c, len(index)))
+        index += range(c.rows.start, c.rows.stop)
+    return moved, taps[torch.tensor(index, device=taps.device)]
+
+
+def _moved(commit: Commit, start: int) -> Commit:
+    return dataclasses.replace(commit, rows=slice(start, start + _rows(commit)))
+
+
+def _rows(commit: Commit) -> int:
+    return commit.rows.stop - commit.rows.start
+
+
+def _bytes(step: _Step) -> int:
+    return 0 if step.taps is None else step.taps.numel() * step.taps.element_size()

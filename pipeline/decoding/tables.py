@@ -36,28 +36,32 @@ class PageTables:
                 "prompt_ids + max_new_tokens",
             )
 
-    def admit(self, s: Sequence, tag: Tag, spare: int) -> bool:
+    def admit(self, s: Sequence, tag: Tag, others: list[Sequence]) -> bool:
         """Gives a request pages for all that it has to read, found ones first; `s.computed` then counts what they hold.
 
-        At least one position is left to compute: its logits, or what the draft is told of it, are needed.
+        At least one position is left to compute: its logits, or what the draft is told of it, are needed. A request
+        that is never drafted for takes pages of any draft and of none.
 
         Args:
-            spare: pages that must be left for the others to grow.
+            others: that hold pages; each must be left one to grow.
         Returns:
-            False, with nothing changed, while there are too few pages.
+            False, with nothing changed, while there are too few pages, or while one of the others is computing the
+            first page that it lacks.
         """
         size = self.pool.size
         found: list[int] = []
         if self.keep:
             for i in range((s.prefill_end - 1) // size):
-                page = self.pool.find(self._key(s, i), tag(s, (i + 1) * size))
+                page = self.pool.find(self._key(s, i), _wanted(s, (i + 1) * size, tag))
                 if page is None:
+                    if self._comes(s, i, tag, others):
+                        return False
                     break
                 found.append(page)
         for page in found:
             self.pool.share(page)
         missing = self.pool.needed(s.prefill_end) - len(found)
-        if missing + spare > self.pool.available:
+        if missing + len(others) > self.pool.available:
             self.pool.give_back(found)
             return False
         s.pages = found + self.pool.take(missing, found[-1] if found else None)
@@ -91,10 +95,29 @@ class PageTables:
                 self.pool.publish(s.pages[i], self._key(s, i))
             s.listed = max(s.listed, whole)
 
+    def shows(self, s: Sequence, start: int | None) -> bool:
+        """Whether one of a request's pages that others may find reaches beyond position `start` (None: beyond all)."""
+        return start is not None and s.listed * self.pool.size > start
+
     def release(self, s: Sequence) -> None:
         """Lets go of everything a request holds."""
         self.pool.give_back(s.pages)
         s.pages, s.computed, s.listed = [], 0, 0
+
+    def _comes(self, s: Sequence, page: int, tag: Tag, others: list[Sequence]) -> bool:
+        """Whether one of the others will publish the page that a request lacks when its own prompt is read.
+
+        Whoever is waited for holds all pages of its prompt, and so gets to its end or gives them up: either ends this.
+        """
+        size, end = self.pool.size, (page + 1) * self.pool.size
+        key, wanted = self._key(s, page), _wanted(s, end, tag)
+        for other in others:
+            # The tag of a prompt's very end may need its next token, which isn't known.
+            if not other.listed <= page < other.prefill_end // size or end >= len(other.tokens):
+                continue
+            if self._key(other, page) == key and (wanted is None or tag(other, end) == wanted):
+                return True
+        return False
 
     def _key(self, s: Sequence, page: int) -> bytes:
         size = self.pool.size
@@ -102,3 +125,8 @@ class PageTables:
             start = len(s.keys) * size
             s.keys.append(chain_key(s.keys[-1] if s.keys else b"", s.tokens[start : start + size]))
         return s.keys[page]
+
+
+def _wanted(s: Sequence, end: int, tag: Tag) -> Hashable | None:
+    """The tag that a page for a request must bear: any (None) where no draft is to come, as its limit only falls."""
+    return tag(s, end) if s.draft_limit > 0 else None

@@ -13,8 +13,10 @@ Texts differ more than rounds of a text do: one that the draft follows well come
 text is therefore not judged by those before it on average. It may be like the best quarter of the latest, and is
 drafted for until its own first rounds tell, unless not even those would pay at the present load.
 
-Skipped requests are tried again after 2, 4, 8, ... at most 64 rounds, all at once, as one more request in a draft's
-batch costs little. Everything decided here rests on earlier rounds, so that it is exact under both verification rules.
+Skipped requests are tried again after 2, 4, 8, ... at most 64 rounds, the longest idle first and in turn. Where a step
+is full, a draft for everyone may cost as much as the step itself, and what is learned of a few is enough: a try is for
+as many as a tenth of the step pays for, or as many as cost what one does, and for one at least. Everything decided here
+rests on earlier rounds, so that it is exact under both verification rules.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import collections
 import dataclasses
 import itertools
 import weakref
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -34,9 +37,11 @@ from pipeline.decoding.step_cost import StepCost
 WINDOW = 8
 """Latest rounds of a request that its estimate rests on."""
 TRIALS, BLOCKS = 2, 4
-"""Rounds, and blocks in them, drafted before anything is skipped: first use costs more than what follows."""
+"""Rounds, and blocks in them, drafted before it is judged what pays: first use costs more than what follows."""
 FIRST_PAUSE, LONGEST_PAUSE = 2, 64
 """Rounds skipped before a new try: the first time, and at most. At 64, trying costs a hundredth or so of the time."""
+TRY_SHARE, ALIKE = 0.1, 1.25
+"""What a try to learn may cost of the step that it is in; and what still counts as costing the same as one request."""
 MARGIN = 1.02
 """What drafting must promise: the best of many noisy estimates flatters itself."""
 TEXTS, FEW_TEXTS = 16, 4
@@ -108,17 +113,20 @@ class DraftWorth:
         able = [s for s in sequences if s.draft_limit > 0]
         records = [self._record(s) for s in able]
         self.trying = False
+        step = float(cost.steps(np.array([len(sequences)]), context)[0])
         if self._tried < TRIALS or len(self._all.rounds) < BLOCKS:
-            chosen = set(range(len(able)))
+            chosen = _longest_idle(range(len(able)), records, _affordable(0, len(able), cost, step, BLOCKS))
         else:
             # Nothing was learned since it did not pay for the same requests: it would not now.
             key = tuple(self._record(s).number for s in sequences)
             chosen = set()
             if able and key != self._not_paying:
                 chosen = self._paying(able, records, len(sequences), cost, context)
-                chosen |= {i for i, s in enumerate(able) if records[i].blocks < BLOCKS and self._knows_little(s)}
+                new = [i for i, s in enumerate(able) if records[i].blocks < BLOCKS and self._knows_little(s)]
+                new = [i for i in new if i not in chosen]
+                chosen |= _longest_idle(new, records, _affordable(len(chosen), len(new), cost, step, BLOCKS))
             self._not_paying = key if not chosen else None
-            self._try_again(chosen, records)
+            self._try_again(chosen, records, cost, step)
         for i, record in enumerate(records):
             record.idle = 0 if i in chosen else record.idle + 1
         drafted = [able[i] for i in sorted(chosen)]
@@ -158,25 +166,27 @@ class DraftWorth:
         """Whether the draft met too few texts to judge a new one by others: long ones, or twice as many of any."""
         return not self._known_texts(sequence) and self._heard[sequence.metrics.draft] < 2 * FEW_TEXTS
 
-    def _try_again(self, chosen: set[int], records: list[_Record]) -> None:
-        """Adds to `chosen` whoever has paused long enough."""
+    def _try_again(self, chosen: set[int], records: list[_Record], cost: StepCost, step: float) -> None:
+        """Adds to `chosen` some of those that have paused long enough. step: seconds of the step without drafts."""
+        due: list[int] = []
         if chosen:
             self._all.idle, self._all.pause = 0, max(self._all.pause // 2, FIRST_PAUSE)
             for i, record in enumerate(records):
                 if i in chosen:
                     record.pause = FIRST_PAUSE
                 elif record.idle >= record.pause:
-                    record.retry()
-                    chosen.add(i)
-        elif self._all.idle >= self._all.pause:
+                    due.append(i)
+        elif records and self._all.idle >= self._all.pause:
             self.trying = True
             self._all.idle = 0
             self._all.lengthen_pause()
-            for record in records:
-                record.retry()
-            chosen.update(range(len(records)))
+            due += range(len(records))
         else:
             self._all.idle += 1
+        again = _longest_idle(due, records, _affordable(len(chosen), len(due), cost, step, 1))
+        for i in again:
+            records[i].retry()
+        chosen |= again
 
     def _paying(
         self, able: list[Sequence], records: list[_Record], requests: int, cost: StepCost, context: int
@@ -218,6 +228,28 @@ class DraftWorth:
             if rate > best_rate:
                 best, best_rate = d, rate
         return set(best_first[:best])
+
+
+def _affordable(already: int, more: int, cost: StepCost, step: float, least: int) -> int:
+    """Of `more` requests, how many may be drafted for to learn, beside `already` that are drafted for anyway.
+
+    Args:
+        step: seconds of the step without drafts. least: taken whatever they cost, and no more while nobody
+            knows what that is.
+    """
+    if more <= least or cost.draft_seconds(1) == 0:
+        return min(least, more)
+    base = cost.draft_seconds(already)
+    most = max(TRY_SHARE * step, ALIKE * (cost.draft_seconds(already + 1) - base))
+    count = least
+    while count < more and cost.draft_seconds(already + count + 1) - base <= most:
+        count += 1
+    return count
+
+
+def _longest_idle(indices: Iterable[int], records: list[_Record], count: int) -> set[int]:
+    """The `count` of them that wait the longest for a draft."""
+    return set(sorted(indices, key=lambda i: -records[i].idle)[:count])
 
 
 def _survival(rounds: list[np.ndarray], reliability: float) -> np.ndarray:

@@ -19,9 +19,12 @@ from pipeline.decoding.cache import page_bytes, pool_pages
 from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.pages import PagePool, chain_key
 from pipeline.decoding.request import RequestRefused, Sequence
+from pipeline.decoding.tables import PageTables
+from pipeline.decoding.worth import DraftWorth
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.test_engine import KINDS, prompt_ids
+from tests.decoding.test_worth import IDLE
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 
@@ -49,6 +52,7 @@ class Model:
         self.cells: dict[int, tuple[int, ...]] = {}
         self.drafts: dict[int, tuple[int, ...]] = {}
         self.context: dict[Sequence, int] = {}
+        self.since: dict[Sequence, int] = {}
         self.ended: list[Sequence] = []
         self.hits = self.preempted = 0
 
@@ -60,6 +64,8 @@ class Model:
     def admit(self, s: Sequence) -> None:
         self.hits += s.computed
         self.context[s] = s.computed
+        # Who is never drafted for may have found pages without the draft's.
+        self.since[s] = 0 if s.draft_limit > 0 else s.computed
 
     def release(self, s: Sequence) -> None:
         del self.context[s]
@@ -140,7 +146,7 @@ class Model:
             for p in range(s.computed):
                 assert self.cells[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1])
             extra = self.kind == "eagle3"
-            for p in range(self.context[s] if self.kind != "none" else 0):
+            for p in range(self.since[s], self.context[s] if self.kind != "none" else 0):
                 assert self.drafts[s.pages[p // SIZE] * SIZE + p % SIZE] == tuple(s.tokens[: p + 1 + extra])
         assert {p: int(n) for p, n in enumerate(self.pool.refs) if n} == held
         free = int(self.pool._free.sum())
@@ -199,6 +205,73 @@ def test_the_model_of_the_test_above_has_hits_and_preemptions() -> None:
     while not model.batch.empty:
         model.step()
     assert model.hits > 50 and model.preempted > 3 and len(model.ended) == 12
+
+
+def waiting_for_a_prompt(kind: str = "dspark") -> tuple[Model, list[Sequence]]:
+    """One prompt of 13 tokens is being read; two choices of it and another prompt wait."""
+    model = Model(40, 4, 3, kind, 0)
+    for prompt in [[1, 2, 0] * 4 + [1]] * 3 + [[2]]:
+        model.arrive(prompt, 18)
+    everyone = list(model.batch)
+    model.step()
+    assert model.batch.running == everyone[:1] and list(model.batch.waiting) == everyone[1:]
+    assert everyone[0].computed == 6
+    return model, everyone
+
+
+@pytest.mark.parametrize("kind", ["none", "dspark", "eagle3"])
+def test_choices_of_a_prompt_wait_until_it_is_read_and_find_it(kind: str) -> None:
+    model, everyone = waiting_for_a_prompt(kind)
+    model.step()
+    assert model.batch.running == everyone[:1] and not everyone[0].prefilled
+    model.step()
+    assert model.batch.running == everyone[:1] and everyone[0].prefilled
+    model.batch.admit()
+    assert model.batch.running == everyone, "in order"
+    assert [s.computed for s in everyone[1:]] == [12, 12, 0]
+    while not model.batch.empty:
+        model.step()
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is preempted"])
+def test_who_waits_for_a_prompt_goes_on_without_it(how: str) -> None:
+    model, everyone = waiting_for_a_prompt()
+    first, second, third, last = everyone
+    if how == "is preempted":
+        model.preempt(first)
+    else:
+        model.batch.remove(first, sound=False)
+    for s in list(model.batch.running):
+        model.batch.remove(s, sound=False)
+    model.batch.admit()
+    reader = first if how == "is preempted" else second
+    assert model.batch.running == [reader] and reader.computed == 0
+    while third in model.batch.waiting:
+        model.step()
+    assert third.computed >= 12 and last in model.batch.running
+    while not model.batch.empty:
+        model.step()
+    assert len(model.ended) == (4 if how == "is preempted" else 3)
+
+
+def test_nobody_waits_for_a_prompt_whose_pages_it_could_not_take() -> None:
+    """Those of another draft, those behind a page that differs, or any without a prefix cache."""
+    prompt = [1, 2, 0] * 4 + [1]
+    for tag, keep, other, waits in (
+        (lambda s, end: (s.request.draft, None), True, prompt, False),
+        (lambda s, end: 7, True, [0, *prompt], False),
+        (lambda s, end: 7, False, prompt, False),
+        (lambda s, end: None, True, prompt, True),
+        (lambda s, end: (7, s.tokens[end]), True, [*prompt[:4], 0], False),
+        (lambda s, end: (7, s.tokens[end]), True, [*prompt[:5], 0], True),
+    ):
+        tables = PageTables(PagePool(40, SIZE), keep=keep)
+        asked = [Request(p, max_new_tokens=5, draft=d) for p, d in ((prompt, "old"), (other, "new"))]
+        first, second = (Sequence(r, frozenset(), list(r.prompt_ids)) for r in asked)
+        assert tables.admit(first, tag, [])
+        free = tables.pool.available
+        assert tables.admit(second, tag, [first]) is not waits
+        assert not waits or (tables.pool.available == free and not second.pages), "nothing has changed"
 
 
 def test_pages_of_a_text_lie_side_by_side_and_leave_each_other_room() -> None:
@@ -337,6 +410,24 @@ def test_a_prefix_hit_changes_no_text_and_no_draft(
         assert same_rounds(*found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_of_a_prompt_read_it_once(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    name: str,
+) -> None:
+    texts, read = [], []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), prefix_cache=keep, max_requests=4)
+        done = engine.generate(Request(prompts[4], NEW, temperature=0.9, ignore_eos=True).samples(4))
+        texts.append([c.token_ids for c in done])
+        read.append([len(prompts[4]) - c.metrics.cached for c in done])
+    rest = (len(prompts[4]) - 1) % 16 + 1
+    assert texts[0] == texts[1]
+    assert read == [[len(prompts[4])] * 4, [len(prompts[4]), rest, rest, rest]]
+
+
 def test_a_conversation_goes_on_where_it_ended(tiny: Target, prompts: list[list[int]]) -> None:  # noqa: F811
     """What was said is found as well as what was asked."""
     engine = engine_of(tiny, proposer(tiny, "dspark"))
@@ -345,6 +436,65 @@ def test_a_conversation_goes_on_where_it_ended(tiny: Target, prompts: list[list[
     (second,) = engine.generate([Request([*text, 5, 6], max_new_tokens=4)])
     # The last token's keys were never computed.
     assert second.metrics.cached == (len(text) - 1) // 16 * 16
+
+
+class Told(DraftWorth):
+    """Drafts for everyone or for nobody, as it is told."""
+
+    now = False
+
+    def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
+        drafted = [s for s in sequences if self.now and s.draft_limit > 0]
+        return drafted, [s for s in sequences if s not in drafted]
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_conversation_goes_on_where_it_ended_though_nothing_was_drafted(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    name: str,
+    many: bool,
+) -> None:
+    """Where few run, its draft finds its keys of what was said too; where many do, of what was asked."""
+    metrics = []
+    for keep in (False, True):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        engine = engine_of(target, proposer(target, name), prefix_cache=keep, max_requests=8, scheduler="global")
+        engine.step_cost, engine._worth = IDLE.copy(), Told()
+        others = [Request([7 + i] * 20, 26, ignore_eos=True) for i in range(5 * many)]
+        first, *_ = engine.generate([Request(prompts[0], 24, ignore_eos=True), *others])
+        engine._worth.now = True
+        text = prompts[0] + first.token_ids
+        (second,) = engine.generate([Request([*text, 5, 6], 20, ignore_eos=True)])
+        metrics.append(second.metrics)
+    assert same_rounds(metrics[:1], metrics[1:]) and metrics[1].drafted > 0
+    assert metrics[1].cached == (len(prompts[0] if many else text) - 1) // 16 * 16
+
+
+def test_who_is_never_drafted_for_takes_pages_of_any_draft(
+    cache_dir: Path,  # noqa: F811
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    """And leaves none behind from which a draft would draft without its context."""
+    target = load_target(TargetConfig(path="tiny"), cache_dir)
+    drafts = SeveralDrafts({n: proposer(target, n) for n in ("dspark", "eagle3")}, "dspark", target.vocab_size)
+    engine = engine_of(target, drafts)
+
+    def ask(draft: str, max_draft: int | None = None) -> Any:
+        (done,) = engine.generate([Request(prompts[0], max_new_tokens=NEW, draft=draft, max_draft=max_draft)])
+        assert done.token_ids == expected[0]
+        return done.metrics
+
+    whole = (len(prompts[0]) - 1) // 16 * 16
+    assert ask("dspark").cached == 0
+    plain = ask("eagle3", 0)
+    assert (plain.cached, plain.drafted) == (whole, 0)
+    drafted = ask("eagle3")
+    fresh = load_target(TargetConfig(path="tiny"), cache_dir)
+    (alone,) = engine_of(fresh, proposer(fresh, "eagle3")).generate([Request(prompts[0], max_new_tokens=NEW)])
+    assert drafted.cached == 0 and same_rounds([alone.metrics], [drafted])
 
 
 def test_eagle3_s_pages_are_found_by_the_token_behind_them_too(cache_dir: Path, prompts: list[list[int]]) -> None:  # noqa: F811
@@ -372,7 +522,8 @@ def test_a_pool_that_runs_out_changes_no_text(
     keep: bool,
 ) -> None:
     target = load_target(TargetConfig(path="tiny"), cache_dir)
-    engine = engine_of(target, proposer(target, name), pages=15, prefix_cache=keep)
+    pages = 11 if keep else 15  # what prompts have in common is there once
+    engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
     gave_up: list[str] = []
     inner = engine.batch.preempt
 
@@ -394,13 +545,13 @@ def test_a_pool_that_runs_out_changes_no_text(
     for c in done:
         assert c.logprobs is not None and [p.token_id for p in c.logprobs] == c.token_ids
         assert c.metrics.decoded == len(c.token_ids) - 1 and c.metrics.ttft > 0
-    assert engine.runner.pool.available == 15 and not engine.runner.pool.refs.any()
+    assert engine.runner.pool.available == pages and not engine.runner.pool.refs.any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_gives_one_text_whatever_the_pool(cache_dir: Path, prompts: list[list[int]], name: str) -> None:  # noqa: F811
     texts, preempted, cached = [], [], []
-    for pages, keep in ((0, False), (0, True), (15, True), (13, False)):
+    for pages, keep in ((0, False), (0, True), (11, True), (13, False)):
         target = load_target(TargetConfig(path="tiny"), cache_dir)
         engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
         asked = [
@@ -512,7 +663,9 @@ def test_a_preempted_request_comes_back_with_its_draft_or_the_default_once_that_
             engine.batch.preempt(engine.batch.running[0])
         if step == 12:
             assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dspark"]
+            tags = [drafts.tag(s, 16) for s in engine.batch.running]
             engine.change_drafts(default="dflash", remove=["dspark"])
+            assert [drafts.tag(s, 16) for s in engine.batch.running] == tags, "of the draft that they end with"
             engine.batch.preempt(engine.batch.running[1])
         if step == 14:
             assert [s.metrics.draft for s in engine.batch.running] == ["dspark", "dflash"]

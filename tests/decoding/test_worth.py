@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request, StepCost
-from pipeline.decoding.held import MOST_ROWS, HeldCommits
+from pipeline.decoding.held import MOST_ROWS, ROWS_EACH, HeldCommits
 from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
@@ -42,15 +42,25 @@ def sequences(count: int, prompt: int = 5) -> list[Sequence]:
 
 
 def simulate(
-    rounds: int, requests: int, cost: StepCost, acceptance: Callable[[int, int], float], confidence: float = 0.7
+    rounds: int,
+    requests: int,
+    cost: StepCost,
+    acceptance: Callable[[int, int], float],
+    confidence: float = 0.7,
+    lasting: int = 10**6,
 ) -> tuple[list[list[int]], float]:
     """Decodes in a simulated clock. acceptance: of any token, by (round, request).
+
+    lasting: rounds of a text, after which another one takes its place; not all of them begin together.
 
     Returns (requests drafted for, by round; tokens per second over plain decoding's).
     """
     worth, everyone, chance = DraftWorth(), sequences(requests), random.Random(0)
     scheduler, emitted, seconds, drafted = make_scheduler("global"), 0, 0.0, []
     for i in range(rounds):
+        for b in range(requests):
+            if i and (i + b) % lasting == 0:
+                everyone[b : b + 1] = sequences(1)
         chosen, plain = worth.choose(everyone, cost, 0)
         assert sorted(map(id, chosen + plain)) == sorted(map(id, everyone))
         drafted.append([everyone.index(s) for s in chosen])
@@ -65,7 +75,7 @@ def simulate(
                 kept += 1
             accepted.append(kept)
         emitted += requests + sum(accepted)
-        seconds += cost.seconds(requests + sum(lengths), 0) - cost.draft + (cost.draft if n else 0)
+        seconds += cost.seconds(requests + sum(lengths), 0) - cost.draft + cost.draft_seconds(n)
         if n:
             worth.observe(
                 chosen,
@@ -100,6 +110,44 @@ def test_under_load_speculation_is_not_below_plain_decoding(requests: int, accep
     drafted, gain = simulate(1000, requests, FULL, lambda *_: acceptance)
     assert sum(map(bool, drafted)) < 30
     assert gain > 0.98
+
+
+LINEAR = KnownCost([1, 64], [0], [[0.02], [1.28]], drafting={n: (0.02 * n, 9) for n in (1, 2, 4, 8, 16, 32, 64)})
+"""As FULL, and a draft for one more request costs as much as one more token too: each has a block of rows in it."""
+
+
+@pytest.mark.parametrize("requests", [16, 32, 64])
+@pytest.mark.parametrize("lasting", [32, 10**6])
+def test_under_load_a_try_costs_little_however_dear_a_draft_for_all_is(requests: int, lasting: int) -> None:
+    drafted, gain = simulate(300, requests, LINEAR, lambda *_: 0.5, lasting=lasting)
+    assert gain > 0.98
+    assert sum(map(bool, drafted)) >= 6, "it is tried still"
+
+
+def test_tries_go_round() -> None:
+    drafted, _ = simulate(1000, 64, LINEAR, lambda *_: 0.5)
+    tries = [set(d) for d in drafted if d]
+    assert all(4 <= len(d) <= 6 for d in tries)
+    assert all(a.isdisjoint(b) for a, b in zip(tries, tries[1:], strict=False))
+    assert set.union(*tries) == set(range(64))
+
+
+def test_a_draft_that_becomes_good_under_load_is_found_again_and_spreads() -> None:
+    cost = KnownCost([1, 512], [0], [[1.0], [2.0]], drafting={n: (0.03 * n, 9) for n in (1, 2, 4, 8, 16, 32)})
+    drafted, _ = simulate(900, 32, cost, lambda i, _: 0.9 if i >= 300 else 0.0, confidence=0.9)
+    assert sum(map(len, drafted[150:300])) < 0.01 * 150 * 32
+    again = next(i for i in range(300, 900) if all(len(d) == 32 for d in drafted[i : i + 50]))
+    assert again < 300 + 3 * LONGEST_PAUSE
+
+
+@pytest.mark.parametrize("requests", [1, 2, 4])
+def test_few_requests_are_drafted_for_from_their_first_round_on(requests: int) -> None:
+    unknown = KnownCost([1, 8, 64], [0], [[1.0], [1.05], [1.4]])
+    for cost in (IDLE, unknown):
+        everyone = sequences(requests)
+        assert DraftWorth().choose(everyone, cost, 0) == (everyone, [])
+    many = sequences(64)
+    assert len(DraftWorth().choose(many, unknown, 0)[0]) == 4, "what a draft for all costs is not known yet"
 
 
 def test_a_draft_that_becomes_good_is_found_again() -> None:
@@ -148,21 +196,30 @@ def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
     assert cost.copy(draft=0.5).draft_seconds(4) == 0.5
 
 
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", ["ngram", "dspark", "dflash", "eagle3"])
 def test_a_draft_knows_what_was_held_back(
     tiny: Target,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     name: str,
+    keep: bool,
+    each: bool,
 ) -> None:
-    """Its blocks are those of a draft that was told of every step at once; requests come and go in between."""
+    """Its blocks are those of a draft that was told of every step at once; requests come and go in between, and are
+    drafted for together or `each` at its time."""
 
     class Sometimes(DraftWorth):
         def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
-            now = all(len(s.output) % 9 == 0 or len(s.output) > 30 for s in sequences)
-            return (sequences, []) if now else ([], sequences)
+            now = [len(s.output) % 9 == 0 or len(s.output) > 30 for s in sequences]
+            if not each:
+                now = [all(now)] * len(now)
+            told = [s for s, yes in zip(sequences, now, strict=True) if yes and s.draft_limit > 0]
+            return told, [s for s in sequences if s not in told]
 
     def blocks() -> tuple[list[Any], int]:
-        engine = Engine(tiny, EngineConfig(max_requests=3, max_context=512, threads=1), step_cost=IDLE.copy())
+        config = EngineConfig(max_requests=3, max_context=512, threads=1, prefix_cache=keep)
+        engine = Engine(tiny, config, step_cost=IDLE.copy())
         proposer = proposer_for(tiny, name)
         engine.set_proposer(proposer)
         engine._worth = Sometimes()
@@ -189,17 +246,18 @@ def test_a_draft_knows_what_was_held_back(
     monkeypatch.setattr(HeldCommits, "add", lambda self, commits, taps, proposer: proposer.commit(commits, taps))
     at_once, more = blocks()
     assert len(held) > 3 and held == [(t, c.expected) for t, c in at_once]
-    assert fewer < 0.7 * more
+    assert fewer < (0.9 if each or keep else 0.7) * more
+
+
+class Told:
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[Commit], torch.Tensor | None]] = []
+
+    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
+        self.calls.append((commits, taps))
 
 
 def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
-    class Told:
-        def __init__(self) -> None:
-            self.calls: list[tuple[list[Commit], torch.Tensor | None]] = []
-
-        def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
-            self.calls.append((commits, taps))
-
     held, told, (a, b) = HeldCommits(), Told(), sequences(2)
     for i in range(3):
         taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
@@ -214,6 +272,47 @@ def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
     for i in range(MOST_ROWS):
         held.add([Commit(a, i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
     assert len(told.calls) == 2 and len(told.calls[1][0]) == MOST_ROWS
+
+
+def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_is_held() -> None:
+    held, told, (a, b, c) = HeldCommits(), Told(), sequences(3)
+    for i in range(2):
+        taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
+        held.add([Commit(a, i, slice(0, 1)), Commit(b, i, slice(1, 2))], taps, told)  # type: ignore[arg-type]
+    held.hand_over(told, [b])  # type: ignore[arg-type]
+    step = [Commit(c, 0, slice(3, 5)), Commit(a, 2, slice(2, 3)), Commit(b, 2, slice(0, 2))]
+    held.tell(step, torch.arange(5.0)[:, None], told)  # type: ignore[arg-type]
+    assert (held.first(a), held.first(b), held.first(c)) == (0, None, None)
+    held.hand_over(told)  # type: ignore[arg-type]
+    assert (held.first(a), held._rows, held._bytes) == (None, 0, 0)
+    seen = [[("abc"[[a, b, c].index(x.sequence)], x.start, t[x.rows, 0].tolist()) for x in y] for y, t in told.calls]  # type: ignore[index]
+    assert seen == [
+        [("b", 0, [1.0]), ("b", 1, [11.0])],
+        [("c", 0, [3.0, 4.0]), ("b", 2, [0.0, 1.0])],
+        [("a", 0, [0.0]), ("a", 1, [10.0]), ("a", 2, [2.0])],
+    ]
+
+
+def test_more_is_held_back_where_more_requests_run_so_that_what_ends_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 texts of 31 rounds without a draft: none of their rows is pushed through it; of longer ones all are."""
+    held, told, everyone = HeldCommits(), Told(), sequences(64)
+    for i in range(200):
+        for b in range(64):
+            if (i + b) % 31 == 0:
+                held.drop(everyone[b])
+                everyone[b : b + 1] = sequences(1)
+        rows = [Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)]
+        held.add(rows, torch.zeros(64, 2), told)  # type: ignore[arg-type]
+    assert not told.calls and held._rows < 64 * ROWS_EACH
+    for _ in range(ROWS_EACH):
+        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
+    assert len(told.calls) == 1 and held._rows < 64 * ROWS_EACH
+    monkeypatch.setattr("pipeline.decoding.held.MOST_BYTES", 10 * 64 * 2 * 4 + held._bytes)
+    for _ in range(10):
+        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
+    assert len(told.calls) == 2 and held._rows == held._bytes == 0
 
 
 class Oracle(WithoutContext):

@@ -114,7 +114,8 @@ class SeveralDrafts:
             p.wipe(pages)
 
     def tag(self, sequence: Sequence, end: int) -> Hashable | None:
-        return self._drafts[self._name(sequence)].tag(sequence, end)
+        _, proposer = self._pinned.get(sequence.request.id) or ("", self._drafts[self._name(sequence)])
+        return proposer.tag(sequence, end)
 
     def _name(self, sequence: Sequence) -> str:
         """Of the draft for a request: the one it had before it was preempted, or asks for; the default where that has
