@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from draftline_kernels import markov_block
-from pipeline.decoding import Request, make_proposer
+from pipeline.decoding import Request, attention, make_proposer
+from pipeline.decoding.attention import StepLayout
 from pipeline.decoding.proposers import drawing
 from pipeline.decoding.request import Sequence
 from pipeline.target import Target
@@ -77,3 +78,31 @@ def test_a_block_s_logits_are_handed_on_as_the_kernel_wrote_them(
     monkeypatch.setattr(proposer, "propose", propose)
     engine.generate([Request(p, max_new_tokens=6, temperature=1.0, seed=3) for p in prompt_ids(tiny)[:2]])
     assert handed and all(p.logits is block.logits for p, block in zip(handed, made, strict=True))
+
+
+def test_an_eagle3_block_has_one_page_table(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Its slots differ in where they begin, not in their pages. CUDA's path, here by the paged kernel's reference."""
+    engine = engine_of(tiny, "eagle3", scheduler="fixed", page_size=4)
+    made: list[str] = []
+
+    def watch(owner: Any, method: str) -> None:
+        inner = getattr(owner, method)
+        monkeypatch.setattr(owner, method, lambda *args: made.append(method) or inner(*args))
+
+    def attend(layout: StepLayout, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shape = layout.geometry[layer]
+        layout.cache.write(layer, layout.cells, k, v)
+        return layout.by_kernel(shape, q)
+
+    def texts() -> list[list[int]]:
+        done = engine.generate([Request(p, max_new_tokens=24, ignore_eos=True) for p in prompt_ids(tiny)[:3]])
+        return [c.token_ids for c in done]
+
+    wanted = texts()
+    watch(attention, "_page_table")
+    watch(engine.runner, "step")
+    watch(engine.proposer, "propose")
+    monkeypatch.setattr(StepLayout, "attend", attend)
+    assert texts() == wanted
+    assert made.count("propose") > 3 and engine.proposer.block_size > 2
+    assert made.count("_page_table") == made.count("step") + made.count("propose")
