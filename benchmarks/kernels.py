@@ -7,8 +7,9 @@ logits of draft and target, two softmaxes, autograd), each in a process of its o
 highest resident set (VmHWM, reset before) over what it held with the inputs built; on CUDA max_memory_allocated
 likewise.
 
-speed: needs a CUDA device. Medians over `--repeats` runs with the second-level cache flushed before each; the share is
-of the bandwidth (read + write) of a copy timed in the same run, counting only the bytes that must move. Attention is
+speed: needs a CUDA device. Medians over `--repeats` replays of a CUDA graph with the second-level cache flushed before
+each, and beside them over launches from Python; what can't be captured is timed so and marked. The share is of the
+bandwidth (read + write) of a copy timed in the same run, counting only the bytes that must move. Attention is
 timed against SDPA and FlexAttention too, which get keys and values gathered beforehand: no pages to follow.
 """
 
@@ -20,7 +21,6 @@ import gc
 import json
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from device_clock import Clock, Spent, Table
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -157,30 +158,6 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return out
 
 
-class Clock:
-    """Times calls on a CUDA device: medians in milliseconds, cache flushed before each."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self._flush = torch.empty(256 * _MIB, dtype=torch.int8, device="cuda")
-
-    def __call__(self, call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-        for _ in range(3):
-            before()
-            call()
-        spent = []
-        for _ in range(self.repeats):
-            before()
-            self._flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            spent.append(begin.elapsed_time(end))
-        return statistics.median(spent)
-
-
 def verify_cases(dtype: torch.dtype, rows: int, device: str) -> dict[str, tuple[dict[str, Any], int]]:
     """Arguments of `verify` by name, and the bytes each must move: rows / 8 requests of 7 tokens each."""
     g = torch.Generator(device).manual_seed(0)
@@ -287,33 +264,16 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(args.repeats)
     source = torch.empty(512 * _MIB, dtype=torch.int16, device="cuda")
     sink = torch.empty_like(source)
-    bandwidth = 2 * source.numel() * 2 / clock(partial(sink.copy_, source)) / 1e6
+    bandwidth = 2 * source.numel() * 2 / clock(partial(sink.copy_, source)).ms / 1e6
     del source, sink
     print(f"copy: {bandwidth:.0f} GB/s (read + write)")
-    print(f"{'kernel':<44}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'reference':>11}{'compiled':>10}")
-    results = []
-
-    def row(
-        name: str,
-        size: int,
-        kernel: float,
-        reference: float,
-        compiled: float | str,
-        others: dict[str, float | str] | None = None,
-    ) -> None:
-        rate = size / kernel / 1e6
-        shown = compiled if isinstance(compiled, str) else f"{compiled:.3f}"
-        print(f"{name:<44}{kernel:>9.3f}{rate:>8.0f}{rate / bandwidth:>8.0%} {reference:>11.3f}{shown:>10}", flush=True)
-        entry = {"kernel": name, "ms": kernel, "bytes": size, "gb_per_s": rate, "of_copy": rate / bandwidth}
-        results.append({**entry, "reference_ms": reference, "compiled_ms": compiled, "others_ms": others or {}})
-        for other, spent in (others or {}).items():
-            print(f"  {other:<42}{spent if isinstance(spent, str) else format(spent, '.3f'):>9}", flush=True)
+    table = Table(bandwidth)
 
     def compiled(
         call: Callable[[], Any],
         before: Callable[[], Any] = lambda: None,
         what: str = "torch.compile of the reference",
-    ) -> float | str:
+    ) -> Spent | str:
         try:
             return clock(call, before)
         except Exception as error:  # the compiler's own failures are a result too
@@ -326,7 +286,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             for name, (inputs, size) in verify_cases(dtype, rows, "cuda").items():
                 whole = {"draft_logits": None, "d2t": None, **inputs}
                 quick = torch.compile(reference_verify)
-                row(
+                table.add(
                     f"verify {name}, T {rows}, {kind}",
                     size,
                     clock(partial(verify, **whole)),
@@ -335,7 +295,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
                 )
         arguments, restore, size = loss_case(dtype, 256, "cuda")
         quick_loss = torch.compile(reference_)
-        row(
+        table.add(
             f"vocab_loss rows, N 256, {kind}",
             size,
             clock(partial(row_losses_, *arguments), restore),
@@ -347,7 +307,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             plain = {n: v for n, v in inputs.items() if n != "vocabulary"}
             plain |= {"d2t": None, "stream": proposal_stream("coupled"), "own_anchor": None, "logits": False}
             quick_block = torch.compile(reference_block)
-            row(
+            table.add(
                 f"markov_block K {SLOTS}, B {batch}, {kind}",
                 size,
                 clock(partial(markov_block, **inputs)),
@@ -358,7 +318,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             inputs, gathered, size = attention_case(dtype, batch, past, count, "cuda")
             plain = {"window": 0, "softcap": 0.0, "causal": True, **inputs}
             quick_attention = torch.compile(reference_attention)
-            row(
+            table.add(
                 f"attention B {batch}, {past} + {count}, {kind}",
                 size,
                 clock(partial(ragged_paged_attention, **inputs)),
@@ -366,7 +326,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
                 compiled(partial(quick_attention, **plain)),
                 {name: compiled(call, what=name) for name, call in gathered.items()},
             )
-    return {"copy_gb_per_s": bandwidth, "kernels": results}
+    return {"copy_gb_per_s": bandwidth, "kernels": table.rows}
 
 
 def main() -> None:

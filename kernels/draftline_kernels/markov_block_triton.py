@@ -19,9 +19,12 @@ from torch import Tensor
 from .markov_block import Block, Code
 from .noise_triton import gumbel
 from .sampling import BLOCK, STREAMS, Sampling
+from .sampling_triton import WARPS as SELECTING
 from .sampling_triton import block_statistics, is_kept, select
 
 _TILE = 64
+WARPS = {"_bias": 8, "_combine": 4, "_truncated": 8}
+"""Of each kernel's launch, here and in the compile test."""
 
 
 @triton.jit
@@ -227,13 +230,18 @@ def _truncated(
         tl.store(out + request, tl.sum(tl.where(lane == best, token, 0), 0))
 
 
+def tile_count(width: int, blocks: int) -> int:
+    """As many tiles as could ever be needed for so many columns in so many blocks."""
+    return triton.cdiv(width, _TILE) + blocks - 1
+
+
 def _tiles(bounds: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of at most 64 columns that never leave a block: starts, ends, block of each, int32. As many as could ever
-    be needed, so that the host need not know how many are; those left over are empty and belong to the last block."""
+    """Tiles of at most 64 columns that never leave a block: starts, ends, block of each, int32; `tile_count` of them,
+    so that the host need not know how many are needed. Those left over are empty and belong to the last block."""
     lengths = bounds.diff()
     count = (lengths + _TILE - 1) // _TILE
     last = count.cumsum(0)
-    tile = torch.arange(triton.cdiv(width, _TILE) + len(lengths) - 1, device=bounds.device)
+    tile = torch.arange(tile_count(width, len(lengths)), device=bounds.device)
     block = torch.searchsorted(last, tile, right=True).clamp_(max=len(lengths) - 1)
     start = bounds[block] + (tile - (last - count)[block]) * _TILE
     end = torch.minimum(start + _TILE, bounds[block + 1])
@@ -318,13 +326,13 @@ def markov_block(
             GROUP=group,
             DEPTH=64,
             **flags,
-            num_warps=8,
+            num_warps=WARPS["_bias"],
         )
         drawn = (temperatures, seeds, position, tokens[k])
         sizes = (width, tiles, blocks, choice)
-        padded = triton.next_power_of_2(tiles)
         partials = (peaks, places, sums, scores, winners)
-        _combine[(batch,)](*partials, block_of, ids, *drawn, *sizes, PADDED=padded, **flags, num_warps=4)
+        whole = {"PADDED": triton.next_power_of_2(tiles), "num_warps": WARPS["_combine"]}
+        _combine[(batch,)](*partials, block_of, ids, *drawn, *sizes, **whole, **flags)
         if truncated:
             rows = kept[:, k if logits else 0]
             # Temperature is in the logits already; rows that are not asked for are left out.
@@ -335,7 +343,8 @@ def markov_block(
             owner = torch.arange(batch, device=device)
             spans = {"SPAN": BLOCK, "PADDED": triton.next_power_of_2(row_peaks.shape[1])}
             cut = (row_peaks, row_sums, row_edges, row_ties, width, row_peaks.shape[1])
-            select[(batch,)](rows, rows.stride(0), owner, unit, top_k, top_p, *cut, **spans, num_warps=16)
+            wide = {**spans, "num_warps": SELECTING["select"]}
+            select[(batch,)](rows, rows.stride(0), owner, unit, top_k, top_p, *cut, **wide)
             _truncated[(batch,)](
                 rows,
                 rows.stride(0),
@@ -356,7 +365,7 @@ def markov_block(
                 choice,
                 D2T=d2t is not None,
                 **spans,
-                num_warps=8,
+                num_warps=WARPS["_truncated"],
             )
         previous = tokens[k]
     return Block(tokens.T.contiguous(), torch.stack(seen, 1), kept if logits else None)

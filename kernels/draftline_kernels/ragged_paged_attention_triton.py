@@ -25,6 +25,7 @@ _MOST_SPLITS = 64
 _QUERIES = 8
 """Queries that a tile has room for at least, where its rows allow: a block to verify is read for once, though most
 requests of its step have a single query."""
+COMBINE_WARPS = 4
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -308,6 +309,6 @@ def ragged_paged_attention(
             VALUE_DIM=value_dim,
             VALUE_PADDED=value_padded,
             SPLITS=padded,
-            num_warps=4,
+            num_warps=COMBINE_WARPS,
         )
     return out

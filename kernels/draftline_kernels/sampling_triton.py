@@ -19,6 +19,9 @@ from torch import Tensor
 from .noise_triton import gumbel
 from .sampling import BLOCK
 
+WARPS = {"stats": 8, "select": 16}
+"""Of each kernel's launch, wherever it is launched, and in the compile test."""
+
 
 @triton.jit
 def scaled(row, column, width, temperature):
@@ -259,6 +262,6 @@ def block_statistics(logits: Tensor, temperatures: Tensor, greedy: bool) -> tupl
         blocks,
         GREEDY=greedy,
         SPAN=BLOCK,
-        num_warps=8,
+        num_warps=WARPS["stats"],
     )
     return peaks, places, sums

@@ -22,9 +22,12 @@ from torch import Tensor
 from .noise_triton import uniform
 from .residual_triton import draft_column, draft_probability, pick, residual
 from .sampling import BLOCK, STREAMS, Sampling
+from .sampling_triton import WARPS as SELECTING
 from .sampling_triton import block_statistics, finite, is_kept, pick_block, pick_token, row_total, scaled, select
 from .verify import ACCEPT_STREAM, VerifyResult
 
+WARPS = {"_accept": 8, "residual": 8, "pick": 8}
+"""Of each kernel's launch, here and in the compile test."""
 _TARGET = tl.constexpr(STREAMS["target"][0])
 _ACCEPT = tl.constexpr(ACCEPT_STREAM)
 
@@ -176,7 +179,7 @@ def verify(
             width,
             blocks,
             **widths,
-            num_warps=16,
+            num_warps=SELECTING["select"],
         )
     ratio = rule == "ratio" and not sampling.greedy
     draft, draft_peaks, draft_sums, t2d = target_logits, peaks, sums, last_ties
@@ -195,7 +198,6 @@ def verify(
         "DRAFT": ratio and draft_logits is not None,
         "D2T": ratio and draft_logits is not None and d2t is not None,
         "DRAFT_PADDED": triton.next_power_of_2(draft_peaks.shape[1]),
-        "num_warps": 8,
     }
     rows_of = (target_logits, target_logits.stride(0), tokens, lengths, cu_lengths)
     own = (sampling.temperature.contiguous(), seeds)
@@ -215,11 +217,12 @@ def verify(
         GREEDY=sampling.greedy,
         RATIO=ratio,
         **options,
+        num_warps=WARPS["_accept"],
     )
     if ratio:
         p_sums = torch.empty(batch, blocks, device=device)
         mass_sums = torch.empty_like(p_sums)
         drawn = (*statistics, *proposal, accepted, flags, p_sums, mass_sums)
-        residual[(batch, blocks)](*rows_of, own[0], *drawn, *sizes, **options)
-        pick[(batch,)](*rows_of, positions, *own, *drawn, chosen, *sizes, **options)
+        residual[(batch, blocks)](*rows_of, own[0], *drawn, *sizes, **options, num_warps=WARPS["residual"])
+        pick[(batch,)](*rows_of, positions, *own, *drawn, chosen, *sizes, **options, num_warps=WARPS["pick"])
     return VerifyResult(accepted, chosen, usable)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .row_losses import FLOOR, RowStats, RowTargets
 
+TILE = 4096
+"""Columns of a sweep at once, where a row has as many."""
+
 
 @triton.jit
 def _capped(x, cap):
@@ -203,6 +206,11 @@ def _row_losses(
             tl.store(base_row + column, slope.to(base.dtype.element_ty), mask=inside)
 
 
+def warps(tile: int) -> int:
+    """Of a launch over so many columns at once."""
+    return 16 if tile >= 2048 else 4
+
+
 def row_losses_(
     base: Tensor,
     bias: Tensor | None,
@@ -213,7 +221,7 @@ def row_losses_(
     softcap: float = 0.0,
     eta: float = 3.0,
     gradient: bool = True,
-    tile: int = 4096,
+    tile: int = TILE,
 ) -> None:
     """As `vocab_loss.row_losses_`, which has checked the arguments; tile: columns at once, a power of two."""
     rows, width = base.shape
@@ -255,5 +263,5 @@ def row_losses_(
         HYBRID=more[2] is not None,
         GRADIENT=gradient,
         TILE=tile,
-        num_warps=16 if tile >= 2048 else 4,
+        num_warps=warps(tile),
     )

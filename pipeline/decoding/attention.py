@@ -170,7 +170,8 @@ class StepLayout:
         self._segments, self._causal, self._may_pair = segments, causal, pairs
         self._counts = [s.count for s in segments]
         self._seen: dict[tuple[int, int, bool], tuple[list[list[_Part]], list[_Pair]]] = {}
-        self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._table: torch.Tensor | None = None
+        self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
         size = cache.size
         positions: list[int] = []
         cells: list[int] = []
@@ -180,6 +181,14 @@ class StepLayout:
                 cells.append(s.pages[p // size] * size + p % size)
         self.positions = torch.tensor(positions, device=cache.device)
         self.cells = torch.tensor(cells, device=cache.device)
+
+    def behind(self) -> StepLayout:
+        """Of as many tokens of each segment again, right behind these, in pages that it has already: what the device
+        has of the page tables serves both."""
+        moved = [dataclasses.replace(s, start=s.start + s.count) for s in self._segments]
+        layout = StepLayout(moved, self.cache, self.geometry, causal=self._causal, pairs=self._may_pair)
+        layout._table = self._table
+        return layout
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of q [H, T, d] after storing k, v [Hkv, T, d] (unless another layer keeps them); returns
@@ -267,14 +276,21 @@ class StepLayout:
     def _on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Page tables int32[segments, most pages], first rows int32[segments + 1] and contexts int32[segments], made
         once."""
-        if self._tables is None:
-            tables = torch.zeros(len(self._segments), max(len(s.pages) for s in self._segments), dtype=torch.int32)
-            for row, s in zip(tables, self._segments, strict=True):
-                row[: len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
+        if self._table is None:
+            self._table = _page_table(self._segments).to(device)
+        if self._bounds is None:
             starts = torch.tensor([0, *itertools.accumulate(self._counts)], dtype=torch.int32)
             context = torch.tensor([s.start for s in self._segments], dtype=torch.int32)
-            self._tables = (tables.to(device), starts.to(device), context.to(device))
-        return self._tables
+            self._bounds = (starts.to(device), context.to(device))
+        return (self._table, *self._bounds)
+
+
+def _page_table(segments: list[Segment]) -> torch.Tensor:
+    """int32[segments, most pages]; what is behind a segment's last page is never read."""
+    table = np.zeros((len(segments), max(len(s.pages) for s in segments)), dtype=np.int32)
+    for row, s in zip(table, segments, strict=True):
+        row[: len(s.pages)] = s.pages
+    return torch.from_numpy(table)
 
 
 def _attend(

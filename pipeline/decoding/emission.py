@@ -95,9 +95,9 @@ def _emit(
             f"{s.metrics.target_steps}). Check the target's weights and dtype."
         )
         return Emission(s, reason="error")
-    draft: list[int] = []
+    # From the plan: the proposal's own tokens are on the device, and each look there would wait for it.
+    draft = plan.tokens[first + 1 : first + 1 + accepted] if first >= 0 else []
     if plan.proposal is not None and i < plan.drafted:
-        draft = plan.proposal.tokens[i, :accepted].tolist()
         s.metrics.drafted += min(int(plan.proposal.counts[i]), s.draft_limit)
     length = plan.lengths[i] if first >= 0 else 0
     if first >= 0:

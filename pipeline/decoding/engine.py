@@ -357,7 +357,7 @@ class Engine:
         if not plan.verifying:
             self._commit(plan.chunks, [], taps, hold=proposal is None)
             return self._end_unsound(plan)
-        step = Verification([s for s, _ in plan.verifying], proposal, plan.lengths, logits, self.rule)
+        step = Verification(plan, logits, self.rule)
         emitted, commits, accepted = emissions(plan, step)
         self._commit(plan.chunks, commits, taps, hold=proposal is None)
         if proposal is not None:

@@ -29,6 +29,7 @@ import collections
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from pipeline.errors import ConfigError, nearest
@@ -39,9 +40,9 @@ Ranked = list[tuple[float, int, int]]
 
 
 class Cost(Protocol):
-    """Seconds of one round that verifies `tokens` tokens in all at a mean context of `context` tokens."""
+    """Seconds of rounds that verify int64[N] `tokens` in all at a mean context of `context` tokens, float64[N]."""
 
-    def seconds(self, tokens: int, context: int) -> float: ...
+    def rounds(self, tokens: np.ndarray, context: int) -> np.ndarray: ...
 
 
 class PrefixScheduler(Protocol):
@@ -49,7 +50,7 @@ class PrefixScheduler(Protocol):
 
     Args of `lengths`:
         confidence: float[B, K], conditional and calibrated.
-        cost: seconds by tokens in the step; None will do where `weighs_cost` is false.
+        cost: seconds by tokens in the step, asked once for all; None will do where `weighs_cost` is false.
         context: mean context length of the requests.
         limits: int64[B], most tokens to verify per request.
         buckets: sizes that steps are padded to (see `filled`); `fixed` has no use for them.
@@ -85,23 +86,23 @@ def ranked(confidence: torch.Tensor, limits: torch.Tensor | None = None) -> Rank
     return sorted((-survival[b][k], k, b) for b in range(requests) for k in range(bound[b]))
 
 
-def search(order: Ranked, requests: int, cost: Cost, context: int, *, stop: bool = False) -> int:
-    """How many of the ranked tokens emit the most tokens per second.
+def rates(order: Ranked, requests: int, cost: Cost, context: int) -> np.ndarray:
+    """float64[N + 1]: tokens emitted per second where none, one, two, ... of the N ranked ones are verified."""
+    # Added one by one from the front, so that each prefix has one sum whatever comes after it.
+    emitted = np.cumsum([float(requests), *(-negative for negative, _, _ in order)])
+    return emitted / cost.rounds(np.arange(requests, requests + len(order) + 1), context)
+
+
+def best(rates: np.ndarray, *, stop: bool = False) -> int:
+    """How many tokens have the highest rate, the fewest of equals.
 
     Args:
         stop: end at the first token that does not raise the rate.
     """
-    emitted, tokens, best = float(requests), requests, 0
-    best_rate = emitted / cost.seconds(tokens, context)
-    for count, (negative, _, _) in enumerate(order, start=1):
-        emitted -= negative
-        tokens += 1
-        rate = emitted / cost.seconds(tokens, context)
-        if rate > best_rate:
-            best_rate, best = rate, count
-        elif stop:
-            break
-    return best
+    if not stop:
+        return int(rates.argmax())
+    pays = rates[1:] > rates[:-1]
+    return len(pays) if pays.all() else int(pays.argmin())
 
 
 def filled(count: int, available: int, requests: int, buckets: Sequence[int]) -> int:
@@ -143,7 +144,8 @@ class _Search:
     ) -> torch.Tensor:
         requests = confidence.shape[0]
         order = ranked(confidence, limits)
-        return _lengths(order, search(order, requests, cost, context, stop=self.causal), requests, buckets)
+        count = best(rates(order, requests, cost, context), stop=self.causal)
+        return _lengths(order, count, requests, buckets)
 
 
 class _Asynchronous:
@@ -168,12 +170,13 @@ class _Asynchronous:
     ) -> torch.Tensor:
         requests = confidence.shape[0]
         order = ranked(confidence, limits)
+        rated = rates(order, requests, cost, context)
         if len(self._budgets) == 2:
             count = min(round(self._budgets[0] * requests), len(order))
         else:
-            count = search(order, requests, cost, context, stop=True)
+            count = best(rated, stop=True)
         # This step's own search is for the step after the next: here it would look at what it decides on.
-        self._budgets.append(search(order, requests, cost, context) / requests)
+        self._budgets.append(best(rated) / requests)
         return _lengths(order, count, requests, buckets)
 
 

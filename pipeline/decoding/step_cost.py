@@ -57,7 +57,11 @@ class StepCost:
 
     def seconds(self, tokens: int, context: int) -> float:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
-        return self._step(tokens, context) + self.draft
+        return float(self.rounds(np.array([tokens]), context)[0])
+
+    def rounds(self, tokens: np.ndarray, context: int) -> np.ndarray:
+        """Seconds of rounds of int64[N] tokens, float64[N]."""
+        return self.steps(tokens, context) + self.draft
 
     def observe(self, tokens: int, context: int, seconds: float, together: float = 0.04, own: float = 0.01) -> None:
         """Moves the table towards a step that took `seconds` (drafting apart).
@@ -68,8 +72,8 @@ class StepCost:
         smaller share, `own`, and sizes less alike by less, half per doubling. A single step counts for an error of its
         whole cost at most, so that a hiccup of the machine moves everything by a few percent and no size by itself.
         """
-        error = min(max(seconds / self._step(tokens, context) - 1, -1.0), 1.0)
-        j, wj = _place(self.contexts, context, extrapolate=False)
+        error = min(max(seconds / float(self.steps(np.array([tokens]), context)[0]) - 1, -1.0), 1.0)
+        j, wj = _place(self.contexts, context)
         nearness = [0.0] * len(self.contexts)
         nearness[j] += 1 - wj
         nearness[min(j + 1, len(self.contexts) - 1)] += wj
@@ -80,7 +84,7 @@ class StepCost:
 
     def steps(self, tokens: np.ndarray, context: int) -> np.ndarray:
         """Seconds of target steps, drafting apart, of float[N] (rising or not, not only whole) tokens."""
-        j, wj = _place(self.contexts, context, extrapolate=False)
+        j, wj = _place(self.contexts, context)
         right = min(j + 1, len(self.contexts) - 1)
         column = np.array([row[j] * (1 - wj) + row[right] * wj for row in self.table])
         out = np.interp(tokens, self.tokens, column)
@@ -121,15 +125,6 @@ class StepCost:
             draft=self.draft if draft is None else draft,
             drafting=dict(self.drafting) if draft is None else {},
         )
-
-    def _step(self, tokens: int, context: int) -> float:
-        i, wi = _place(self.tokens, tokens)
-        j, wj = _place(self.contexts, context, extrapolate=False)
-        low = self.table[i][j] * (1 - wj) + self.table[i][min(j + 1, len(self.contexts) - 1)] * wj
-        if len(self.tokens) == 1:
-            return low
-        high = self.table[i + 1][j] * (1 - wj) + self.table[i + 1][min(j + 1, len(self.contexts) - 1)] * wj
-        return max(low * (1 - wi) + high * wi, 1e-9)
 
 
 def measure(
@@ -258,11 +253,9 @@ def _read(path: Path, made_for: Mapping[str, Any], reach: tuple[int, int]) -> tu
     return StepCost(tokens, contexts, table), ""
 
 
-def _place(grid: list[int], x: int, *, extrapolate: bool = True) -> tuple[int, float]:
-    """Index of the cell of `x` in a rising grid, and its fraction inside (beyond 1 past the last point)."""
+def _place(grid: list[int], x: int) -> tuple[int, float]:
+    """Index of the cell of `x` in a rising grid, and its fraction inside, 0 and 1 beyond its ends."""
     if len(grid) == 1:
         return 0, 0.0
     i = min(max(bisect.bisect_right(grid, x) - 1, 0), len(grid) - 2)
-    w = (x - grid[i]) / (grid[i + 1] - grid[i])
-    w = max(w, 0.0)
-    return i, w if extrapolate else min(w, 1.0)
+    return i, min(max((x - grid[i]) / (grid[i + 1] - grid[i]), 0.0), 1.0)

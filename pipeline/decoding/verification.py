@@ -5,14 +5,15 @@ Letters: B requests (those that decode, then those whose prompt just ended), T r
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import torch
 from torch import Tensor
 
 from draftline_kernels import Sampling, adjust_, verify
-from pipeline.decoding.proposers.base import Proposal
-from pipeline.decoding.request import Sequence, TokenLogprob
+from pipeline.decoding.plan import StepPlan
+from pipeline.decoding.request import TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +22,8 @@ class Verification:
     """Decides what the requests of a step emit.
 
     Args:
-        sequences: B requests; the first ones have a proposal, if there is one. One whose rows can't be adjusted gets
-            its `failure` set, and its part of the result means nothing.
-        proposal: of those. lengths: how many of its tokens were verified, of at least those.
+        plan: of the step; its B requests to verify, of which the first ones have a proposal, if there is one. One whose
+            rows can't be adjusted gets its `failure` set, and its part of the result means nothing.
         logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
             bias or min-p are adjusted in place, or in float32 where they are of another dtype.
         rule: coupled or ratio.
@@ -31,13 +31,11 @@ class Verification:
         result: see `draftline_kernels.VerifyResult`.
     """
 
-    def __init__(
-        self, sequences: list[Sequence], proposal: Proposal | None, lengths: list[int], logits: Tensor, rule: str
-    ) -> None:
-        device = logits.device
-        rows = [n + 1 for n in lengths] + [1] * (len(sequences) - len(lengths))
-        self._sequences = sequences
-        self._starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+    def __init__(self, plan: StepPlan, logits: Tensor, rule: str) -> None:
+        device, proposal = logits.device, plan.proposal
+        self._sequences = sequences = [s for s, _ in plan.verifying]
+        rows = [n + 1 for n in plan.lengths] + [1] * (len(sequences) - len(plan.lengths))
+        self._starts = [0, *itertools.accumulate(rows)]
         self._raw: dict[int, Tensor] = {}
         sampling = Sampling.of(
             [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
@@ -53,7 +51,7 @@ class Verification:
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
         if logits.dtype != torch.float32 and any(s.adjustment is not None for s in sequences):
             logits = logits.float()  # in 16 bits a penalty is less than the distance of two large logits
-        self._adjust(logits, tokens)
+        self._adjust(plan, logits)
         self.result = verify(
             logits,
             tokens,
@@ -79,8 +77,8 @@ class Verification:
             out.append(TokenLogprob(token, float(row[token]), top))
         return out
 
-    def _adjust(self, logits: Tensor, tokens: Tensor) -> None:
-        for i, s in enumerate(self._sequences):
+    def _adjust(self, plan: StepPlan, logits: Tensor) -> None:
+        for i, (s, first) in enumerate(plan.verifying):
             try:
                 mine = logits[self._starts[i] : self._starts[i + 1]]
                 if s.request.logprobs is not None:
@@ -91,7 +89,8 @@ class Verification:
                         s.adjustment,
                         prompt=s.request.prompt_ids,
                         answer=s.output,
-                        proposed=tokens[i].tolist(),
+                        # From the plan: the proposal's own tokens are on the device.
+                        proposed=plan.tokens[first + 1 : first + len(mine)],
                         temperature=s.request.temperature,
                     )
             except Exception as e:  # what one request asks for must not end the others'

@@ -71,6 +71,11 @@ def test_it_is_the_plain_formula(
 
     # What runs on CUDA, here by its reference.
     torch.testing.assert_close(layout.by_kernel(a, q), found, rtol=1e-5, atol=1e-5)
+    if counts == (1, 1, 1):
+        moved = layout.behind()
+        again = StepLayout([Segment(s.pages, s.start + 1, 1) for s in segments], cache, [a], causal=causal)
+        assert torch.equal(moved.positions, again.positions) and torch.equal(moved.cells, again.cells)
+        assert torch.equal(moved.by_kernel(a, q), again.by_kernel(a, q))
     at = 0
     for s, k, v in zip(segments, keys, values, strict=True):
         wanted = plain(q[:, at : at + s.count], k, v, a, s.start, causal)

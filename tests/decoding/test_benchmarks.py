@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -135,3 +137,51 @@ def test_injected_acceptance_is_what_was_asked_and_labelled(tmp_path: Path) -> N
 def test_without_a_cuda_device_what_needs_one_says_so(command: list[str]) -> None:
     ran = run(*command)
     assert ran.returncode == 2 and "no CUDA device here" in ran.stdout + ran.stderr
+
+
+def test_a_kernel_s_line_says_what_was_replayed_and_what_launched_from_python(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    device_clock = importlib.import_module("device_clock")
+    clock = object.__new__(device_clock.Clock)  # without its tensor on a device
+    monkeypatch.setattr(clock, "_median", lambda call, before: call(), raising=False)
+    captured: dict[float, Any] = {0.3: (lambda: 0.05, "")}  # by what a launch takes
+    monkeypatch.setattr(device_clock, "capture", lambda call: captured.get(call(), (None, "it waits for the device")))
+    kernel, reference = clock(lambda: 0.3), clock(lambda: 4.0)
+    table = device_clock.Table(2000.0)
+    table.add("verify, T 64", 75_000_000, kernel, reference, "fails", {"SDPA": clock(lambda: 0.5)})
+    table.add("other", 75_000_000, reference, reference, kernel)
+    legend, head, *lines = capsys.readouterr().out.splitlines()
+    assert "replayed from a CUDA graph" in legend and head.split()[:3] == ["kernel", "ms", "eager"]
+    assert lines[0].split() == ["verify,", "T", "64", "0.050", "0.300", "1500", "75%", "4.000", "e", "fails"]
+    assert lines[1].split() == ["SDPA", "0.500", "e"]
+    assert lines[2].split() == ["other", "4.000", "e", "4.000", "19", "1%", "4.000", "e", "0.050"]
+    assert lines[3].split(": ")[1] == "it waits for the device"
+    assert max(map(len, [legend, head, *lines])) <= 120
+    first = table.rows[0]
+    assert (first["ms"], first["eager"], first["why_eager"]) == (0.05, 0.3, "")
+    assert first["against"]["reference"]["why_eager"] == "it waits for the device"
+    assert first["against"]["compiled"] == "fails"
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2], ids=["nowhere", "a wait", "capture"])
+def test_a_call_that_can_not_be_captured_leaves_the_device_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """On a stand-in for torch.cuda: what is asked of it, in order."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    device_clock = importlib.import_module("device_clock")
+    cuda, calls = mock.MagicMock(), itertools.count(1)
+    cuda.graph.return_value.__exit__.return_value = cuda.stream.return_value.__exit__.return_value = False
+    monkeypatch.setattr(device_clock.torch, "cuda", cuda)
+
+    def call() -> None:
+        if next(calls) == fails_at:
+            raise RuntimeError("called a synchronizing operation\nand more")
+
+    replay, why = device_clock.capture(call)
+    assert (replay is None) == bool(fails_at) and why == ("called a synchronizing operation" if fails_at else "")
+    assert [c.args for c in cuda.set_sync_debug_mode.call_args_list] == [("error",), ("default",)]
+    assert cuda.graph.called == (fails_at != 1), "no capture is begun that would fail"
+    assert cuda.set_stream.call_args_list == ([mock.call(cuda.current_stream())] if fails_at == 2 else [])

@@ -15,6 +15,7 @@ from draftline_kernels import verify
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, QueueFull, Request, StepCost, make_proposer, verification
 from pipeline.decoding.attention import Segment, StepLayout
+from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
@@ -637,10 +638,11 @@ def test_the_draft_s_logits_are_copied_only_where_some_were_not_drafted_for(
         return verify(*args, draft_logits=draft_logits, **rest)
 
     monkeypatch.setattr(verification, "verify", watch)
-    result = Verification(sequences, proposal, lengths, logits.clone(), "ratio").result
+    plan = plan_step(sequences, [], proposal, lengths, 0)
+    result = Verification(plan, logits.clone(), "ratio").result
     assert (given[0] is q) == (plain == 0)
-    copied = dataclasses.replace(proposal, logits=q.double())  # not float32: copied as all were before
-    again = Verification(sequences, copied, lengths, logits.clone(), "ratio").result
+    plan.proposal = dataclasses.replace(proposal, logits=q.double())  # not float32: copied as all were before
+    again = Verification(plan, logits.clone(), "ratio").result
     assert given[1] is not q and torch.equal(given[1], given[0])
     assert torch.equal(again.accepted, result.accepted) and torch.equal(again.next_token, result.next_token)
 

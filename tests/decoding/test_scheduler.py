@@ -9,21 +9,25 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.decoding.scheduler import filled, make_scheduler
+from pipeline.decoding.scheduler import best, filled, make_scheduler, ranked, rates
 from pipeline.decoding.step_cost import StepCost, kept, measure
 from pipeline.errors import ConfigError
 
 
 class Table:
-    def __init__(self, *seconds: float) -> None:
-        self.table = seconds
+    """Seconds of one, two, ... tokens, and how often it was asked."""
 
-    def seconds(self, tokens: int, context: int) -> float:
+    def __init__(self, *seconds: float) -> None:
+        self.table, self.asked = np.array(seconds), 0
+
+    def rounds(self, tokens: np.ndarray, context: int) -> np.ndarray:
+        self.asked += 1
         return self.table[tokens - 1]
 
 
@@ -34,7 +38,7 @@ def _rate(confidence: list[list[float]], lengths: tuple[int, ...], cost: Table) 
         for c in row[:n]:
             survival *= c
             emitted += survival
-    return emitted / cost.seconds(len(lengths) + sum(lengths), 0)
+    return emitted / float(cost.table[len(lengths) + sum(lengths) - 1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,8 +49,37 @@ def _rate(confidence: list[list[float]], lengths: tuple[int, ...], cost: Table) 
 def test_global_search_finds_the_best_prefixes(confidence: list[list[float]], steps: list[float]) -> None:
     cost = Table(*itertools.accumulate(steps, initial=1.0))
     lengths = make_scheduler("global").lengths(torch.tensor(confidence, dtype=torch.float64), cost)
-    best = max(_rate(confidence, c, cost) for c in itertools.product(range(4), repeat=len(confidence)))
-    assert _rate(confidence, tuple(lengths.tolist()), cost) == pytest.approx(best)
+    most = max(_rate(confidence, c, cost) for c in itertools.product(range(4), repeat=len(confidence)))
+    assert _rate(confidence, tuple(lengths.tolist()), cost) == pytest.approx(most)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    # Few values, so that rates tie.
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 0.7, 1.0]), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=15, max_size=15),
+)
+def test_the_search_is_that_of_token_after_token(confidence: list[list[float]], steps: list[float]) -> None:
+    requests, seconds = len(confidence), list(itertools.accumulate(steps, initial=1.0))
+    order = ranked(torch.tensor(confidence))
+    for stop in (False, True):
+        emitted, found, fastest = float(requests), 0, requests / seconds[requests - 1]
+        for count, (negative, _, _) in enumerate(order, start=1):
+            emitted -= negative
+            rate = emitted / seconds[requests + count - 1]
+            if rate > fastest:
+                fastest, found = rate, count
+            elif stop:
+                break
+        assert best(rates(order, requests, Table(*seconds), 0), stop=stop) == found
+
+
+@pytest.mark.parametrize("name", ["global", "early_stop", "asynchronous"])
+def test_a_step_s_costs_are_asked_for_once(name: str) -> None:
+    scheduler, cost = make_scheduler(name), Table(*[1.0] * 512)
+    for step in range(1, 4):
+        assert scheduler.lengths(torch.full((64, 7), 0.9), cost).tolist() == [7] * 64
+        assert cost.asked == step
 
 
 def test_early_stop_stops_at_the_first_token_that_does_not_pay() -> None:
@@ -69,8 +102,8 @@ def test_the_asynchronous_budget_is_that_of_two_steps_before() -> None:
     """A dear second token stops early_stop; the whole search steps over it, and its budget comes into force later."""
     cost = Table(1.0, 1.9, 1.95, 2.0, *[9.0] * 20)
     likely, unlikely = torch.tensor([[0.8, 0.8, 0.8]]), torch.tensor([[0.1, 0.1, 0.1]])
-    best = make_scheduler("global").lengths(likely, cost).tolist()
-    assert best == [3] and make_scheduler("early_stop").lengths(likely, cost).tolist() == [0]
+    budget = make_scheduler("global").lengths(likely, cost).tolist()
+    assert budget == [3] and make_scheduler("early_stop").lengths(likely, cost).tolist() == [0]
     scheduler = make_scheduler("asynchronous")
     seen = [scheduler.lengths(c, cost).tolist() for c in (likely, likely, unlikely, unlikely, likely, likely)]
     assert seen == [[0], [0], [3], [3], [0], [0]]

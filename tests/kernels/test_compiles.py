@@ -20,22 +20,28 @@ from draftline_kernels import (  # noqa: E402
     verify_triton,
     vocab_loss_triton,
 )
+from draftline_kernels.sampling import BLOCK  # noqa: E402
 
 _LOGITS = ("fp32", "bf16")
+VOCABULARY = 151_936
+"""Qwen3's: constants that go by the vocabulary are those of its launches."""
+_BLOCKS = triton.cdiv(VOCABULARY, BLOCK)
+_WIDTHS = {"SPAN": BLOCK, "PADDED": triton.next_power_of_2(_BLOCKS)}
+Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+"""A kernel, its arguments' types, its constants and the options it is launched with."""
 
 
-def _vocab_loss(
-    dtype: str, softcap: bool, bias: bool, gradient: bool, more: bool = False
-) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool, more: bool = False) -> Case:
     pointers = {name: f"*{dtype}" for name in ("base", "bias", "target")}
     pointers |= {name: "*i64" for name in ("target_best", "labels")} | {"agree": "*i8"}
     weights = tuple(f"{n}_weight" for n in ("ce", "kl", "l1", "rkl", "lk", "hybrid"))
     pointers |= {n: "*fp32" for n in ("normalisers", *weights, "ce", "kl", "l1", "rkl", "overlap")}
     scalars = {n: "i64" for n in ("base_stride", "bias_stride", "target_stride")} | {"width": "i32"}
     scalars |= {n: "fp32" for n in ("cap", "eta", "floor")}
-    constants = {"SOFTCAP": softcap, "BIAS": bias, "GRADIENT": gradient, "TILE": 4096}
+    constants = {"SOFTCAP": softcap, "BIAS": bias, "GRADIENT": gradient, "TILE": vocab_loss_triton.TILE}
     constants |= dict.fromkeys(("NORMALISER", "BEST"), not softcap) | dict.fromkeys(("RKL", "LK", "HYBRID"), more)
-    return vocab_loss_triton._row_losses, pointers | scalars, constants
+    options = {"num_warps": vocab_loss_triton.warps(vocab_loss_triton.TILE)}
+    return vocab_loss_triton._row_losses, pointers | scalars, constants, options
 
 
 _INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "owners", "top_k", "accepted_in", "accepted_out")
@@ -44,18 +50,27 @@ _INT8 = ("finite_in", "finite_out")
 _SIZES = ("slots", "width", "blocks", "draft_width", "draft_blocks")
 
 
-def _verify(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """A kernel of verification at Qwen3's 38 blocks; every argument's type goes by its name."""
+def _verify(kernel: Any, dtype: str, **constants: Any) -> Case:
+    """A kernel of verification; every argument's type goes by its name."""
     types = dict.fromkeys(("logits", "draft"), f"*{dtype}") | dict.fromkeys((*_INT64, "next_out"), "*i64")
     types |= dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT8, "*i8") | dict.fromkeys(_SIZES, "i32")
     types |= {"stride": "i64"}
-    constants = {"SPAN": 4096, "PADDED": 64, "DRAFT_PADDED": 8, **constants}
+    return _case(kernel, types, {**_WIDTHS, "DRAFT_PADDED": 8, **constants})
+
+
+def _case(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Case:
+    """types: of arguments by name, "*fp32" where it is not there."""
     names = kernel.arg_names
     return (
         kernel,
         {n: types.get(n, "*fp32") for n in names if n not in constants},
         {n: v for n, v in constants.items() if n in names},
+        {"num_warps": _WARPS[kernel.__module__][kernel.__name__]},
     )
+
+
+_WARPS = {m.__name__: m.WARPS for m in (markov_block_triton, sampling_triton, verify_triton)}
+_WARPS[residual_triton.__name__] = verify_triton.WARPS  # which launches them
 
 
 _COUNTS = ("slot", "batch", "rank", "tiles", "stream", "width", "blocks", "column_blocks")
@@ -63,27 +78,22 @@ _TABLES = ("starts", "ends", "places", "winners", "blocks_of", "bounds", "last_t
 _ROWS = ("d2t", "seeds", "positions", "out", "top_k", "top_p")
 
 
-def _markov(kernel: Any, dtype: str, **constants: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def _markov(kernel: Any, dtype: str, **constants: Any) -> Case:
     """A kernel of the sequential head, likewise."""
     types = dict.fromkeys(("base", "codes", "w2"), f"*{dtype}") | dict.fromkeys(_ROWS, "*i64")
     types |= dict.fromkeys(_COUNTS, "i32") | dict.fromkeys(_TABLES, "*i32") | {"top_p": "*fp32", "stride": "i64"}
     types |= dict.fromkeys(("base_request", "base_slot", "w2_stride", "kept_request", "kept_slot"), "i64")
-    constants = {"TILE": 64, "GROUP": 16, "DEPTH": 64, "SPAN": 4096, "PADDED": 1024, **constants}
-    names = kernel.arg_names
-    return (
-        kernel,
-        {n: types.get(n, "*fp32") for n in names if n not in constants},
-        {n: v for n, v in constants.items() if n in names},
-    )
+    return _case(kernel, types, {"TILE": 64, "GROUP": 16, "DEPTH": 64, **_WIDTHS, **constants})
+
+
+_TILES = triton.next_power_of_2(markov_block_triton.tile_count(VOCABULARY, _BLOCKS))
 
 
 _STRIDES = ("q_token", "q_head", "k_head", "k_cell", "v_head", "v_cell", "table_row")
 _COUNTED = ("tokens", "batch", "pages", "cells", "heads", "splits")
 
 
-def _attend(
-    dtype: str, dim: int, groups: int, queries: int, flags: dict[str, Any], value_dim: int = 0
-) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+def _attend(dtype: str, dim: int, groups: int, queries: int, flags: dict[str, Any], value_dim: int = 0) -> Case:
     """Attention over pages with the sizes that its launch would have, dims of tensors dense."""
     itemsize = 4 if dtype == "fp32" else 2
     sizes = ragged_paged_attention_triton.shapes(groups, dim, value_dim or dim, itemsize, queries)
@@ -104,7 +114,7 @@ _COMBINED |= dict.fromkeys(("batch", "heads", "splits"), "i32")
 _RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
 _ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
 _COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
-CASES: dict[str, tuple[Any, ...]] = {
+CASES: dict[str, Case] = {
     **{f"attend {d}": _attend(d, 128, 4, 8, _TARGET) for d in _LOGITS},
     "attend prefill": _attend("bf16", 128, 4, 512, _TARGET),
     "attend prefill fp32": _attend("fp32", 64, 7, 512, _TARGET),
@@ -117,7 +127,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         ragged_paged_attention_triton._combine,
         _COMBINED,
         {"VALUE_DIM": 256, "VALUE_PADDED": 256, "SPLITS": 64},
-        {"num_warps": 4},
+        {"num_warps": ragged_paged_attention_triton.COMBINE_WARPS},
     ),
     **{f"stats {d}": _verify(sampling_triton.stats, d, GREEDY=False) for d in _LOGITS},
     "stats greedy": _verify(sampling_triton.stats, "bf16", GREEDY=True),
@@ -133,9 +143,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "bias fp32": _markov(markov_block_triton._bias, "fp32", MARKOV=True, D2T=False, GREEDY=False, WRITE=False),
     "bias 64": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=False, GREEDY=True, WRITE=False, GROUP=64),
     "no bias": _markov(markov_block_triton._bias, "bf16", MARKOV=False, D2T=True, GREEDY=False, WRITE=True),
-    "combine": _markov(markov_block_triton._combine, "bf16", D2T=True, GREEDY=False),
-    "combine greedy": _markov(markov_block_triton._combine, "bf16", D2T=False, GREEDY=True),
-    "truncated": _markov(markov_block_triton._truncated, "bf16", D2T=True, PADDED=64),
+    "combine": _markov(markov_block_triton._combine, "bf16", D2T=True, GREEDY=False, PADDED=_TILES),
+    "combine greedy": _markov(markov_block_triton._combine, "bf16", D2T=False, GREEDY=True, PADDED=_TILES),
+    "truncated": _markov(markov_block_triton._truncated, "bf16", D2T=True),
     **{f"vocab_loss {d}": _vocab_loss(d, False, False, True) for d in _LOGITS},
     "vocab_loss softcap and bias": _vocab_loss("bf16", True, True, True),
     "vocab_loss every term": _vocab_loss("bf16", False, True, True, True),
@@ -147,8 +157,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("capability", [90, 80])
 def test_compiles(name: str, capability: int) -> None:
-    kernel, signature, constants, *launch = CASES[name]
-    options = launch[0] if launch else {"num_warps": 8}
+    kernel, signature, constants, options = CASES[name]
     signature = {n: signature.get(n, "constexpr") for n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

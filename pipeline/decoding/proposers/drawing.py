@@ -94,9 +94,10 @@ class Drawing:
             rule=self.rule,
             logits=sampled,
         )
-        self._columns = list(block.tokens.unbind(1))
-        self._kept = list(block.logits.unbind(1)) if block.logits is not None else []
-        return self.proposal(confidence(block.seen))
+        raw = confidence(block.seen)
+        if raw is None:
+            raise RuntimeError("a block drawn in one needs a confidence head: nothing of its logits is kept")
+        return self._finished(block.tokens, block.logits, raw)
 
     def proposal(self, raw: torch.Tensor | None) -> Proposal:
         """The finished block.
@@ -105,13 +106,19 @@ class Drawing:
             raw: float[B, G], the confidence head's logits. None takes the log-odds of each slot's most likely token,
                 which calibration turns into acceptance as it does a head's.
         """
-        raw = torch.stack(self._peaks, 1) if raw is None else raw.float()
-        tokens = torch.stack(self._columns, 1)
+        logits = torch.stack(self._kept, 1) if self._kept else None
+        return self._finished(
+            torch.stack(self._columns, 1), logits, torch.stack(self._peaks, 1) if raw is None else raw
+        )
+
+    def _finished(self, tokens: torch.Tensor, logits: torch.Tensor | None, raw: torch.Tensor) -> Proposal:
+        """Of tokens int64[B, G], what they were drawn from, float32[B, G, Vd], and confidences before calibration."""
+        raw = raw.float()
         return Proposal(
             tokens,
             torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64),
             torch.sigmoid(raw / self.draft.temperatures),
             raw,
-            torch.stack(self._kept, 1).float() if self._kept else None,
+            logits,
             self.draft.d2t,
         )

@@ -84,10 +84,10 @@ class Eagle3Proposer(WithContext):
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> Proposal:
         drawing = Drawing(self.draft, sequences, self.rule)
-        starts = [len(s.tokens) - 2 for s in sequences]
+        layout = self.context.layout(sequences, [len(s.tokens) - 2 for s in sequences], 1, causal=True)
         g = torch.stack([self._last[s] for s in sequences])
         for k in range(self.block_size):
-            layout = self.context.layout(sequences, [n + k for n in starts], 1, causal=True)
+            layout = layout.behind() if k else layout
             g, hidden = self.draft.advance(g, drawing.previous, layout.positions, _attend(layout))
             base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
             drawing.draw(base)
