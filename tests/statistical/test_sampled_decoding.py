@@ -65,9 +65,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(target: Target, kind: str) -> Draft:
+def make(target: Target, kind: str, **changes: Any) -> Draft:
     """A random draft over TOKENS, three tokens a block; of "ngram" and "none", any."""
-    settings = {"block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 2], **KINDS.get(kind, {})}
+    settings = {"block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 2], **KINDS.get(kind, {}), **changes}
     config = resolve(DraftConfig(**settings), target.config, target.unused_token)
     torch.manual_seed(5)
     made = make_draft(config, target, torch.tensor(TOKENS))
@@ -152,7 +152,8 @@ CAUSAL = ("early_stop", "asynchronous", "threshold", "fixed")
 # Every proposer under every schedule that the ratio rule takes; the samplers in turn, so that each meets every proposer
 # and every schedule. Under the coupled rule the text is the seed's whatever proposes and schedules
 # (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias of 1 %, finer than so many draws
-# show, a slow test below sees, and tests/kernels/test_verify.py of the verifier alone.
+# show, two tests below see (one of all proposers, slow, one in a target that forgets), and tests/kernels/test_verify.py
+# of the verifier alone.
 PAIRINGS = [
     (kind, "ratio", scheduler, list(ASKS)[(i + j) % len(ASKS)])
     for i, kind in enumerate(("ngram", *KINDS))
@@ -200,6 +201,43 @@ def test_a_hundredth_of_the_mass_on_another_token_would_be_seen(target: Target, 
         likely, unlikely = wanted.topk(2).values.tolist()
         shift = draws * 0.01**2 * (1 / likely + 1 / unlikely)
         assert float(ncx2.sf(chi2.isf(level, 4), 4, shift)) > 0.95, "the power to see it"
+
+
+def test_a_hundredth_of_the_mass_on_another_token_would_be_seen_in_a_target_that_forgets(target: Target) -> None:
+    """The same in seconds: where the target says each token with its chance whatever came before, and only the draft
+    looks back, every verified token of a long text is a draw of its own."""
+    chances = torch.tensor([0.22, 0.21, 0.2, 0.19, 0.18], dtype=torch.float64)
+    head = target.model.get_output_embeddings()
+    del target.family.layers[1:]  # whose work would come to nothing
+    target.config.num_hidden_layers = 1
+    draft = make(target, "dspark", num_layers=1, target_layer_ids=[0])
+    head.weight = torch.nn.Parameter(torch.zeros_like(head.weight), requires_grad=False)
+    head.bias.data[list(TOKENS)] = chances.log().float()
+    texts, length, level = 384, 111, 1e-4
+    config = EngineConfig(
+        max_requests=96,
+        max_context=160,
+        max_queue=texts,
+        threads=1,
+        prefill_chunk=1024,
+        rule="ratio",
+        scheduler="fixed",
+    )
+    engine = Engine(target, config, make_proposer("dspark", draft, rule="ratio"))
+    asked = [Request(PROMPT, max_new_tokens=length, temperature=1.0, seed=i, ignore_eos=True) for i in range(texts)]
+    done = engine.generate(asked)
+    said = torch.tensor([[TOKENS.index(t) for t in d.token_ids[1:]] for d in done])
+    assert p_value(torch.bincount(said.flatten(), minlength=5), chances) > level
+    pairs = said[:, :-1] * 5 + said[:, 1:]
+    halves = (pairs[:, ::2], pairs[:, 1::2])  # pairs that overlap are no draws of their own
+    assert all(
+        p_value(torch.bincount(h.flatten(), minlength=25), chances.outer(chances).flatten()) > level for h in halves
+    )
+    accepted, verified = sum(d.metrics.accepted for d in done), sum(d.metrics.verified for d in done)
+    assert 0.05 < accepted / verified < 0.95
+    likely, unlikely = chances.topk(2).values.tolist()
+    shift = said.numel() * 0.01**2 * (1 / likely + 1 / unlikely)
+    assert float(ncx2.sf(chi2.isf(level, 4), 4, shift)) > 0.95, "the power to see it"
 
 
 class KnownCost(StepCost):
