@@ -16,7 +16,8 @@ import torch
 
 from draftline_kernels.vocab_loss import rows_per_chunk
 from pipeline import artifact
-from pipeline.config import DraftConfig, PipelineConfig, zero_stage
+from pipeline.config import DraftConfig, PipelineConfig
+from pipeline.config_values import zero_stage
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import ALGORITHMS
 from pipeline.drafts.config import default_layer_ids, resolve

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import TrainerConfig
+from pipeline.config_values import zero_stage
 from pipeline.errors import ConfigError, nearest
 from pipeline.training.step import Row, StepMetrics, TrainStep
 
@@ -49,9 +50,7 @@ def check_settings(deepspeed_config: dict[str, Any]) -> None:
             "deepspeed.fp16.enabled=true: a draft's gradients leave float16's range, and a step that DeepSpeed skips "
             "for that would be taken for lost. Use deepspeed=zero2_bf16, or trainer.autocast=bfloat16."
         )
-    stage = (deepspeed_config.get("zero_optimization") or {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r} must be 1, 2 or 3.")
+    zero_stage(deepspeed_config)
 
 
 class Objective(nn.Module):
