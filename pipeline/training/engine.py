@@ -111,11 +111,14 @@ def make_engine(
 
 
 def build_with_own_ninja() -> None:
-    """Puts this interpreter's programs first on the PATH, ninja above all.
+    """Puts this interpreter's programs first on the PATH, ninja above all, and what torch builds into its environment.
 
     Versions of ninja disagree on whether DeepSpeed's CPU operator is up to date: a system's and an environment's, as
-    the PATHs of a user's shell and of a Ray job find them, would build it again in turn, a minute each.
+    the PATHs of a user's shell and of a Ray job find them, would build it again in turn, a minute each. So would two
+    environments of one user in the one folder that torch has for all.
     """
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != own:
         os.environ["PATH"] = os.pathsep.join(filter(None, (own, path)))

@@ -12,6 +12,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 from draftline_kernels import Adjustment, adjust_
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost, verification
+from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
@@ -88,7 +89,10 @@ def test_16_bit_logits_are_adjusted_as_in_float64() -> None:
     block = [350, 351, 350, 352, 353, 350, 354]
     tokens = torch.tensor([[0] * 7, block, [0] * 7])
     proposal = Proposal(tokens, torch.tensor([0, 7, 0]), torch.full((3, 7), 0.5))
-    step = Verification(sequences, proposal, [0, 7, 0], logits.clone(), "coupled")
+    for s in sequences:
+        s.computed = len(s.tokens) - 1
+    plan = plan_step(sequences, sequences, proposal, [0, 7, 0], prefill=0)
+    step = Verification(plan, logits.clone(), "coupled")
     picks = [int(oracle(logits[1 + i], asked[1], answers[1] + block[:i]).argmax()) for i in range(8)]
     accepted = next(i for i, (mine, theirs) in enumerate(zip(block, picks, strict=False)) if mine != theirs)
     first = int(oracle(logits[0], asked[0], answers[0]).argmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -87,8 +88,13 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
     return engine
 
 
-@pytest.mark.parametrize("scheduler", ["global", "early_stop", "asynchronous", "threshold", "fixed"])
-@pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("none", "global"),
+        *itertools.product(("ngram", *KINDS), ("global", "early_stop", "asynchronous", "threshold", "fixed")),
+    ],
+)
 def test_greedy_text_is_the_targets(
     tiny: Target,  # noqa: F811
     draft: DSparkDraft,  # noqa: F811
@@ -97,7 +103,7 @@ def test_greedy_text_is_the_targets(
     scheduler: str,
 ) -> None:
     proposer = proposer_for(tiny, name)
-    engine = engine_for(tiny, draft, "none")
+    engine = engine_for(tiny, draft, "none", max_requests=5)
     engine.set_proposer(proposer)
     engine.set_schedule(scheduler)
     done = engine.generate([Request(i, max_new_tokens=LONG) for i in prompt_ids(tiny)])
@@ -264,6 +270,7 @@ def test_a_seed_gives_one_text_under_the_coupled_rule(tiny: Target, sampled: lis
     short, long = ({}, {}) if name in ("none", "ngram") else ({"block_size": 2}, {"block_size": 7})
     ways = [(scheduler, changes) for scheduler in ("global", "early_stop", "asynchronous", "threshold", "fixed")]
     ways += [("fixed", {**changes, **short}), ("global", {**changes, **long})]
+    ways = ways[:1] if name == "none" else ways
     made = [proposer_for(tiny, name, **settings) for _, settings in ways]
     engine = engine_for(tiny, None, "none")  # type: ignore[arg-type]
     verified = 0

@@ -479,17 +479,17 @@ def test_who_is_never_drafted_for_takes_pages_of_any_draft(
 ) -> None:
     """And leaves none behind from which a draft would draft without its context."""
     target = load_target(TargetConfig(path="tiny"), cache_dir)
-    drafts = SeveralDrafts({n: proposer(target, n) for n in ("dspark", "eagle3")}, "dspark", target.vocab_size)
+    drafts = SeveralDrafts({n: proposer(target, n) for n in ("dspark", "eagle3")}, "eagle3", target.vocab_size)
     engine = engine_of(target, drafts)
 
-    def ask(draft: str, max_draft: int | None = None) -> Any:
+    def ask(draft: str | None, max_draft: int | None = None) -> Any:
         (done,) = engine.generate([Request(prompts[0], max_new_tokens=NEW, draft=draft, max_draft=max_draft)])
         assert done.token_ids == expected[0]
         return done.metrics
 
     whole = (len(prompts[0]) - 1) // 16 * 16
     assert ask("dspark").cached == 0
-    plain = ask("eagle3", 0)
+    plain = ask(None, 0)
     assert (plain.cached, plain.drafted) == (whole, 0)
     drafted = ask("eagle3")
     fresh = load_target(TargetConfig(path="tiny"), cache_dir)

@@ -69,10 +69,18 @@ def test_the_lock_of_a_killed_build_is_taken_away_and_a_living_one_waited_for(
 def test_the_operator_is_built_by_the_environments_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ninja").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     for _ in range(2):
         build_with_own_ninja()
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix) / "torch_extensions"), (
+            "each environment's own"
+        )
         assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), str(tmp_path)]
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
+    build_with_own_ninja()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/somewhere", "a user's choice stays"
 
 
 class _Asked(dict[str, Any]):
