@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "DeepSpeed's CPU operator was not built here; it is built at first use (g++ and ninja are needed)."
 	@touch $(STAMP)
 
-demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ray cluster (about 15 minutes)
+demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ray cluster (8 to 15 minutes)
 	@$(PY) infra/local/demo.py --experiment demo
 
 smoke: env ## the same stages on a tiny random target, under two minutes
@@ -43,7 +43,7 @@ FAST := not slow and not gpu
 AFTER_TRAINING := tests/statistical
 AFTER_JOBS := tests/kernels tests/evaluation
 AFTER := $(AFTER_TRAINING) $(AFTER_JOBS)
-test: lint ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
+test: lint ## lint, types and the tests that need no GPU (15 to 20 minutes on 2 cores)
 	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; export RAY_worker_niceness=0; \
 	{ failed=0; $(PYTEST) -m "$(FAST) and ray" tests/training tests/fault || failed=1; \
 	  OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST)" $(AFTER_TRAINING) || failed=1; exit $$failed; } >$$out/training 2>&1 & training=$$!; \
