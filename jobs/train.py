@@ -64,9 +64,8 @@ def _before_own(config: PipelineConfig, kept: Recorder, found: DraftVersion) -> 
         own = artifact.load(config.run_dir / "draft", "draft", verify=False)
     except ArtifactError:
         return None
-    meant = own.config.get("trainer", {}).get("warm_start", {}).get("draft")
     digest = own.inputs.get("former")
-    if found.tags.get("input.draft") != own.digest or meant != which or digest is None:
+    if found.tags.get("input.draft") != own.digest or digest is None:
         return None
     if not is_trained(config, former=digest, **_places(config)):
         return None

@@ -54,7 +54,6 @@ _POSITIVE = (
     "benchmark.prompts",
     "benchmark.calibrate_prompts",
     "parity.prompts",
-    "parity.max_new_tokens",
     "benchmark.max_new_tokens",
     "benchmark.bootstrap",
     "draft.block_size",

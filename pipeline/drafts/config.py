@@ -86,6 +86,23 @@ def default_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     return sorted({round(1 + i * (last - 1) / (count - 1)) for i in range(count)})
 
 
+def tapping(config: DraftConfig, given: list[int], where: str) -> DraftConfig:
+    """The draft with the layers that its features come from, which are the ones that it will tap.
+
+    Args:
+        where: what has the layers `given`, as the message calls it.
+    Raises:
+        ConfigError: the draft wants others.
+    """
+    wanted = list(config.target_layer_ids)
+    if wanted and wanted != given:
+        raise ConfigError(
+            f"draft.target_layer_ids={wanted}, but {where} has {given}. Extract the draft's layers, or train a "
+            "draft of those."
+        )
+    return dataclasses.replace(config, target_layer_ids=given)
+
+
 def rope_theta_of(target_config: Any) -> float:
     """Base of a draft's rotary embedding, where its config leaves it open.
 

@@ -16,11 +16,11 @@ import torch
 
 from draftline_kernels.vocab_loss import rows_per_chunk
 from pipeline import artifact
-from pipeline.config import DraftConfig, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.config_values import zero_stage
 from pipeline.drafts.base import Draft
 from pipeline.drafts.checkpoint import ALGORITHMS
-from pipeline.drafts.config import default_layer_ids, resolve
+from pipeline.drafts.config import default_layer_ids, resolve, tapping
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.sizing import cluster
 from pipeline.sizing.target import TargetSize, size_target
@@ -228,7 +228,9 @@ def plan(config: PipelineConfig) -> Plan:
         DraftlineError: see `size_target`.
     """
     target = size_target(config.target, config.plan.target_config, config.cache)
-    full = resolve(_with_tapped(config, target), target.config, target.vocabulary - 1)
+    layers = list(config.features.target_layer_ids) or default_layer_ids(target.config.num_hidden_layers)
+    draft_config = tapping(config.draft, layers, "features.target_layer_ids")  # as training does
+    full = resolve(draft_config, target.config, target.vocabulary - 1)
     vd = full.draft_vocab_size or target.vocabulary
     with torch.device("meta"):
         borrowed = torch.empty(target.vocabulary, target.hidden)
@@ -253,18 +255,3 @@ def plan(config: PipelineConfig) -> Plan:
                 "plan.rows=1000000 plan.tokens_per_row=900."
             ) from None
     return Plan(config, target, draft, rows, *sizes, assumed)
-
-
-def _with_tapped(config: PipelineConfig, target: TargetSize) -> DraftConfig:
-    """The draft with the layers that its features come from, as training gives it.
-
-    Raises ConfigError where it wants others.
-    """
-    wanted = list(config.draft.target_layer_ids)
-    given = list(config.features.target_layer_ids) or default_layer_ids(target.config.num_hidden_layers)
-    if wanted and wanted != given:
-        raise ConfigError(
-            f"draft.target_layer_ids={wanted}, but features.target_layer_ids has {given}. Extract the draft's layers, "
-            "or train a draft of those."
-        )
-    return dataclasses.replace(config.draft, target_layer_ids=given)

@@ -16,6 +16,7 @@ from ray.train import UserCallback
 
 from pipeline import artifact
 from pipeline.config import PipelineConfig, to_plain
+from pipeline.drafts.config import tapping
 from pipeline.errors import ConfigError, DraftlineError, user_error
 from pipeline.features import extract
 from pipeline.features.store import check_identity
@@ -173,7 +174,6 @@ def _with_layers(config: PipelineConfig, features_dir: Path | None, cache_dir: P
     Raises:
         ConfigError: the draft wants others.
     """
-    wanted = list(config.draft.target_layer_ids)
     if features_dir is None:
         features = extract.with_layers(config.features, config.target, cache_dir)
         given, where = list(features.target_layer_ids), "features.target_layer_ids"
@@ -181,14 +181,7 @@ def _with_layers(config: PipelineConfig, features_dir: Path | None, cache_dir: P
         manifest = artifact.load(features_dir, "features", verify=False)
         features = config.features
         given, where = list(manifest.info["target_layer_ids"]), f"the features at {features_dir}"
-    if wanted and wanted != given:
-        raise ConfigError(
-            f"draft.target_layer_ids={wanted}, but {where} has {given}. Extract the draft's layers, or train a "
-            "draft of those."
-        )
-    return dataclasses.replace(
-        config, features=features, draft=dataclasses.replace(config.draft, target_layer_ids=given)
-    )
+    return dataclasses.replace(config, features=features, draft=tapping(config.draft, given, where))
 
 
 def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path, sink: Sink | None) -> None:

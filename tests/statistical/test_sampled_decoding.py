@@ -93,6 +93,20 @@ def exact(target: Target, ask: tuple[float, int, float], length: int = LENGTH) -
     return p.gather(-1, torch.tensor(texts)[..., None]).squeeze(-1).prod(-1)
 
 
+def engine_config(rule: str, scheduler: str, *, queue: int, context: int) -> EngineConfig:
+    """Of engines that draw many short texts at once."""
+    return EngineConfig(
+        max_requests=96,
+        max_context=context,
+        max_queue=queue,
+        threads=1,
+        prefill_chunk=1024,
+        rule=rule,
+        scheduler=scheduler,
+        threshold=0.1,
+    )
+
+
 def decode(
     target: Target,
     draft: Draft,
@@ -113,16 +127,7 @@ def decode(
     metrics: where those of the requests go.
     """
     cost = cost or StepCost([1, 64, 512], [0], [[1.0], [1.05], [3.0]])
-    config = EngineConfig(
-        max_requests=96,
-        max_context=16,
-        max_queue=draws,
-        threads=1,
-        prefill_chunk=1024,
-        rule=rule,
-        scheduler=scheduler,
-        threshold=0.1,
-    )
+    config = engine_config(rule, scheduler, queue=draws, context=16)
     engine = Engine(target, config, step_cost=cost)
     options = {"rule": rule} if name not in ("none", "ngram") else {}
     engine.set_proposer(make_proposer(name, draft, **options))
@@ -214,15 +219,7 @@ def test_a_hundredth_of_the_mass_on_another_token_would_be_seen_in_a_target_that
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight), requires_grad=False)
     head.bias.data[list(TOKENS)] = chances.log().float()
     texts, length, level = 384, 111, 1e-4
-    config = EngineConfig(
-        max_requests=96,
-        max_context=160,
-        max_queue=texts,
-        threads=1,
-        prefill_chunk=1024,
-        rule="ratio",
-        scheduler="fixed",
-    )
+    config = engine_config("ratio", "fixed", queue=texts, context=160)
     engine = Engine(target, config, make_proposer("dspark", draft, rule="ratio"))
     asked = [Request(PROMPT, max_new_tokens=length, temperature=1.0, seed=i, ignore_eos=True) for i in range(texts)]
     done = engine.generate(asked)
