@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from pipeline.training import replay
 from pipeline.training.engine import check_settings
 from pipeline.training.preemption import HeedSigterm, bell
 from pipeline.training.worker import History, WorkerPlan, stopped_file, train_worker
+
+POLL_SECONDS = 0.2
+"""How often Ray Train's controller asks the workers what they report, unless RAY_TRAIN_HEALTH_CHECK_INTERVAL_S says."""
 
 
 class Sink(Protocol):
@@ -194,6 +198,9 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Ray's controller takes the workers' reports in when it polls them, and a second report waits until it has: at its
+    # own 2 s, steps faster than that per log_every would wait for the report instead of training.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=plan,
