@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.draftline-installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo smoke test test-slow formats lint format bench bench-gpu serve clean
+.PHONY: help env demo smoke test test-slow formats lint style format bench bench-gpu serve clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -35,22 +35,30 @@ demo: env ## the main job: corpus to served draft on SmolLM2-135M, on a local Ra
 smoke: env ## the same stages on a tiny random target, under two minutes
 	@$(PY) infra/local/demo.py --experiment smoke
 
-# Ray's tests mostly wait for processes to start, so three lanes share the cores well. Ray's workers have a niceness of 15,
-# and would wait for the end of the lane that has none of them. The lane whose tests send SIGINT is in the foreground:
-# what a shell puts in the background ignores that signal. What runs after Ray's tests is what keeps the lanes equally long.
+# Three groups at a time, the next in order as one ends: Ray's tests mostly wait for processes to start, so that three
+# share two cores well. Ray's workers have a niceness of 15, and would wait for the end of the groups that have none of
+# them. More than a thread each would wait for one another.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
-AFTER_TRAINING := tests/statistical
-AFTER_JOBS := tests/kernels tests/evaluation
-AFTER := $(AFTER_TRAINING) $(AFTER_JOBS)
-test: lint ## lint, types and the tests that need no GPU (15 to 20 minutes on 2 cores)
-	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null; rm -rf $$out' EXIT; status=0; export RAY_worker_niceness=0; \
-	{ failed=0; $(PYTEST) -m "$(FAST) and ray" tests/training tests/fault || failed=1; \
-	  OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST)" $(AFTER_TRAINING) || failed=1; exit $$failed; } >$$out/training 2>&1 & training=$$!; \
-	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" $(AFTER:%=--ignore %) >$$out/others 2>&1 & others=$$!; \
-	$(PYTEST) -m "$(FAST) and ray" --ignore tests/training --ignore tests/fault $(AFTER:%=--ignore %) || status=1; \
-	OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST)" $(AFTER_JOBS) || status=1; \
-	wait $$training || status=1; wait $$others || status=1; cat $$out/*; exit $$status
+GROUPS := test-jobs test-training test-decoding test-statistical test-rest test-kernels types
+WITH_RAY = $(sort $(shell grep -rl --include '*.py' 'mark[.]ray' tests))
+.PHONY: $(GROUPS)
+test: style ## lint, types and the tests that need no GPU (15 to 20 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(MAKE) -k -j 3 --no-print-directory \
+	  $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(GROUPS)
+
+test-jobs:
+	@$(PYTEST) -m "$(FAST) and ray" $(filter-out tests/training/%,$(WITH_RAY))
+test-training:
+	@$(PYTEST) -m "$(FAST) and ray" tests/training
+test-decoding:
+	@$(PYTEST) -m "$(FAST) and not ray" tests/decoding
+test-statistical:
+	@$(PYTEST) -m "$(FAST)" tests/statistical
+test-kernels:
+	@$(PYTEST) -m "$(FAST)" tests/kernels tests/evaluation
+test-rest:
+	@$(PYTEST) -m "$(FAST) and not ray" $(patsubst %,--ignore tests/%,decoding statistical kernels evaluation)
 
 test-slow: env ## what `make test` leaves out: other ways of sharding, preemption, a champion challenged, 1 % biases
 	@$(PYTEST) -m "slow and not gpu"
@@ -60,9 +68,13 @@ formats: env ## the exports through the package speculators' own classes (instal
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	@$(PY) -m pytest -q tests/drafts/formats
 
-lint: env ## ruff and mypy
+lint: style types ## ruff and mypy
+
+style: env
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+
+types: env
 	@$(VENV)/bin/mypy
 
 format: env ## rewrites the code in the house style

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.config import EngineConfig
+from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost
 from pipeline.decoding.held import MOST_ROWS, ROWS_EACH, HeldCommits
 from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
-from pipeline.target import Target
+from pipeline.target import Target, load_target
 from tests.decoding.test_engine import prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
@@ -355,9 +356,9 @@ def decode(target: Target, proposer: Any, rule: str = "coupled", **more: Any) ->
     return [d.token_ids for d in done], [d.metrics for d in done]
 
 
-@pytest.fixture
-def plainly(tiny: Target) -> list[list[int]]:  # noqa: F811
-    return decode(tiny, None)[0]
+@pytest.fixture(scope="module")
+def plainly(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+    return decode(load_target(TargetConfig(path="tiny"), cache_dir), None)[0]
 
 
 @pytest.mark.parametrize(("rule", "scheduler"), [("coupled", "global"), ("ratio", "asynchronous")])

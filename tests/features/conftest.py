@@ -28,7 +28,7 @@ def corpus_dir(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return make_corpus(folder, cache_dir, 26)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ray_here():
     """Ray in this process, with CPUs enough for Ray Data's own actors."""
     import ray

@@ -33,8 +33,9 @@ from tests.statistical.chi_square import p_value
 TOKENS = (40, 41, 57, 60, 66)
 PROMPT = [40, 57, 41, 66, 40, 57]
 LENGTH = 3
-REQUESTS = 6_000
-PAIRED = 2_666  # of each pairing, of which there are many
+REQUESTS = 4_000
+LEARNED = 6_000  # where what became of earlier requests must show first
+PAIRED = 1_600  # of each pairing, of which there are many
 ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3, 1.0)}
 
 
@@ -252,7 +253,16 @@ def test_skipping_drafts_keeps_the_distribution(target: Target, draft: Draft, ru
     metrics: list[RequestMetrics] = []
     cost = KnownCost([1, 512], [0], [[1.0], [2.0]], drafting={1: (0.003, 9), 96: (0.288, 9)})
     counts, _ = decode(
-        target, draft, "dspark", rule, scheduler, ASKS["plain"], length=length, cost=cost, metrics=metrics
+        target,
+        draft,
+        "dspark",
+        rule,
+        scheduler,
+        ASKS["plain"],
+        length=length,
+        cost=cost,
+        metrics=metrics,
+        draws=LEARNED,
     )
     assert p_value(counts, wanted) > 1e-4
     steps, skipped = (sum(x) for x in zip(*((m.target_steps, m.skipped) for m in metrics), strict=True))

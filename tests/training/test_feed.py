@@ -161,3 +161,11 @@ def test_a_report_that_a_kill_cut_short_is_taken_again(tmp_path: Path) -> None:
     assert [r["step"] for r in History.read(file)] == [1, 2]
     History(file, first=1)
     assert file.read_text() == '{"step": 1}\n'
+
+
+def test_every_row_is_used_once_per_epoch_whatever_step_a_run_starts_from() -> None:
+    rows, per_step = 12, 4
+    epochs = [[i for step in range(e * 3, e * 3 + 3) for i in rows_of_step(step, rows, per_step, 5)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert epochs[0] != epochs[1], "each epoch has an order of its own"
+    assert rows_of_step(7, rows, per_step, 5) == epochs[2][4:8]
