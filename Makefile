@@ -40,7 +40,7 @@ smoke: env ## the same stages on a tiny random target, under two minutes
 # them. More than a thread each would wait for one another.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
-GROUPS := test-jobs test-training test-decoding test-statistical test-rest test-kernels types
+GROUPS := test-jobs test-decoding test-rest test-training types
 WITH_RAY = $(sort $(shell grep -rl --include '*.py' 'mark[.]ray' tests))
 .PHONY: $(GROUPS)
 test: style ## lint, types and the tests that need no GPU (15 to 20 minutes on 2 cores)
@@ -52,13 +52,9 @@ test-jobs:
 test-training:
 	@$(PYTEST) -m "$(FAST) and ray" tests/training
 test-decoding:
-	@$(PYTEST) -m "$(FAST) and not ray" tests/decoding
-test-statistical:
-	@$(PYTEST) -m "$(FAST)" tests/statistical
-test-kernels:
-	@$(PYTEST) -m "$(FAST)" tests/kernels tests/evaluation
+	@$(PYTEST) -m "$(FAST) and not ray" tests/decoding tests/statistical
 test-rest:
-	@$(PYTEST) -m "$(FAST) and not ray" $(patsubst %,--ignore tests/%,decoding statistical kernels evaluation)
+	@$(PYTEST) -m "$(FAST) and not ray" --ignore tests/decoding --ignore tests/statistical
 
 test-slow: env ## what `make test` leaves out: other ways of sharding, preemption, a champion challenged, 1 % biases
 	@$(PYTEST) -m "slow and not gpu"

@@ -21,6 +21,8 @@ from pipeline.entry import compose, recorder, run
 from pipeline.errors import ConfigError, DraftlineError
 from tests.corpus.chats import write_lines
 
+pytestmark = pytest.mark.usefixtures("migrated")
+
 
 class Asker:
     """Stands where Ray's actors do: answers in chunks of two, fails at `bad`, and dies when it reaches `fatal`."""

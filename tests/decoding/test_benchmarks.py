@@ -99,6 +99,7 @@ def test_a_pass_under_load_counts_all_its_numbers_while_all_places_are_taken(mon
     assert done.per_user == [3.0, 5.0, 7.0]
 
 
+@pytest.mark.slow
 def test_engine(places: list[str], tmp_path: Path) -> None:
     sizes = ["--prompts", "2", "--max-new-tokens", "8", "--repeats", "2", "--context", "512", "--output", "24"]
     found = results("engine.py", *places, *sizes, "--bootstrap", "50", "--json", str(tmp_path / "engine.json"))
@@ -119,6 +120,7 @@ def shape(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_injected_acceptance_is_what_was_asked_and_labelled(tmp_path: Path) -> None:
     out = tmp_path / "injected.json"
     sizes = ["--levels", "1,3", "--passes", "2", "--max-new-tokens", "40", "--prompt-tokens", "20", "--bootstrap", "50"]
@@ -132,6 +134,7 @@ def test_injected_acceptance_is_what_was_asked_and_labelled(tmp_path: Path) -> N
         assert fixed["accepted"] == pytest.approx(2.44, abs=0.6) and fixed["mean_length"] > 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", [["injected.py"], ["kernels.py", "--only", "speed"]])
 def test_without_a_cuda_device_what_needs_one_says_so(command: list[str]) -> None:

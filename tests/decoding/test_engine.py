@@ -92,7 +92,8 @@ def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupl
     ("name", "scheduler"),
     [
         ("none", "global"),
-        *itertools.product(("ngram", *KINDS), ("global", "early_stop", "asynchronous", "threshold", "fixed")),
+        *itertools.product(("ngram", *KINDS), ("global", "fixed")),
+        *itertools.product(("dspark",), ("early_stop", "asynchronous", "threshold")),
     ],
 )
 def test_greedy_text_is_the_targets(

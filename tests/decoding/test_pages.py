@@ -551,7 +551,7 @@ def test_a_pool_that_runs_out_changes_no_text(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_gives_one_text_whatever_the_pool(cache_dir: Path, prompts: list[list[int]], name: str) -> None:  # noqa: F811
     texts, preempted, cached = [], [], []
-    for pages, keep in ((0, False), (0, True), (11, True), (13, False)):
+    for pages, keep in ((0, True), (11, True), (13, False)):
         target = load_target(TargetConfig(path="tiny"), cache_dir)
         engine = engine_of(target, proposer(target, name), pages, prefix_cache=keep)
         asked = [
@@ -563,8 +563,8 @@ def test_a_seed_gives_one_text_whatever_the_pool(cache_dir: Path, prompts: list[
         preempted.append(sum(c.metrics.preempted for c in done))
         cached.append(sum(c.metrics.cached for c in done))
     assert all(t == texts[0] for t in texts)
-    assert preempted[:2] == [0, 0] and min(preempted[2:]) > 0
-    assert cached[0] == cached[3] == 0 and min(cached[1:3]) > 0
+    assert preempted[0] == 0 and min(preempted[1:]) > 0
+    assert cached[2] == 0 and min(cached[:2]) > 0
 
 
 def test_what_can_never_fit_is_refused_with_the_remedy(tiny: Target) -> None:  # noqa: F811

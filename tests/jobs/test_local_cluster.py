@@ -71,7 +71,9 @@ def test_a_failing_block_leaves_no_process_and_no_directory() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_stops_the_cluster(number: signal.Signals) -> None:
     program = (
         "import time\nfrom infra.local.cluster import local_cluster\n"

@@ -155,15 +155,17 @@ def decode(
 
 
 CAUSAL = ("early_stop", "asynchronous", "threshold", "fixed")
-# Every proposer under every schedule that the ratio rule takes; the samplers in turn, so that each meets every proposer
-# and every schedule. Under the coupled rule the text is the seed's whatever proposes and schedules
-# (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias of 1 %, finer than so many draws
-# show, two tests below see (one of all proposers, slow, one in a target that forgets), and tests/kernels/test_verify.py
-# of the verifier alone.
+VARIANTS = ("gated", "rnn", "dflash behind the anchor")
+# Every proposer under every schedule that the ratio rule takes, variants under two; the samplers in turn, so that
+# each meets every proposer and every schedule. Under the coupled rule the text is the seed's whatever proposes and
+# schedules (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias of 1 %, finer than so many
+# draws show, two tests below see (one of all proposers, slow, one in a target that forgets), and
+# tests/kernels/test_verify.py of the verifier alone.
 PAIRINGS = [
     (kind, "ratio", scheduler, list(ASKS)[(i + j) % len(ASKS)])
     for i, kind in enumerate(("ngram", *KINDS))
     for j, scheduler in enumerate(CAUSAL)
+    if kind not in VARIANTS or (i + j) % 2
 ] + [
     ("none", "coupled", "global", "plain"),
     ("none", "ratio", "fixed", "top-k"),
