@@ -37,14 +37,15 @@ smoke: env ## the same stages on a tiny random target, under two minutes
 
 # Three groups at a time, the next in order as one ends: Ray's tests mostly wait for processes to start, so that three
 # share two cores well. Ray's workers have a niceness of 15, and would wait for the end of the groups that have none of
-# them. More than a thread each would wait for one another.
+# them. Without Ray more than a thread each would wait for one another.
 PYTEST := $(PY) -m pytest -q --durations 10
 FAST := not slow and not gpu
 GROUPS := test-jobs test-decoding test-rest test-training types
 WITH_RAY = $(sort $(shell grep -rl --include '*.py' 'mark[.]ray' tests))
 .PHONY: $(GROUPS)
 test: style ## lint, types and the tests that need no GPU (15 to 20 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(MAKE) -k -j 3 --no-print-directory \
+	@echo "tests in $(words $(GROUPS)) groups, three at a time; each shows what it found when it ends"
+	@RAY_worker_niceness=0 $(MAKE) -k -j 3 --no-print-directory \
 	  $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(GROUPS)
 
 test-jobs:
@@ -52,11 +53,11 @@ test-jobs:
 test-training:
 	@$(PYTEST) -m "$(FAST) and ray" tests/training
 test-decoding:
-	@$(PYTEST) -m "$(FAST) and not ray" tests/decoding tests/statistical
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" tests/decoding tests/statistical
 test-rest:
-	@$(PYTEST) -m "$(FAST) and not ray" --ignore tests/decoding --ignore tests/statistical
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "$(FAST) and not ray" --ignore tests/decoding --ignore tests/statistical
 
-test-slow: env ## what `make test` leaves out: other ways of sharding, preemption, a champion challenged, 1 % biases
+test-slow: env ## what `make test` leaves out: other ways of sharding, preemption, a champion challenged, 1 % biases, benchmarks, signals
 	@$(PYTEST) -m "slow and not gpu"
 
 formats: env ## the exports through the package speculators' own classes (installs it, without its dependencies)

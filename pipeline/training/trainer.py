@@ -6,10 +6,11 @@ an interruption goes on from the last checkpoint; after success it returns what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +27,6 @@ from pipeline.training import replay
 from pipeline.training.engine import check_settings
 from pipeline.training.preemption import HeedSigterm, bell
 from pipeline.training.worker import History, WorkerPlan, stopped_file, train_worker
-
-POLL_SECONDS = 0.2
-"""How often Ray Train's controller asks the workers what they report, unless RAY_TRAIN_HEALTH_CHECK_INTERVAL_S says."""
 
 
 class Sink(Protocol):
@@ -198,9 +196,6 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Ray's controller takes the workers' reports in when it polls them, and a second report waits until it has: at its
-    # own 2 s, steps faster than that per log_every would wait for the report instead of training.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=plan,
@@ -218,12 +213,32 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
         ),
     )
     try:
-        trainer.fit()
+        with _polled(config.trainer.workers):
+            trainer.fit()
     except ray.train.TrainingFailedError as e:
         failures = getattr(e, "worker_failures", {}).values()
         if (cause := user_error(str(e), *map(str, failures))) is None:
             raise
         raise DraftlineError(f"Training failed: {cause}") from None
+
+
+@contextlib.contextmanager
+def _polled(workers: int) -> Iterator[None]:
+    """Ray Train's controller, started in the block, polls its workers five times a second (a hundred workers once), or
+    as RAY_TRAIN_HEALTH_CHECK_INTERVAL_S says.
+
+    It takes one report of a worker per poll, and the worker's next one waits until then: at Ray's own 2 s, training
+    that takes less than that for `log_every` steps would wait for its reports.
+    """
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(0.2, workers / 100))
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:

@@ -95,7 +95,7 @@ def test_a_draft_that_is_served_as_it_was_trained_passes(trained: Trained, kind:
     require_parity(trained.root / "parity", artifact.load(draft, "draft").digest)
 
 
-@pytest.mark.parametrize("kind", ["rnn", "dflash", "eagle3"])
+@pytest.mark.parametrize("kind", ["rnn", "dflash", "eagle3", "own matrices"])
 def test_a_draft_of_a_16_bit_target_passes_too(places: Places, tmp_path: Path, kind: str) -> None:
     low = dataclasses.replace(TARGET, dtype="bfloat16")
     features = store(load_target(low, places.cache), places, tmp_path / "features")

@@ -55,6 +55,12 @@ def wait_for(condition: Callable[[], bool]) -> bool:
     return False
 
 
+def extractors() -> set[int]:
+    """The processes of extracting actors."""
+    below = psutil.Process().children(recursive=True)
+    return {p.pid for p in below if "MapBatches(Extractor)" in " ".join(p.cmdline())}
+
+
 def assert_every_row_once(out: Path, corpus_dir: Path, cache_dir: Path) -> None:
     assert artifact.load(out, "features").counts["rows"] == 26
     store, rows = FeatureStore(out), read_rows(corpus_dir, "train")
@@ -71,14 +77,14 @@ def assert_every_row_once(out: Path, corpus_dir: Path, cache_dir: Path) -> None:
 def test_an_actor_killed_between_shards_loses_and_repeats_nothing(ray_here, corpus_dir, cache_dir, tmp_path) -> None:
     out = tmp_path / "features"
     killed: list[tuple[int, int]] = []
+    others = extractors()
 
     def kill() -> None:
         if not wait_for(lambda: len(done_shards(out)) >= 3):
             return
-        for process in psutil.Process().children(recursive=True):
-            if "MapBatches(Extractor)" in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append((process.pid, len(done_shards(out))))
+        for pid in extractors() - others:
+            os.kill(pid, signal.SIGKILL)
+            killed.append((pid, len(done_shards(out))))
 
     killer = threading.Thread(target=kill)
     killer.start()

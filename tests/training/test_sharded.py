@@ -30,7 +30,7 @@ from pipeline.training.schedule import rows_of_step
 from tests.training.runs import TIMINGS, Place, Signaller, curve, make_features, make_place, reported
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-STEPS = 20
+STEPS = 30
 COMMON: dict[str, Any] = {
     "steps": STEPS, "checkpoint_every": 100, "ema": 0.9, "position_weights": "survival", "lk": 0.2,
 }  # fmt: skip
@@ -60,7 +60,7 @@ def _stopped(place: Place, name: str, changes: dict[str, Any], *, to_job: bool, 
     """Starts a run and sends it SIGTERM; returns the step reported before, and the one it saved."""
     signaller = Signaller(place.path / name, signal.SIGTERM, after=2, but=100, to_job=to_job)
     signaller.start()
-    with pytest.raises(DraftlineError, match=r"asked to stop \(SIGTERM\) and saved step \d+ of 20") as stop:
+    with pytest.raises(DraftlineError, match=rf"asked to stop \(SIGTERM\) and saved step \d+ of {STEPS}") as stop:
         place.train(name, changes, **more)
     signaller.join()
     return signaller.sent_after, int(str(stop.value).split("saved step ")[1].split()[0])
@@ -77,7 +77,10 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(place: Pla
     killer = Signaller(place.path / "killed", signal.SIGKILL, after=every + 1, but=every)
     killer.start()
     killed = place.train("killed", {**COMMON, "checkpoint_every": every})
+    killer.join()
     assert every < killer.sent_after < STEPS, "no worker was killed while the run was going"
+    waited = [r["starved_seconds"] for r in reported(killed)]  # since its worker began
+    assert any(later < before for before, later in itertools.pairwise(waited)), "no worker began again"
     curves = [[{k: v for k, v in r.items() if k not in TIMINGS} for r in reported(d)] for d in (killed, whole)]
     assert [r["step"] for r in curves[0]] == list(range(1, STEPS + 1)), "each step once in the history that counts"
     assert curves[0] == curves[1]
@@ -85,6 +88,8 @@ def test_a_killed_worker_changes_neither_the_loss_curve_nor_the_draft(place: Pla
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert curves[1][-1]["loss"] < curves[1][0]["loss"]
+    skipped = [r["skipped_samples"] for r in curves[0]]
+    assert skipped == sorted(skipped) and 0 < skipped[every - 1] < skipped[-1], "counted on over the kill"
     assert curves[1][0]["weight_3"] != curves[1][1]["weight_3"] != curves[1][-1]["weight_3"]
 
 
@@ -218,7 +223,7 @@ def test_rays_notice_of_preemption_makes_a_checkpoint_at_once(place: Place, monk
     monkeypatch.setattr("pipeline.training.trainer.HeedSigterm", _Noticed)
     run = place.train("noticed", {**COMMON, "workers": 1, "log_every": 2})
     saved = sorted(f.name for f in run.glob("train/draft-*/step_*"))
-    assert saved == ["step_000002", "step_000020"], "at the first report, once, and at the end as always"
+    assert saved == ["step_000002", f"step_{STEPS:06d}"], "at the first report, once, and at the end as always"
 
 
 OFFLOAD = {"device": "cpu", "pin_memory": True}
