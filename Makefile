@@ -43,6 +43,7 @@ FAST := not slow and not gpu
 GROUPS := test-jobs test-decoding test-rest test-training types
 WITH_RAY = $(sort $(shell grep -rl --include '*.py' 'mark[.]ray' tests))
 .PHONY: $(GROUPS)
+$(GROUPS): env
 test: style ## lint, types and the tests that need no GPU (under 15 minutes on 2 cores)
 	@echo "tests in $(words $(GROUPS)) groups, three at a time; each shows what it found when it ends"
 	@RAY_worker_niceness=0 $(MAKE) -k -j 3 --no-print-directory \
@@ -71,7 +72,7 @@ style: env
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 
-types: env
+types:
 	@$(VENV)/bin/mypy
 
 format: env ## rewrites the code in the house style

@@ -27,6 +27,7 @@ from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.target import Target, load_target
+from tests.decoding.test_worth import KnownCost
 from tests.drafts.conftest import cache_dir  # noqa: F401
 from tests.statistical.chi_square import p_value
 
@@ -106,14 +107,6 @@ def engine_config(rule: str, scheduler: str, *, queue: int, context: int) -> Eng
         scheduler=scheduler,
         threshold=0.1,
     )
-
-
-class KnownCost(StepCost):
-    """Costs that no measured second moves."""
-
-    def observe(self, *_: Any, **__: Any) -> None: ...
-
-    def observe_draft(self, *_: Any) -> None: ...
 
 
 def decode(
