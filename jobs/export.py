@@ -28,7 +28,7 @@ def chosen(config: PipelineConfig) -> tuple[Path, str]:
     Raises:
         ConfigError: a registered version is asked for, but the run has only a trained draft.
     """
-    from pipeline.registry.promotion import lookup, registered_name
+    from pipeline.registry.versions import lookup, registered_name
 
     which = config.export.version
     if which == CALIBRATED:

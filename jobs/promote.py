@@ -22,7 +22,8 @@ REFUSED = 3
 
 def stage(config: PipelineConfig, parent: str | None = None, version: str | None = None) -> Any:
     """The gate's decision about a version, by its number; None: about the challenger of now."""
-    from pipeline.registry.promotion import fetch, promote, registered_name
+    from pipeline.registry.promotion import promote
+    from pipeline.registry.versions import fetch, registered_name
 
     print("== promote", flush=True)
     with StageRecord("promote", config, parent) as record:

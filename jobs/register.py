@@ -22,7 +22,8 @@ from pipeline.errors import ArtifactError
 
 def stage(config: PipelineConfig, parent: str | None = None) -> str:
     from pipeline.evaluation.parity import require_parity
-    from pipeline.registry.promotion import register, registered_name
+    from pipeline.registry.registration import register
+    from pipeline.registry.versions import registered_name
 
     name = registered_name(config)
     print("== register", flush=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def start(config: PipelineConfig) -> tuple[str, str]:
     """Deploys the champion; returns (base URL, version)."""
-    from pipeline.registry.promotion import champion, registered_name
+    from pipeline.registry.versions import champion, registered_name
     from pipeline.serving.app import deploy
 
     best = champion(recorder(config), registered_name(config), config.cache / "champions")
@@ -76,7 +76,7 @@ def ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
 
 def stage(config: PipelineConfig, parent: str | None = None) -> dict[str, Any]:
     """Deploys the champion, asks one question, takes it down; skipped when this champion has answered it before."""
-    from pipeline.registry.promotion import champion, registered_name
+    from pipeline.registry.versions import champion, registered_name
 
     print("== serve", flush=True)
     file = config.run_dir / "served.json"

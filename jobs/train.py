@@ -23,8 +23,8 @@ from pipeline.errors import ArtifactError, ConfigError, UnknownVersion
 from pipeline.training.trainer import is_trained, train
 
 if TYPE_CHECKING:
-    from pipeline.registry.promotion import DraftVersion
     from pipeline.registry.recorder import Recorder
+    from pipeline.registry.versions import DraftVersion
 
 
 def former(config: PipelineConfig) -> Path | None:
@@ -34,7 +34,7 @@ def former(config: PipelineConfig) -> Path | None:
         return None
     if Path(which).is_dir():
         return Path(which)
-    from pipeline.registry.promotion import lookup, registered_name
+    from pipeline.registry.versions import lookup, registered_name
 
     kept, name = recorder(config), registered_name(config)
     try:
@@ -57,7 +57,7 @@ def _before_own(config: PipelineConfig, kept: Recorder, found: DraftVersion) -> 
     Raises:
         ConfigError: there is no such version any more.
     """
-    from pipeline.registry.promotion import version_of
+    from pipeline.registry.versions import version_of
 
     which = config.trainer.warm_start.draft
     try:

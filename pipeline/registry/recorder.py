@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,10 @@ class StageRun:
         """Sets tags (values as text)."""
         for key, value in tags.items():
             self.client.set_tag(self.run_id, key, str(value))
+
+
+Begin = Callable[[], StageRun]
+"""Gives the stage's run, opened at the first call: where nothing is new there is none."""
 
 
 def _reopened(uri: str, run_id: str) -> StageRun:

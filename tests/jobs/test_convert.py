@@ -15,7 +15,7 @@ from pipeline.config import PipelineConfig
 from pipeline.drafts.checkpoint import load_draft
 from pipeline.drafts.formats import deepspec, specforge, speculators
 from pipeline.entry import compose, recorder, run
-from pipeline.registry import promotion
+from pipeline.registry import versions
 from pipeline.target import load_target
 from tests.drafts.formats.samples import rounded, same_logits, settings, tensors
 
@@ -58,7 +58,7 @@ def test_an_eagle3_checkpoint_goes_from_its_files_to_champion(
     for stage in (evaluate.stage, register.stage, promote.stage):
         assert job(stage, overrides) == 0, capsys.readouterr().err
     config = compose(overrides)
-    champion = promotion.champion(recorder(config), "draftline-tiny-eagle3", config.cache)
+    champion = versions.champion(recorder(config), "draftline-tiny-eagle3", config.cache)
     target = load_target(config.target, config.cache)
     same_logits(specforge.read(foreign, target), load_draft(champion.draft_dir, target), target)
     out = [*overrides, "export.engine=sglang"]

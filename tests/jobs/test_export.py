@@ -15,7 +15,7 @@ from pipeline import artifact
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.drafts.formats import specforge, speculators
 from pipeline.entry import compose, recorder, run
-from pipeline.registry import promotion
+from pipeline.registry import registration, versions
 from pipeline.target import load_target
 from tests.drafts.samples import small_draft
 from tests.registry.reports import report
@@ -37,9 +37,9 @@ def prepare(place: Path, *, registered: bool = False, **changes: Any) -> list[st
         ) as staging:
             (staging.path / "report.json").write_text(json.dumps(content))
         kept = recorder(config)
-        name = promotion.model_name("tiny", "dspark")
+        name = versions.model_name("tiny", "dspark")
         with kept.stage(kept.parent("smoke"), "register") as run_:
-            version = promotion.register(
+            version = registration.register(
                 kept, lambda: run_, name, config.run_dir / "calibrated", config.run_dir / "report"
             )
         kept.client.set_registered_model_alias(name, "champion", version)

@@ -14,8 +14,8 @@ from pipeline.config import PipelineConfig
 from pipeline.drafts.checkpoint import save_draft
 from pipeline.entry import compose, recorder, run
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.registry import promotion
-from pipeline.registry.promotion import registered_name
+from pipeline.registry import registration
+from pipeline.registry.versions import registered_name
 from pipeline.target import load_target, obtain
 from pipeline.training import trainer
 from tests.drafts.samples import small_draft
@@ -83,7 +83,7 @@ def train_on(root: Path, setting: str, former: str | None, seed: int) -> tuple[P
         artifact.write_json(staging.path / "report.json", report(draft_digest=made.digest, target=identity))
     kept = recorder(config)
     with kept.stage(kept.parent(config.name), "register") as run_:
-        version = promotion.register(kept, lambda: run_, NAME, place, report_dir)
+        version = registration.register(kept, lambda: run_, NAME, place, report_dir)
     kept.client.set_registered_model_alias(NAME, "champion", version)
     return config, version
 

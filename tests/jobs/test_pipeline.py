@@ -11,7 +11,7 @@ from jobs import pipeline as job
 from pipeline import artifact
 from pipeline.config import PipelineConfig
 from pipeline.entry import compose, recorder
-from pipeline.registry import promotion
+from pipeline.registry import registration
 from tests.jobs.test_export import prepare
 from tests.registry.reports import report
 
@@ -26,7 +26,7 @@ def register(config: PipelineConfig, speedup: float) -> str:
         (staging.path / "report.json").write_text(json.dumps(content))
     kept = recorder(config)
     with kept.stage(kept.parent("smoke"), "register") as run:
-        return promotion.register(kept, lambda: run, NAME, config.run_dir / "calibrated", out)
+        return registration.register(kept, lambda: run, NAME, config.run_dir / "calibrated", out)
 
 
 def test_what_it_registered_is_promoted_though_another_is_challenger_by_then(

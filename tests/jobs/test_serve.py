@@ -26,7 +26,7 @@ def test_an_answer_that_no_finished_run_tells_of_is_recorded(tmp_path: Path, mon
         return {"model": "m", "answer": "Yes.", "draftline": {"tau": 1.5}}
 
     best = SimpleNamespace(name="m", version="1", manifest=SimpleNamespace(digest="d" * 64))
-    monkeypatch.setattr("pipeline.registry.promotion.champion", lambda *_: best)
+    monkeypatch.setattr("pipeline.registry.versions.champion", lambda *_: best)
     monkeypatch.setattr(serve, "served", served)
     monkeypatch.setattr(serve, "ask", ask)
     config = compose(["experiment=smoke", f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"])
