@@ -13,7 +13,7 @@ from pipeline.decoding import Engine, Request, SeveralDrafts, StepCost, make_pro
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
-from tests.decoding.test_engine import KINDS, prompt_ids
+from tests.decoding.samples import KINDS, prompt_ids
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 

@@ -14,8 +14,8 @@ from pipeline.decoding.attention import StepLayout
 from pipeline.decoding.proposers import drawing
 from pipeline.decoding.request import Sequence
 from pipeline.target import Target
+from tests.decoding.samples import prompt_ids
 from tests.decoding.test_adjustments import ASKED, engine_of
-from tests.decoding.test_engine import prompt_ids
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 

@@ -12,7 +12,7 @@ from pipeline.decoding import Engine, Request
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
-from tests.decoding.test_engine import PROMPTS, prompt_ids, proposer_for
+from tests.decoding.samples import PROMPTS, prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 LONG = 60

@@ -13,7 +13,7 @@ from pipeline.decoding import Engine, Request
 from pipeline.decoding.trace import PHASES, StepRecord, StepTrace
 from pipeline.errors import DraftlineError
 from pipeline.target import Target
-from tests.decoding.test_engine import prompt_ids, proposer_for
+from tests.decoding.samples import prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 

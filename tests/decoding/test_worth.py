@@ -18,7 +18,7 @@ from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
 from pipeline.target import Target, load_target
-from tests.decoding.test_engine import prompt_ids, proposer_for
+from tests.decoding.samples import prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 BLOCK = 4

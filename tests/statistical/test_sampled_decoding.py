@@ -159,7 +159,7 @@ CAUSAL = ("early_stop", "asynchronous", "threshold", "fixed")
 VARIANTS = ("gated", "rnn", "dflash behind the anchor")
 # Every proposer under every schedule that the ratio rule takes, variants under two; the samplers in turn, so that each
 # meets every schedule, and every proposer that has all four. Under the coupled rule the text is the seed's whatever
-# proposes and schedules (tests/decoding/test_engine.py holds it), so that a few stand for all. A bias of 1 %, finer
+# proposes and schedules (tests/decoding/test_seeds.py holds it), so that a few stand for all. A bias of 1 %, finer
 # than so many draws show, two tests below see (one of all proposers, slow, one in a target that forgets), and
 # tests/kernels/test_verify.py of the verifier alone.
 PAIRINGS = [
