@@ -109,7 +109,7 @@ def build_corpus(
                 try:
                     row = chat.row(conversation, config.max_length)
                 except RowError as e:
-                    raw = json.dumps({"messages": [m.as_dict() for m in conversation.messages]}, ensure_ascii=False)
+                    raw = json.dumps({"messages": [m.as_dict() for m in asked]}, ensure_ascii=False)
                     quarantine.append(Quarantined(conversation.row, str(e), raw[:2000]))
                     continue
                 split = split_of(conversation, config.heldout_fraction, config.seed)

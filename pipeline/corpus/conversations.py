@@ -15,7 +15,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `finish_reason` and `token_ids` are only set on assistant turns, by regeneration."""
+    """One turn. `finish_reason` and `token_ids` are only set on assistant turns, by regeneration.
+
+    `added`: it is target.system_prompt, and stands in nobody's file or request.
+    """
 
     role: str
     content: str
     finish_reason: str | None = None
     token_ids: tuple[int, ...] | None = None
+    added: bool = field(default=False, compare=False)
 
     @property
     def ended(self) -> bool:
@@ -150,7 +154,14 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     """The messages with this system message first, unless they have one of their own (or it is empty)."""
     if not system_prompt or messages[0].role == "system":
         return tuple(messages)
-    return (Message("system", system_prompt), *messages)
+    return (Message("system", system_prompt, added=True), *messages)
+
+
+def place_of(messages: Sequence[Message], index: int) -> str:
+    """What an error calls a message: as whoever gave them counts, who knows nothing of a system prompt put first."""
+    if messages[index].added:
+        return "target.system_prompt"
+    return f"messages[{index - messages[0].added}]"
 
 
 def _object(value: Any) -> dict[str, Any]:

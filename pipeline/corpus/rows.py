@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.corpus.conversations import Conversation, Message
+from pipeline.corpus.conversations import Conversation, Message, place_of
 from pipeline.errors import DraftlineError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -171,13 +171,13 @@ class ChatFormat:
         messages = messages[: last + 1]
         self._refuse_special_text(messages)
         for i, message in enumerate(messages):
-            self._check_token_ids(i, message)
+            self._check_token_ids(place_of(messages, i), message)
         shown = tuple(Message(m.role, _PLACEHOLDER if m.token_ids else m.content) for m in messages)
         try:
             ids, turns = self._layout(shown)
         except _Unmarkable as e:
             self._check_shape(messages)
-            raise RowError(f"messages[{e.turn}]: {e.why}") from None
+            raise RowError(f"{place_of(messages, e.turn)}: {e.why}") from None
         answers = [m for m in messages if m.role == "assistant"]
         out: list[int] = []
         mask: list[bool] = []
@@ -283,17 +283,18 @@ class ChatFormat:
         for i, message in enumerate(messages):
             if not message.token_ids and (found := self._special_pattern.search(message.content)):
                 raise RowError(
-                    f"messages[{i}]: the text spells the special token {found.group()!r}, which would be read as one"
+                    f"{place_of(messages, i)}: the text spells the special token {found.group()!r}, which would be "
+                    "read as one"
                 )
 
-    def _check_token_ids(self, turn: int, message: Message) -> None:
+    def _check_token_ids(self, place: str, message: Message) -> None:
         if not message.token_ids:
             return
         if max(message.token_ids) >= len(self.tokenizer):
-            raise RowError(f"messages[{turn}]: token id {max(message.token_ids)} is not in the tokenizer's vocabulary")
+            raise RowError(f"{place}: token id {max(message.token_ids)} is not in the tokenizer's vocabulary")
         if self.decode(message.token_ids) != message.content:
             raise RowError(
-                f"messages[{turn}]: token_ids do not spell the content: leave token_ids out if the text was edited, "
+                f"{place}: token_ids do not spell the content: leave token_ids out if the text was edited, "
                 "or regenerate with this tokenizer"
             )
 

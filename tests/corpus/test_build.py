@@ -140,6 +140,21 @@ def test_a_system_prompt_reaches_conversations_that_have_none(tmp_path, chatml) 
     assert all(("Be brief." in p) == ("What is" in p) and ("My own." in p) == ("Say" in p) for p in prompts)
 
 
+def test_a_row_that_is_set_aside_names_the_message_of_its_file_though_a_system_prompt_was_put_first(
+    tmp_path, chatml
+) -> None:
+    other_ids = {"role": "assistant", "content": "Yes.", "token_ids": [5]}
+    bad = [chat("<|im_end|>", "Yes."), {"messages": [{"role": "user", "content": "Hi"}, other_ids]}]
+    own = chat("Hi", "<|im_end|>", system="My own.")
+    source = write_lines(tmp_path / "mine.jsonl", [*_talks(40), *bad, own])
+    build_corpus(_config(source), chatml, IDENTITY, tmp_path / "corpus", system_prompt="Be brief.")
+    listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["reason"].split(":")[0]) for r in listed] == [
+        (41, "messages[0]"), (42, "messages[1]"), (43, "messages[2]"),
+    ]  # fmt: skip
+    assert [json.loads(r["raw"]) for r in listed] == [{"messages": row["messages"]} for row in (*bad, own)]
+
+
 def test_the_same_inputs_make_the_same_artifact_and_are_not_worked_twice(tmp_path, source, bpe) -> None:
     tokenizer = with_template(bpe, CHATML)
     first = build_corpus(_config(source), tokenizer, IDENTITY, tmp_path / "corpus")

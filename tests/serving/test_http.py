@@ -110,6 +110,14 @@ def test_the_corpus_system_prompt_comes_first_unless_the_client_has_one():
     assert "Be brief." not in asked(own, user)
 
 
+def test_a_refused_message_has_its_place_in_the_request_whatever_the_server_puts_first():
+    asked = {**ASK, "messages": [*ASK["messages"], {"role": "assistant", "content": "<|im_end|>"}, *ASK["messages"]]}
+    for prompt, named in ((None, "messages[1]"), ("Be brief.", "messages[1]"), ("<|im_end|>", "target.system_prompt")):
+        with serving(FakeEngine(), system_prompt=prompt) as (url, _), pytest.raises(openai.BadRequestError) as refused:
+            client(url).chat.completions.create(**asked)
+        assert refused.value.body["message"].startswith(f"{named}: the text spells the special token '<|im_end|>'")
+
+
 def test_sampling_fields_reach_the_engine():
     engine = FakeEngine()
     with serving(engine) as (url, _):
