@@ -41,8 +41,8 @@ def warn(manifest: Manifest) -> None:
         print(
             f"regenerate: WARNING: {counts['clipped']} of {counts['rows']} prompts left their answers less room than "
             f"corpus.regenerate.max_new_tokens={asked['sampling']['max_new_tokens']} in engine.max_context="
-            f"{asked['max_context']}; {counts['clipped_cut']} answers were cut by it. Raise engine.max_context to have "
-            "them whole.",
+            f"{asked['max_context']}, or in what the KV pool holds where that is less; {counts['clipped_cut']} answers "
+            "were cut by it. Raise engine.max_context, or engine.kv_gib, to have them whole.",
             flush=True,
         )
     if counts["failed"]:

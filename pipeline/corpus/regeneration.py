@@ -106,10 +106,11 @@ class Regenerator:
         Returns:
             The same columns in the same order, messages with the response, and finish_reason ("stop", "length";
             "other_stop": an eos token that is not the template's end of turn), error ("" where there is a response),
-            retry int64[N] (1 where it was the engine that failed: another time it may answer, which a prompt that is
-            too long or whose answer is empty never does), prompt_tokens and response_tokens int64[N] (end-of-turn token
-            included), clipped int64[N]: 1 where the engine's max_context left less room than max_new_tokens. A prompt
-            that fails keeps its messages and says why in `error`; the others are answered.
+            retry int64[N] (1 where it was the engine that failed or that had too few pages: another time it may answer,
+            which a prompt that is too long or whose answer is empty never does), prompt_tokens and response_tokens
+            int64[N] (end-of-turn token included), clipped int64[N]: 1 where the engine (`most_tokens`: max_context, or
+            less where its pages hold less) left less room than max_new_tokens. A prompt that fails keeps its messages
+            and says why in `error`; the others are answered.
 
         Raises:
             TemplateError: the target's chat template cannot mark assistant turns (no prompt could be answered).
@@ -167,12 +168,15 @@ class Regenerator:
         messages = tuple(Message(m["role"], m["content"]) for m in json.loads(row["messages"]))
         prompt = Conversation(with_system_prompt(messages, self.system_prompt), row["source"], row["row"])
         prompt_ids = chat.prompt_ids(prompt.messages)
-        room = engine.config.max_context - len(prompt_ids)
+        most, context = engine.most_tokens, engine.config.max_context
+        room = most - len(prompt_ids)
         if room < 1:
-            raise RowError(
-                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for an answer in "
-                f"engine.max_context={engine.config.max_context}"
-            )
+            # Memory is no part of what the artifact is made from: with more of it the next run may answer.
+            row["retry"] = int(len(prompt_ids) < context)
+            where = f"engine.max_context={context}"
+            if row["retry"]:
+                where = f"the {most} tokens that the KV pool holds: raise engine.kv_gib, or free memory where it is 0"
+            raise RowError(f"the prompt has {len(prompt_ids)} tokens, which leaves no room for an answer in {where}")
         settings = self.settings
         request = Request(
             prompt_ids,
@@ -183,7 +187,7 @@ class Regenerator:
             seed=prompt_seed(settings.seed, prompt.messages),
             stop_ids=self._stop_ids,
         )
-        request.check(engine.target.vocab_size, engine.config.max_context)
+        request.check(engine.target.vocab_size, most)
         return prompt, request
 
     def _decode(self, requests: list[Request]) -> list[Completion | str]:

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.corpus.answers import write_answers
-from pipeline.corpus.conversations import parse_conversation
+from pipeline.corpus.conversations import Message, parse_conversation
 from pipeline.corpus.regeneration import (
     Regenerator,
     ResponseSettings,
@@ -23,8 +23,10 @@ from pipeline.corpus.regeneration import (
     rows_of,
 )
 from pipeline.corpus.rows import ChatFormat
-from pipeline.decoding import Completion, Request, RequestMetrics
+from pipeline.decoding import Completion, Engine, Request, RequestMetrics, make_proposer
+from pipeline.target import load_target
 from tests.corpus.chats import chat, write_lines
+from tests.decoding.samples import engine_of
 
 END = "<|im_end|>"
 SETTINGS = ResponseSettings(temperature=1.0, max_new_tokens=24, seed=7)
@@ -41,6 +43,7 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.config = SimpleNamespace(max_context=self.max_context, max_requests=4)
+        self.most_tokens = self.max_context
         self.target = SimpleNamespace(eos_ids=[2, 0], vocab_size=len(self.tokenizer))
         self.seen: list[Request] = []
 
@@ -187,6 +190,33 @@ def test_answers_with_less_room_than_asked_for_are_counted(tmp_path, chatml) -> 
     assert [r["finish_reason"] for r in rows] == ["length", "length", "stop"]
     counts, _ = write_answers(tmp_path, rows)
     assert (counts["clipped"], counts["clipped_cut"]) == (2, 1)
+
+
+def test_prompt_and_answer_have_the_room_that_the_engine_says(tmp_path) -> None:
+    """Four pages of 16 tokens, where engine.max_context is 512."""
+    target = load_target(TARGET, tmp_path)
+    made: list[Engine] = []
+
+    def load() -> tuple[Any, Engine]:
+        made.append(engine_of(target, make_proposer("none"), pages=4))
+        return target.tokenizer, made[-1]
+
+    prompts = ["Hi", "word " * 10, "word " * 40, "word " * 400]
+    rows = {
+        "row": np.arange(4),
+        "messages": np.array([json.dumps([{"role": "user", "content": p}]) for p in prompts], dtype=object),
+        "source": np.array([""] * 4, dtype=object),
+    }
+    answered = list(rows_of(Regenerator(TARGET, EngineConfig(), SETTINGS, tmp_path, load=load)(rows)))
+    lengths = [len(ChatFormat(target.tokenizer).prompt_ids([Message("user", p)])) for p in prompts]
+    assert lengths[0] + 24 < 64 < lengths[1] + 24 and lengths[1] < 64 < lengths[2] < 512 < lengths[3]
+    assert [r["error"] == "" for r in answered] == [True, True, False, False]
+    assert [r["clipped"] for r in answered] == [0, 1, 0, 0]
+    assert answered[1]["response_tokens"] <= 64 - lengths[1]
+    assert "no room for an answer in the 64 tokens that the KV pool holds: raise engine.kv_gib" in answered[2]["error"]
+    assert "no room for an answer in engine.max_context=512" in answered[3]["error"]
+    assert [r["retry"] for r in answered] == [0, 0, 1, 0], "with more memory the third fits"
+    assert len(made) == 1, "no engine failed"
 
 
 def test_an_answer_that_the_engine_gave_up_may_be_asked_for_again(tmp_path, chatml, monkeypatch) -> None:
