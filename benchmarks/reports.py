@@ -4,7 +4,8 @@ python benchmarks/reports.py --run outputs/demo --steps 24 --turns 3 --json repo
 
 A worker's report is taken in when Ray Train's controller polls, and its next one waits until then. Trains the
 experiment's draft on the features of a finished run as the job does, two workers, a report every step, in a directory
-that is removed again; both sides in turn, on one cluster. Anchors per second are the run's own, from its first step on.
+that is removed again; both sides in turn, on one cluster. Anchors per second are the run's own, from its first step on;
+their ratio is the geometric mean over the turns, with its bootstrap interval of 95 %.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 import ray
-from extract import interval
+from turns import ratio
 from workers import one
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from infra.local.cluster import KEEP_FREED
 from pipeline.artifact import write_json
 from pipeline.entry import compose
-
-INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+from pipeline.training.trainer import POLL_INTERVAL
 
 
 def main() -> None:
@@ -48,20 +48,20 @@ def main() -> None:
         ]
     )
     os.environ.update(KEEP_FREED)  # as the demo's cluster has it
-    os.environ.pop(INTERVAL, None)
+    os.environ.pop(POLL_INTERVAL, None)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     pairs: list[tuple[float, float]] = []
     for turn in range(args.turns):
         rates = {}
         for side in ("ray", "draftline") if turn % 2 else ("draftline", "ray"):
             if side == "ray":
-                os.environ[INTERVAL] = "2.0"
+                os.environ[POLL_INTERVAL] = "2.0"
             rates[side] = one(config, run, 2, 2)["anchors_per_second"]
-            os.environ.pop(INTERVAL, None)
+            os.environ.pop(POLL_INTERVAL, None)
         pairs.append((rates["draftline"], rates["ray"]))
         print(f"turn {turn + 1}: {rates['draftline']:.0f} anchors/s, every 2 s {rates['ray']:.0f}", flush=True)
     ray.shutdown()
-    mean, low, high = interval(pairs)
+    mean, low, high = ratio(pairs)
     print(f"draftline's poll over Ray Train's own, a report every step: {mean:.3f} [{low:.3f}, {high:.3f}]")
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items()}

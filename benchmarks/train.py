@@ -24,8 +24,6 @@ import ctypes
 import dataclasses
 import gc
 import itertools
-import math
-import random
 import re
 import statistics
 import time
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import ratio
 
 from pipeline.artifact import write_json
 from pipeline.drafts.config import DraftConfig
@@ -211,14 +210,6 @@ class Bench:
 
 def _no_blocks() -> Any:
     return SimpleNamespace(to=lambda _: None)
-
-
-def ratio(pairs: list[tuple[float, float]], draws: int = 2000) -> tuple[float, float, float]:
-    """Geometric mean of first / second, and its bootstrap interval."""
-    logs = [math.log(a / b) for a, b in pairs]
-    chance = random.Random(0)
-    means = sorted(statistics.fmean(chance.choices(logs, k=len(logs))) for _ in range(draws))
-    return math.exp(statistics.fmean(logs)), math.exp(means[int(0.025 * draws)]), math.exp(means[int(0.975 * draws)])
 
 
 def compare(case: Case, turns: int, device: str) -> dict[str, Any]:

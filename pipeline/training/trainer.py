@@ -28,6 +28,9 @@ from pipeline.training.engine import check_settings
 from pipeline.training.preemption import HeedSigterm, bell
 from pipeline.training.worker import History, WorkerPlan, stopped_file, train_worker
 
+POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+"""Ray Train's own environment variable: seconds between its controller's polls of the workers."""
+
 
 class Sink(Protocol):
     """Takes metrics of a step (`pipeline.registry.recorder.StageRun`); travels to the controller pickled."""
@@ -225,20 +228,19 @@ def _fit(config: PipelineConfig, plan: dict[str, Any], name: str, storage: Path,
 @contextlib.contextmanager
 def _polled(workers: int) -> Iterator[None]:
     """Ray Train's controller, started in the block, polls its workers five times a second (a hundred workers once), or
-    as RAY_TRAIN_HEALTH_CHECK_INTERVAL_S says.
+    as POLL_INTERVAL in the environment says.
 
     It takes one report of a worker per poll, and the worker's next one waits until then: at Ray's own 2 s, training
     that takes less than that for `log_every` steps would wait for its reports.
     """
-    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-    if name in os.environ:
+    if POLL_INTERVAL in os.environ:
         yield
         return
-    os.environ[name] = str(max(0.2, workers / 100))
+    os.environ[POLL_INTERVAL] = str(max(0.2, workers / 100))
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[POLL_INTERVAL]
 
 
 def history(run_dir: Path, manifest: artifact.Manifest) -> list[dict[str, float]]:
