@@ -23,8 +23,8 @@ from pipeline import artifact
 from pipeline.actors import num_gpus, over_actors, telling
 from pipeline.config import EngineConfig, PipelineConfig, RegenerateConfig, TargetConfig
 from pipeline.corpus.answers import KIND, read_answers, write_answers
+from pipeline.corpus.asking import Regenerator, ResponseSettings, prompt_rows, rows_of
 from pipeline.corpus.conversations import Quarantined
-from pipeline.corpus.regeneration import Regenerator, ResponseSettings, prompt_rows, rows_of
 from pipeline.corpus.rows import ChatFormat
 from pipeline.errors import ArtifactError, ConfigError, DraftlineError
 from pipeline.target import load_tokenizer

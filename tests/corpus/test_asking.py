@@ -14,14 +14,14 @@ import pytest
 
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.corpus.answers import write_answers
-from pipeline.corpus.conversations import Message, parse_conversation
-from pipeline.corpus.regeneration import (
+from pipeline.corpus.asking import (
     Regenerator,
     ResponseSettings,
     prompt_rows,
     prompt_seed,
     rows_of,
 )
+from pipeline.corpus.conversations import Message, parse_conversation
 from pipeline.corpus.rows import ChatFormat
 from pipeline.decoding import Completion, Engine, Request, RequestMetrics, make_proposer
 from pipeline.target import load_target
