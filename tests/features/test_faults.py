@@ -25,6 +25,7 @@ from pipeline.features.forward import feature_rows
 from pipeline.features.store import FeatureStore
 from pipeline.target import load_target
 from tests.features.conftest import FEATURES, TARGET
+from tests.processes import below
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault, pytest.mark.timeout(600)]
 
@@ -57,8 +58,7 @@ def wait_for(condition: Callable[[], bool]) -> bool:
 
 def extractors() -> set[int]:
     """The processes of extracting actors."""
-    below = psutil.Process().children(recursive=True)
-    return {p.pid for p in below if "MapBatches(Extractor)" in " ".join(p.cmdline())}
+    return set(below("MapBatches(Extractor)"))
 
 
 def assert_every_row_once(out: Path, corpus_dir: Path, cache_dir: Path) -> None:

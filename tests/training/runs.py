@@ -14,7 +14,6 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +24,7 @@ from pipeline.config import CorpusConfig, PipelineConfig, TargetConfig, from_pla
 from pipeline.corpus.build import build_corpus, read_rows
 from pipeline.target import TapCapture, Target, load_target
 from pipeline.training.trainer import train
+from tests.processes import below
 
 LAYERS = [0, 2]
 SILENT = (3, 11)
@@ -181,11 +181,7 @@ class Signaller(threading.Thread):
             steps = [int(r["step"]) for r in reported(self.run_dir)]
             if not steps or steps[-1] <= self.after or steps[-1] % self.but == 0:
                 continue
-            workers = [
-                process.pid
-                for process in psutil.Process().children(recursive=True)
-                if "RayTrainWorker" in " ".join(process.cmdline())
-            ]
+            workers = below("RayTrainWorker")
             now = int(reported(self.run_dir)[-1]["step"])  # finding them takes a while
             if workers and now % self.but:
                 with contextlib.suppress(ProcessLookupError):
