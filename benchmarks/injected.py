@@ -25,9 +25,9 @@ from served import settings
 from pipeline.artifact import write_json
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, make_proposer
-from pipeline.decoding.attention import Segment
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence as Running
+from pipeline.decoding.table_layout import Segment
 from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.evaluation.benchmark import Arm

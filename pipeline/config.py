@@ -172,7 +172,8 @@ class EngineConfig:
     global. step_cost: a JSON file (absolute path) to keep measured step costs in; '' measures in every process.
     trace: a folder (absolute path) for a record of every step, see pipeline/decoding/trace.py; '' keeps none.
     skip_drafts: draft only for requests where it is expected to pay (pipeline/decoding/worth.py), with schedulers that
-    weigh costs. threads: torch threads (0: leave). prepack: oneDNN weights on CPU.
+    weigh costs. threads: torch threads (0: leave). prepack: oneDNN weights on CPU. cuda_graphs: on a GPU, record steps
+    that read no prompts in CUDA graphs.
     """
 
     max_requests: int = 8
@@ -190,6 +191,7 @@ class EngineConfig:
     skip_drafts: bool = True
     threads: int = 2
     prepack: bool = True
+    cuda_graphs: bool = True
 
 
 def deciding(engine: EngineConfig) -> dict[str, Any]:

@@ -85,18 +85,20 @@ def markov_block(
     d2t: Tensor | None = None,
     rule: str = "coupled",
     logits: bool = False,
+    first: int = 0,
 ) -> Block:
     """Draws a block of every request, slot by slot.
 
     Args:
         base: [B, K, Vd] logits of the slots without the Markov bias, after any softcap.
         code, w2: the Markov head's code of a slot and its matrix [Vd, r]; None, None: no head.
-        anchor_tokens: int64[B], the tokens before slot 0. anchors: int64[B], their absolute positions; slot k's token
-            is at anchors + 1 + k.
+        anchor_tokens: int64[B], the tokens before slot 0. anchors: int64[B], absolute positions of the round's anchors;
+            slot k's token is at anchors + 1 + first + k.
         sampling: parameters of the B requests; greedy rows take the largest logit, lowest id on ties.
         vocabulary: V. d2t: int64[Vd] ascending target ids of the columns; None when they are the target's.
         rule: the verification rule that the block will meet ("coupled" or "ratio"); it decides the noise.
         logits: keep the logits drawn from (the ratio rule needs them).
+        first: slots of the round that were drawn before these.
 
     Raises:
         ValueError: shapes, dtypes, devices or the rule do not fit; the message names the argument.
@@ -110,9 +112,9 @@ def markov_block(
         from . import markov_block_triton
 
         return markov_block_triton.markov_block(
-            base, code, w2, anchor_tokens, anchors, sampling, vocabulary, d2t, stream, own, logits
+            base, code, w2, anchor_tokens, anchors + first, sampling, vocabulary, d2t, stream, own, logits
         )
-    return reference(base, code, w2, anchor_tokens, anchors, sampling, d2t, stream, own, logits)
+    return reference(base, code, w2, anchor_tokens, anchors + first, sampling, d2t, stream, own, logits)
 
 
 def reference(

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from draftline_kernels import ragged_paged_attention
-from pipeline.decoding.cache import PagedKV
+from pipeline.decoding.cache import PagedKV, on_device
 from pipeline.decoding.geometry import LayerAttention, Probe
+from pipeline.decoding.table_layout import Segment, TableLayout, by_table, page_table
 
 NAME = "draftline_ragged"
 ALONE = 128
@@ -28,15 +28,6 @@ ALONE = 128
 FEW = 16
 """Most tokens of a request that attends with another (decoding, not reading a prompt)."""
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """`count` consecutive new tokens of one request, the first at absolute position `start`; `pages`: its table."""
-
-    pages: list[int]
-    start: int
-    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +170,8 @@ class StepLayout:
             for p in range(s.start, s.start + s.count):
                 positions.append(p)
                 cells.append(s.pages[p // size] * size + p % size)
-        self.positions = torch.tensor(positions, device=cache.device)
-        self.cells = torch.tensor(cells, device=cache.device)
+        self.positions = on_device(positions, cache.device)
+        self.cells = on_device(cells, cache.device)
 
     def behind(self) -> StepLayout:
         """Of as many tokens of each segment again, right behind these, in pages that it has already: what the device
@@ -261,36 +252,18 @@ class StepLayout:
     def by_kernel(self, shape: LayerAttention, q: torch.Tensor) -> torch.Tensor:
         """[T, H, d of v] of q [H, T, d] over keys and values that are in their cells, by the paged kernel (on CPU: by
         its reference)."""
-        return ragged_paged_attention(
-            q.transpose(0, 1),
-            self.cache.k[shape.source],
-            self.cache.v[shape.source],
-            *self._on_device(q.device),
-            page_size=self.cache.size,
-            scale=shape.scale,
-            window=shape.window,
-            softcap=shape.softcap,
-            causal=self._causal,
-        )
+        return by_table(q, self.cache, shape, self._on_device(q.device), self._causal)
 
     def _on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Page tables int32[segments, most pages], first rows int32[segments + 1] and contexts int32[segments], made
         once."""
         if self._table is None:
-            self._table = _page_table(self._segments).to(device)
+            self._table = page_table(self._segments).to(device, non_blocking=True)
         if self._bounds is None:
-            starts = torch.tensor([0, *itertools.accumulate(self._counts)], dtype=torch.int32)
-            context = torch.tensor([s.start for s in self._segments], dtype=torch.int32)
-            self._bounds = (starts.to(device), context.to(device))
+            starts = [0, *itertools.accumulate(self._counts)]
+            context = [s.start for s in self._segments]
+            self._bounds = (on_device(starts, device, torch.int32), on_device(context, device, torch.int32))
         return (self._table, *self._bounds)
-
-
-def _page_table(segments: list[Segment]) -> torch.Tensor:
-    """int32[segments, most pages]; what is behind a segment's last page is never read."""
-    table = np.zeros((len(segments), max(len(s.pages) for s in segments)), dtype=np.int32)
-    for row, s in zip(table, segments, strict=True):
-        row[: len(s.pages)] = s.pages
-    return torch.from_numpy(table)
 
 
 def _attend(
@@ -335,7 +308,7 @@ def ragged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    draftline_layout: StepLayout | Probe | None = None,
+    draftline_layout: StepLayout | TableLayout | Probe | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d]."""

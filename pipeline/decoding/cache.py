@@ -62,6 +62,12 @@ class PagedKV:
             tensor.index_fill_(1, cells, 0)
 
 
+def on_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Integers in a tensor there. Nobody waits for the copy: `torch.tensor(values, device=...)` would wait for all that
+    the GPU still has to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def page_bytes(shapes: Sequence[Shape | None], size: int, dtype: torch.dtype) -> int:
     """Bytes of one page of `size` cells, all layers together."""
     return size * dtype.itemsize * sum(s[0] * (s[1] + s[2]) for s in shapes if s is not None)

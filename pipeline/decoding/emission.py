@@ -57,7 +57,8 @@ class RoundTrace:
         drafted, raw = plan.drafted, plan.proposal.raw_confidence
         return cls(
             [s.request.id for s in plan.decoding[:drafted]],
-            None if raw is None else raw.cpu(),
+            # A copy: the next step of its recording writes over it.
+            None if raw is None else raw.to("cpu", copy=True),
             torch.tensor(plan.lengths[:drafted]),
             torch.tensor(accepted[:drafted]),
             torch.tensor([len(e.tokens) for e in emitted[:drafted]]),
@@ -71,9 +72,9 @@ def emissions(plan: StepPlan, step: Verification) -> tuple[list[Emission], list[
         what each request of `plan.verifying` emits; the positions of blocks that became part of a text, in order; and
         the accepted draft tokens of each.
     """
-    accepted, following, finite = (
-        t.tolist() for t in (step.result.accepted, step.result.next_token, step.result.finite)
-    )
+    result = step.result
+    # One read: each would wait for the device.
+    accepted, following, finite = torch.stack((result.accepted, result.next_token, result.finite.long())).tolist()
     commits: list[Commit] = []
     emitted = [
         _emit(plan, step, i, accepted[i], following[i] if finite[i] else None, commits)

@@ -73,7 +73,7 @@ class Engine:
             atexit.register(self.trace.write)
         draft_bytes = proposer.page_bytes(config.page_size)
         self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes, proposer.block_size)
-        proposer.attach(self.runner.pool)
+        proposer.attach(self.runner.pool, self.runner.recording)
         self._held = HeldCommits()
         self.batch = Batch(self.runner.pool, self.runner.cache, config, proposer, self._held)
         if self.most_tokens < config.max_context:
@@ -126,7 +126,7 @@ class Engine:
         """
         if self.has_work:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
-        proposer.attach(self.runner.pool)
+        proposer.attach(self.runner.pool, self.runner.recording)
         if proposer is not self.proposer:
             self.proposer.detach(self.runner.pool)
         self.runner.layer_ids = list(proposer.layer_ids)
@@ -278,6 +278,8 @@ class Engine:
         if not batch.running:
             return events
         drafting, plain = self._whom_to_draft_for([s for s in batch.running if s.prefilled])
+        for s in plain:
+            s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
         decoding = drafting + plain
         if drafting:
             self._held.hand_over(self.proposer, drafting)
@@ -289,21 +291,20 @@ class Engine:
         drafted = time.perf_counter()
         plan = plan_step(decoding, batch.running, proposal, lengths, self.config.prefill_chunk)
         taps, logits = self.runner.step(plan.segments, plan.tokens, plan.logit_rows)
-        self.runner.wait()
-        ended = time.perf_counter()
+        ended, context = time.perf_counter(), self._mean_context(decoding) if decoding else 0
+        events += self._postprocess(plan, taps, logits)
+        # What was emitted has been read by now, so that asking for the time makes nobody wait for the device.
+        target = self.runner.seconds()
         if decoding and self.proposer.block_size and self.step_cost is not None:
             if proposal is not None:
                 self.step_cost.observe_draft(len(drafting), drafted - began)
             if not plan.chunks:  # reading prompts costs otherwise
-                self.step_cost.observe(len(plan.tokens), self._mean_context(decoding), ended - drafted)
-        for s in plain:
-            s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
+                self.step_cost.observe(len(plan.tokens), context, target)
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
-            s.metrics.target_seconds += ended - drafted
-        events += self._postprocess(plan, taps, logits)
+            s.metrics.target_seconds += target
         if self.trace is not None:
-            times = (began, proposed, drafted, ended, time.perf_counter())
+            times = (began, proposed, drafted, max(ended, drafted + target), time.perf_counter())
             prefill = sum(c.rows.stop - c.rows.start for c in plan.chunks)
             self.trace.add(StepRecord(times, len(plan.tokens), prefill, plan.outcome))
         return events
@@ -332,8 +333,7 @@ class Engine:
             return [0] * len(decoding)
         drafted, block = proposal.tokens.shape
         confidence, limits = torch.zeros(len(decoding), block), torch.zeros(len(decoding), dtype=torch.int64)
-        # A draft whose numbers fail is not worth verifying.
-        confidence[:drafted] = proposal.confidence.nan_to_num(0.0)
+        confidence[:drafted] = proposal.on_host[1]
         limits[:drafted] = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding[:drafted]]))
         cost = None
         if self.step_cost is not None and self.scheduler.weighs_cost:

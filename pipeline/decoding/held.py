@@ -12,6 +12,7 @@ import dataclasses
 
 import torch
 
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.proposers.base import Commit, Proposer
 from pipeline.decoding.request import Sequence
 
@@ -108,7 +109,7 @@ def _chosen(commits: list[Commit], taps: torch.Tensor | None) -> tuple[list[Comm
     for c in commits:
         moved.append(_moved(c, len(index)))
         index += range(c.rows.start, c.rows.stop)
-    return moved, taps[torch.tensor(index, device=taps.device)]
+    return moved, taps[on_device(index, taps.device)]
 
 
 def _moved(commit: Commit, start: int) -> Commit:

@@ -26,12 +26,15 @@ def chain_key(before: bytes, tokens: Sequence[int]) -> bytes:
 class PagePool:
     """Hands out pages 0..pages-1 of `size` cells and refuses double use.
 
+    Args:
+        scratch: whether the tensors have one page more, which is never handed out: what a step writes for nobody goes
+            there (pipeline/decoding/recorded.py).
     Attributes:
-        refs: int64[pages], how many requests hold each.
+        refs: int64[pages], how many requests hold each. total: pages of the tensors.
     """
 
-    def __init__(self, pages: int, size: int) -> None:
-        self.pages, self.size = pages, size
+    def __init__(self, pages: int, size: int, *, scratch: bool = False) -> None:
+        self.pages, self.size, self.total = pages, size, pages + scratch
         self.refs = np.zeros(pages, dtype=np.int64)
         self._free = np.ones(pages, dtype=bool)
         self._free_count = pages

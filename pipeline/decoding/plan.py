@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.decoding.attention import Segment
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.table_layout import Segment
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ def plan_step(
             prompt tokens of a step.
     """
     plan = StepPlan(decoding, proposal, lengths)
-    drafts: list[list[int]] = [] if proposal is None else proposal.tokens.tolist()
+    drafts: list[list[int]] = [] if proposal is None else list(proposal.on_host[0])
     drafts += [[]] * (len(decoding) - len(drafts))
     for s, draft, length in zip(decoding, drafts, lengths, strict=True):
         first = len(plan.tokens)

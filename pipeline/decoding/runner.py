@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from pathlib import Path
 
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.decoding.attention import NAME, Segment, StepLayout
-from pipeline.decoding.cache import PagedKV, page_bytes, pool_pages
+from pipeline.decoding.attention import NAME, StepLayout
+from pipeline.decoding.cache import PagedKV, on_device, page_bytes, pool_pages
 from pipeline.decoding.geometry import attention_geometry
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.prepack import PackedLinear, available, prepack
-from pipeline.decoding.step_cost import StepCost, device_name, kept, measure
+from pipeline.decoding.recorded import SIZES, CudaGraphs, Recorder, Recording, Replays, StepInput, size_for
+from pipeline.decoding.step_cost import StepCost, StepTimer, device_name, kept, measure
+from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.errors import DraftlineError
 from pipeline.target import TapCapture, Target
+
+log = logging.getLogger(__name__)
 
 
 class TargetRunner:
@@ -27,12 +31,14 @@ class TargetRunner:
     Args:
         config: sizes, and whether linears are prepacked (CPU, fp32).
         layer_ids: tapped decoder layers (empty: no taps).
+        record: how steps that read no prompts are recorded. None: in CUDA graphs where the target is on a GPU, and else
+            not at all.
         draft_page_bytes, block_size: what a page takes in the drafts beside the target, and how many tokens of theirs
             stand behind a text, to size the pool.
     Attributes:
         pool: of the pages, for the drafts' keys and values too.
-        buckets: sizes in tokens that steps without prompt chunks are padded to; none, as nothing here is captured in
-            CUDA graphs.
+        recording: what steps are recorded with, the drafts' too; None: they are launched operation by operation.
+        buckets: sizes in tokens that recorded steps are padded to; none without recording.
         unsound: which segments of the last step have hidden states that are not finite; looked at on CPU only.
     Raises:
         DraftlineError: a target that the engine can't run, with the reason, or a context beyond its positions.
@@ -45,6 +51,7 @@ class TargetRunner:
         layer_ids: list[int] | None = None,
         draft_page_bytes: int = 0,
         block_size: int = 0,
+        record: Recorder | None = None,
     ) -> None:
         limit = getattr(target.config, "max_position_embeddings", None)
         if limit is not None and config.max_context > limit:
@@ -60,9 +67,26 @@ class TargetRunner:
             (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
         ]
         each = page_bytes(shapes, config.page_size, target.dtype) + draft_page_bytes
-        self.pool = PagePool(pool_pages(config, each, target.device, block_size), config.page_size)
-        self.cache = PagedKV(shapes, self.pool.pages, self.pool.size, target.dtype, target.device)
+        if record is None and config.cuda_graphs and target.device.type == "cuda":
+            if len({p.device for p in target.model.parameters()}) == 1:
+                record = CudaGraphs()
+            else:
+                log.info("The target lies on several devices: its steps are not recorded in CUDA graphs.")
+        pages = pool_pages(config, each, target.device, block_size)
+        self.pool = PagePool(pages, config.page_size, scratch=record is not None)
+        self.cache = PagedKV(shapes, self.pool.total, self.pool.size, target.dtype, target.device)
+        self.recording: Recording | None = None
         self.buckets: tuple[int, ...] = ()
+        self._replays: Replays[tuple[torch.Tensor | None, torch.Tensor]] | None = None
+        self._inputs: dict[int, StepInput] = {}
+        if record is not None:
+            behind = max(block_size, 7) + 1
+            widest = min(self.pool.needed(config.max_context + behind), self.pool.pages)
+            self.recording = Recording(record, self.pool.pages, widest, config.max_requests)
+            most = config.max_requests * behind
+            self.buckets = tuple(t for t in SIZES if t <= most)
+            self._replays = Replays(self.recording, f"the target ({self.family.name})")
+        self._timer = StepTimer(target.device)
         self.unsound: set[int] = set()
         self.packed = 0
         if config.prepack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
@@ -84,8 +108,46 @@ class TargetRunner:
         Returns:
             taps [T, L*D] or None, and logits [len(logit_rows), V] (softcapped where the family does so).
         """
+        self._timer.start()
+        done = self._replayed(segments, token_ids) if len(logit_rows) == len(token_ids) else None
+        if done is None:
+            done = self._launched(segments, token_ids, logit_rows)
+        self._timer.stop()
+        return done
+
+    def _replayed(
+        self, segments: list[Segment], token_ids: list[int]
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """A step that reads no prompts, from its recording; None where there is none of its size."""
+        size = size_for(len(token_ids), self.buckets)
+        if self._replays is None or self.recording is None or size is None:
+            return None
+        if size not in self._inputs:
+            requests = min(size, self.recording.requests)
+            self._inputs[size] = StepInput(size, requests, self.recording, self.target.device)
+        given = self._inputs[size]
+        if not given.load(segments, token_ids):
+            return None
+
+        def body() -> tuple[torch.Tensor | None, torch.Tensor]:
+            layout = given.layout(self.cache, self.geometry, causal=True)
+            hidden, taps = self._forward(given.ids.long()[None], layout)
+            return taps, self._logits(hidden)
+
+        done = self._replays.run((size, tuple(self.layer_ids)), body)
+        if done is None:
+            self.buckets = ()
+            return None
+        self.unsound = set()
+        taps, logits = done
+        # Taps may be held for a draft beyond the next replay, logits are not.
+        return None if taps is None else taps[: len(token_ids)].clone(), logits[: len(token_ids)]
+
+    def _launched(
+        self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         layout = StepLayout(segments, self.cache, self.geometry)
-        ids = torch.tensor([token_ids], device=self.target.device)
+        ids = on_device(token_ids, self.target.device)[None]
         hidden, taps = self._forward(ids, layout)
         self.unsound = self._not_finite(hidden, segments)
         if self.unsound and layout.paired:
@@ -93,13 +155,15 @@ class TargetRunner:
             hidden, taps = self._forward(ids, StepLayout(segments, self.cache, self.geometry, pairs=False))
             self.unsound = self._not_finite(hidden, segments)
         if len(logit_rows) != hidden.shape[0]:
-            hidden = hidden[torch.tensor(logit_rows, dtype=torch.int64, device=hidden.device)]
-        logits = self.target.model.get_output_embeddings()(hidden)
-        if self.family.logit_softcap:
-            logits = torch.tanh(logits / self.family.logit_softcap) * self.family.logit_softcap
-        return taps, logits
+            hidden = hidden[on_device(logit_rows, hidden.device)]
+        return taps, self._logits(hidden)
 
-    def _forward(self, ids: torch.Tensor, layout: StepLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.target.model.get_output_embeddings()(hidden)
+        cap = self.family.logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _forward(self, ids: torch.Tensor, layout: StepLayout | TableLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Last hidden states [T, D] of ids int64[1, T], and taps [T, L*D] or None."""
         if not self.layer_ids:
             return self.family.hidden(ids, position_ids=layout.positions[None], draftline_layout=layout)[0], None
@@ -120,7 +184,7 @@ class TargetRunner:
         """Seconds of steps of up to `per_request` tokens of each of config.max_requests: those kept in the file
         config.step_cost where they fit, else measured now. For while no request runs."""
         most = config.max_requests * per_request
-        grid = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if t <= most]
+        grid = [t for t in SIZES if t <= most]
         room = max(config.max_context - per_request, 1)
         contexts = sorted({min(64, room), min(512, room)})
         # Beyond its last context a table stays as it is there, and long texts would seem as cheap as short ones.
@@ -142,6 +206,7 @@ class TargetRunner:
             "packed_linears": sum(isinstance(m, PackedLinear) for m in self.target.model.modules()),
             "target": identity.id,
             "target_config": identity.config_digest,
+            "recorded": self.recording is not None,
         }
         cost = kept(Path(config.step_cost), made_for, (grid[-1], [*contexts, *far][-1]), measured)
         cost.hardware = str(made_for["hardware"])
@@ -163,12 +228,9 @@ class TargetRunner:
             for i in range(requests)
         ]
         ids = [7 % self.target.vocab_size] * tokens
-        began = time.perf_counter()
         self.step(segments, ids, list(range(tokens)))
-        self.wait()
-        return time.perf_counter() - began
+        return self.seconds()
 
-    def wait(self) -> None:
-        """Until the device has done what it was asked (CUDA runs behind the program)."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+    def seconds(self) -> float:
+        """What the last step took. On CUDA this waits for its end, and is for after its results were read."""
+        return self._timer.seconds()

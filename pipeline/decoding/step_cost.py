@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,38 @@ def device_name(device: torch.device | str = "cpu") -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine() or "unknown CPU"
+
+
+class StepTimer:
+    """Times one step after the other; on CUDA by events on the stream, so that nobody waits before `seconds`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events = None
+        self._times = (0.0, 0.0)
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+
+    def start(self) -> None:
+        """A step begins."""
+        if self._events is not None:
+            self._events[0].record(torch.cuda.current_stream(self._device))
+        else:
+            self._times = (time.perf_counter(), 0.0)
+
+    def stop(self) -> None:
+        """All of it was asked of the device."""
+        if self._events is not None:
+            self._events[1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._times = (self._times[0], time.perf_counter())
+
+    def seconds(self) -> float:
+        """Of the last step, when the device is done with it."""
+        if self._events is None:
+            return self._times[1] - self._times[0]
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
 
 
 @dataclasses.dataclass

@@ -139,7 +139,7 @@ class DraftWorth:
         self._not_paying = None
         there = torch.arange(proposal.tokens.shape[1]) < proposal.counts[:, None]
         # A single NaN would stay in the sums of all texts for ever.
-        survival = (proposal.confidence.cpu().double().nan_to_num(0.0) * there).cumprod(1).numpy()
+        survival = (proposal.on_host[1].double() * there).cumprod(1).numpy()
         for s, row, length, kept in zip(sequences, survival, verified, accepted, strict=False):
             record = self._record(s)
             record.add(row, length, kept, 0.8)

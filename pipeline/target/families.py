@@ -60,8 +60,9 @@ class Family:
             options: passed to the backbone (position_ids, what attention functions take).
         """
         if self.placeholders:
-            stray = torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))
-            input_ids = input_ids.masked_fill(stray, self.blank)
+            # One by one: a tensor of them would be copied to the device, which a CUDA graph can't do.
+            for stray in self.placeholders:
+                input_ids = input_ids.masked_fill(input_ids == stray, self.blank)
         out: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False, **options).last_hidden_state
         return out
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable
 from typing import Protocol
 
 import torch
 
 from pipeline.decoding.pages import PagePool
+from pipeline.decoding.recorded import Recording
 from pipeline.decoding.request import Sequence
 
 
@@ -32,6 +34,16 @@ class Proposal:
     raw_confidence: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     d2t: torch.Tensor | None = None
+
+    @functools.cached_property
+    def on_host(self) -> tuple[list[list[int]], torch.Tensor]:
+        """tokens, and confidence float32[B, K] with 0 for NaN (a draft whose numbers fail is not worth verifying): read
+        from the device in one copy, once."""
+        block = self.tokens.shape[1]
+        bits = self.confidence.float().contiguous().view(torch.int32)
+        rows = torch.cat((self.tokens, bits.long()), 1).tolist()
+        confidence = torch.tensor([row[block:] for row in rows], dtype=torch.int32).view(torch.float32)
+        return [row[:block] for row in rows], confidence.nan_to_num(0.0)
 
 
 @dataclasses.dataclass
@@ -66,8 +78,10 @@ class Proposer(Protocol):
         """What a page of `size` positions takes of the draft's own memory."""
         ...
 
-    def attach(self, pool: PagePool) -> None:
+    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
         """Makes room for keys and values in an engine's pages; leaves the pool of another, if it was in one.
+
+        recording: what its steps are to be recorded with, if they are.
 
         Raises DraftlineError: not enough memory.
         """
@@ -105,7 +119,7 @@ class WithoutContext:
     def page_bytes(self, size: int) -> int:
         return 0
 
-    def attach(self, pool: PagePool) -> None: ...
+    def attach(self, pool: PagePool, recording: Recording | None = None) -> None: ...
 
     def detach(self, pool: PagePool) -> None: ...
 

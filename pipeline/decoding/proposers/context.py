@@ -15,12 +15,16 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from pipeline.decoding.attention import Segment, StepLayout
-from pipeline.decoding.cache import PagedKV, Shape, page_bytes
+from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.cache import PagedKV, Shape, on_device, page_bytes
 from pipeline.decoding.geometry import LayerAttention
 from pipeline.decoding.pages import PagePool
-from pipeline.decoding.proposers.base import Commit
+from pipeline.decoding.proposers.base import Commit, Proposal
+from pipeline.decoding.proposers.drawing import Asked, Drawn
+from pipeline.decoding.recorded import SIZES, Recording, Replays, StepInput, size_for
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.table_layout import Segment, TableLayout
+from pipeline.drafts.base import Draft
 
 _numbers = itertools.count()
 
@@ -74,7 +78,7 @@ class DraftContext:
             return
         if self._pool is not None:
             self.detach(self._pool)
-        self._cache = PagedKV(self._shapes, pool.pages, pool.size, self.dtype, self.device)
+        self._cache = PagedKV(self._shapes, pool.total, pool.size, self.dtype, self.device)
         # A new number each time: tensors made anew hold nothing of what pages were marked with before.
         self._pool, self._number = pool, next(_numbers)
 
@@ -85,6 +89,11 @@ class DraftContext:
         pool.untag(self._number)
         self._cache, self._pool = None, None
         self._length.clear()
+
+    @property
+    def pool(self) -> PagePool | None:
+        """The pool that it is attached to."""
+        return self._pool
 
     @property
     def cache(self) -> PagedKV:
@@ -135,27 +144,67 @@ class DraftContext:
                     self._pool.mark(s.pages[i], self.tag(s, (i + 1) * size))
         if not rows:
             return None
-        return Extension(rows, torch.tensor(positions, device=self.device), torch.tensor(cells, device=self.device))
-
-    def layout(self, sequences: list[Sequence], starts: list[int], count: int, *, causal: bool) -> StepLayout:
-        """For `count` new positions of each request, from `starts` on, behind its context."""
-        segments = [Segment(s.pages, start, count) for s, start in zip(sequences, starts, strict=True)]
-        return StepLayout(segments, self.cache, self.layers, causal=causal)
+        return Extension(rows, on_device(positions, self.device), on_device(cells, self.device))
 
 
 class WithContext:
-    """Of proposers whose keys and values are in a `DraftContext`."""
+    """Of neural drafts: keys and values are in a `DraftContext`, and blocks may be recorded."""
 
+    name: str
+    draft: Draft
+    device: torch.device
     context: DraftContext
+    _replays: Replays[Drawn] | None = None
+
+    def __init__(self) -> None:
+        self._rooms: dict[Hashable, tuple[StepInput, Asked]] = {}
 
     def page_bytes(self, size: int) -> int:
         return self.context.page_bytes(size)
 
-    def attach(self, pool: PagePool) -> None:
+    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
+        before = self.context.pool
         self.context.attach(pool)
+        if before is not pool:
+            self._rooms.clear()  # recorded over tensors that are gone
+            self._replays = None if recording is None else Replays(recording, f"the draft ({self.name})")
 
     def detach(self, pool: PagePool) -> None:
+        if pool is self.context.pool:
+            self._rooms.clear()
+            self._replays = None
         self.context.detach(pool)
+
+    def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
+        """Draws the blocks of B requests over a layout; nothing in it may look at a value on the host."""
+        raise NotImplementedError
+
+    def _proposal(self, asked: Asked, segments: list[Segment], *, causal: bool) -> Proposal:
+        """Blocks of B requests whose next positions are these segments, from a recording where there is one."""
+        drawn = self._replayed(asked, segments, causal)
+        if drawn is None:
+            drawn = self._draw(asked, StepLayout(segments, self.context.cache, self.context.layers, causal=causal))
+        return drawn.proposal(len(segments), self.draft.d2t)
+
+    def _replayed(self, asked: Asked, segments: list[Segment], causal: bool) -> Drawn | None:
+        if self._replays is None:
+            return None
+        recording, each = self._replays.recording, segments[0].count
+        batch = size_for(len(segments), [*(s for s in SIZES if s < recording.requests), recording.requests])
+        if batch is None:
+            return None
+        key = (batch, *asked.kind)
+        if key not in self._rooms:
+            self._rooms[key] = (StepInput(batch * each, batch, recording, self.device), asked.room(batch))
+        given, room = self._rooms[key]
+        if not given.load(segments):
+            return None
+        room.fill(asked)
+
+        def body() -> Drawn:
+            return self._draw(room, given.layout(self.context.cache, self.context.layers, causal=causal))
+
+        return self._replays.run(key, body)
 
     def wipe(self, pages: list[int]) -> None:
         self.context.cache.wipe(pages)

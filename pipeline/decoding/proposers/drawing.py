@@ -1,15 +1,18 @@
 """Drawing a block token by token, as every neural draft does it.
 
+Nothing here looks at a value on the host: a block can be recorded (pipeline/decoding/recorded.py) and waits for nobody.
 Letters: B requests, G tokens per block, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
-from draftline_kernels import Code, Sampling, draw, markov_block, proposal_stream, transform
+from draftline_kernels import Block, Code, Sampling, markov_block
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.base import Draft
@@ -24,6 +27,93 @@ def into_dtype(draft: Draft, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What blocks are drafted for.
+
+    Attributes:
+        anchors: int64[B] absolute positions of the last tokens. previous: int64[B], those tokens.
+        state: [B, D], what a draft carries over from its last commit (Eagle3's g); None where it carries nothing.
+    """
+
+    anchors: torch.Tensor
+    previous: torch.Tensor
+    sampling: Sampling
+    state: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], device: torch.device, state: torch.Tensor | None = None) -> Asked:
+        """What these requests ask for."""
+        sampling = Sampling.of(
+            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
+            device=device,
+        )
+        anchors = on_device([len(s.tokens) - 1 for s in sequences], device)
+        return cls(anchors, on_device([s.tokens[-1] for s in sequences], device), sampling, state)
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What decides which operations a block is drawn by."""
+        return self.sampling.greedy, self.sampling.truncated
+
+    def room(self, batch: int) -> Asked:
+        """A copy with rows for `batch` requests, which are greedy behind its own; `fill` writes others over it."""
+        return dataclasses.replace(
+            self,
+            anchors=_wider(self.anchors, batch),
+            previous=_wider(self.previous, batch),
+            sampling=self._sampling(batch),
+            state=None if self.state is None else _wider(self.state, batch),
+        )
+
+    def fill(self, asked: Asked) -> None:
+        """Takes over the values of a smaller or equally large one of the same kind."""
+        for mine, new in zip(self._tensors(), asked._tensors(), strict=True):
+            mine[: len(new)].copy_(new, non_blocking=True)
+            mine[len(new) :].zero_()
+
+    def _sampling(self, batch: int) -> Sampling:
+        wider = Sampling(*(_wider(getattr(self.sampling, f.name), batch) for f in _fields()))
+        # Both are worked out when first asked for, by a look at the values: now, as a recording may not.
+        if (wider.greedy, wider.truncated) != self.kind:
+            raise RuntimeError(f"room for {batch} requests is of another kind than the {len(self.anchors)} it is for")
+        return wider
+
+    def _tensors(self) -> list[torch.Tensor]:
+        own = [self.anchors, self.previous, *(getattr(self.sampling, f.name) for f in _fields())]
+        return own if self.state is None else [*own, self.state]
+
+
+def _fields() -> list[dataclasses.Field[torch.Tensor]]:
+    return [f for f in dataclasses.fields(Sampling) if f.init]
+
+
+def _wider(rows: torch.Tensor, count: int) -> torch.Tensor:
+    out = rows.new_zeros(count, *rows.shape[1:])
+    out[: len(rows)] = rows
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Blocks as drawn: tokens int64[B, G], calibrated and raw confidence float32[B, G], and logits float32[B, G, Vd] of
+    what the tokens were drawn from, where verification asks for it."""
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    raw_confidence: torch.Tensor
+    logits: torch.Tensor | None
+
+    def proposal(self, batch: int, d2t: torch.Tensor) -> Proposal:
+        """Of the first `batch` requests."""
+        tokens = self.tokens[:batch]
+        counts = torch.full((batch,), tokens.shape[1], dtype=torch.int64)
+        logits = self.logits
+        if logits is not None and len(logits) != batch:
+            logits = logits[:batch]
+        return Proposal(tokens, counts, self.confidence[:batch], self.raw_confidence[:batch], logits, d2t)
+
+
 class Drawing:
     """A block of every request in the making.
 
@@ -34,72 +124,40 @@ class Drawing:
         seen: what `previous` was at each slot so far.
     """
 
-    def __init__(self, draft: Draft, sequences: list[Sequence], rule: str) -> None:
-        device = draft.d2t.device
-        self.draft, self.rule = draft, rule
-        self.anchors = torch.tensor([len(s.tokens) - 1 for s in sequences], device=device)
-        self.previous = torch.tensor([s.tokens[-1] for s in sequences], device=device)
+    def __init__(self, draft: Draft, asked: Asked, rule: str) -> None:
+        self.draft, self.rule, self._asked = draft, rule, asked
+        self.previous = asked.previous
         self.seen: list[torch.Tensor] = []
-        self._sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=device,
-        )
         self._columns: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
         self._peaks: list[torch.Tensor] = []
 
     def draw(self, logits: torch.Tensor) -> None:
         """The next slot's tokens from its logits [B, Vd]; the most likely ones where decoding is greedy."""
-        sampling, d2t = self._sampling, self.draft.d2t
         self.seen.append(self.previous)
         if self.draft.confidence_head is None:
             # Of the distribution and not of the token drawn: what is admitted must not depend on what was drawn.
             best = logits.float().log_softmax(-1).amax(-1)
             self._peaks.append(best - torch.log1p(-best.exp().clamp(max=1 - 1e-6)))
-        if sampling.greedy:
-            self.previous = d2t[logits.argmax(-1)]
-        else:
-            logits = transform(logits.float(), sampling.temperature, sampling.top_k, sampling.top_p)
-            if self.rule == "ratio":
-                self._kept.append(logits)
-            self.previous = draw(
-                logits,
-                sampling.seed,
-                self.anchors + 1 + len(self._columns),
-                d2t,
-                temperature=sampling.temperature,
-                stream=proposal_stream(self.rule),
-                anchor=self.anchors if self.rule == "ratio" else None,
-            )
+        drawn = self._block(logits[:, None], None, None)
+        if drawn.logits is not None:
+            self._kept.append(drawn.logits[:, 0])
+        self.previous = drawn.tokens[:, 0]
         self._columns.append(self.previous)
 
-    def in_one(
-        self, base: torch.Tensor, code: Code | None, w2: torch.Tensor | None, confidence: Confidence
-    ) -> Proposal:
+    def in_one(self, base: torch.Tensor, code: Code | None, w2: torch.Tensor | None, confidence: Confidence) -> Drawn:
         """The whole block from base logits [B, G, Vd] and a Markov head (see `markov_block`).
 
         Args:
             confidence: the head's logits float[B, G] from the tokens before each slot, int64[B, G].
         """
-        sampled = self.rule == "ratio" and not self._sampling.greedy
-        block = markov_block(
-            base,
-            code,
-            w2,
-            self.previous,
-            self.anchors,
-            self._sampling,
-            vocabulary=self.draft.embed.shape[0],
-            d2t=self.draft.d2t,
-            rule=self.rule,
-            logits=sampled,
-        )
+        block = self._block(base, code, w2)
         raw = confidence(block.seen)
         if raw is None:
             raise RuntimeError("a block drawn in one needs a confidence head: nothing of its logits is kept")
         return self._finished(block.tokens, block.logits, raw)
 
-    def proposal(self, raw: torch.Tensor | None) -> Proposal:
+    def drawn(self, raw: torch.Tensor | None) -> Drawn:
         """The finished block.
 
         Args:
@@ -111,14 +169,24 @@ class Drawing:
             torch.stack(self._columns, 1), logits, torch.stack(self._peaks, 1) if raw is None else raw
         )
 
-    def _finished(self, tokens: torch.Tensor, logits: torch.Tensor | None, raw: torch.Tensor) -> Proposal:
+    def _block(self, base: torch.Tensor, code: Code | None, w2: torch.Tensor | None) -> Block:
+        """Slots from the next one on, of base logits [B, slots, Vd]."""
+        asked = self._asked
+        return markov_block(
+            base,
+            code,
+            w2,
+            self.previous,
+            asked.anchors,
+            asked.sampling,
+            vocabulary=self.draft.embed.shape[0],
+            d2t=self.draft.d2t,
+            rule=self.rule,
+            logits=self.rule == "ratio" and not asked.sampling.greedy,
+            first=len(self._columns),
+        )
+
+    def _finished(self, tokens: torch.Tensor, logits: torch.Tensor | None, raw: torch.Tensor) -> Drawn:
         """Of tokens int64[B, G], what they were drawn from, float32[B, G, Vd], and confidences before calibration."""
         raw = raw.float()
-        return Proposal(
-            tokens,
-            torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64),
-            torch.sigmoid(raw / self.draft.temperatures),
-            raw,
-            logits,
-            self.draft.d2t,
-        )
+        return Drawn(tokens, torch.sigmoid(raw / self.draft.temperatures), raw, logits)

@@ -9,12 +9,15 @@ import copy
 
 import torch
 
+from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.geometry import LayerAttention
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.proposers.context import DraftContext, WithContext
-from pipeline.decoding.proposers.drawing import Drawing, into_dtype
+from pipeline.decoding.proposers.drawing import Asked, Drawing, Drawn, into_dtype
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.drafts.dspark import Attend, DSparkDraft
 
 
@@ -30,7 +33,8 @@ class DSparkProposer(WithContext):
     name = "dspark"
 
     def __init__(self, draft: DSparkDraft, *, rule: str = "coupled", pack: bool = True) -> None:
-        self.draft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
+        super().__init__()
+        self.draft: DSparkDraft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
         into_dtype(self.draft, draft.dtype)
         c = self.config = draft.config
         self.block_size = c.tokens_per_block
@@ -60,18 +64,23 @@ class DSparkProposer(WithContext):
             return
         # As many rows need not be the same order: prompt chunks come last in a step and first among its commits.
         whole = more.rows == list(range(taps.shape[0]))
-        chosen = taps if whole else taps[torch.tensor(more.rows, device=taps.device)]
+        chosen = taps if whole else taps[on_device(more.rows, taps.device)]
         context = self.draft.context(chosen.to(self.draft.dtype))
         for i, (k, v) in enumerate(self.draft.context_kv(context, more.positions)):
             self.context.cache.write(i, more.cells, k.transpose(0, 1), v.transpose(0, 1))
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> Proposal:
-        batch, block = len(sequences), self.block_size
-        drawing = Drawing(self.draft, sequences, self.rule)
+        # Slots of a block lie behind the context, in cells that the next commit overwrites.
+        segments = [Segment(s.pages, self.context.length(s), self.config.block_size) for s in sequences]
+        return self._proposal(Asked.of(sequences, self.device), segments, causal=False)
+
+    def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
+        batch, block = len(asked.anchors), self.block_size
+        drawing = Drawing(self.draft, asked, self.rule)
+        hidden = self.draft.blocks(asked.previous, asked.anchors, _attend(layout))
         if self._fused:
-            return self._in_one(drawing, sequences)
-        hidden = self.draft.blocks(drawing.previous, drawing.anchors, self._attend(sequences))
+            return self._in_one(drawing, hidden.view(batch, block, -1))
         base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
         base = base.view(batch, block, -1)
         hidden = hidden.view(batch, block, -1)
@@ -79,13 +88,11 @@ class DSparkProposer(WithContext):
         for k in range(block):
             bias, state = self.draft.markov_step(hidden[:, k], drawing.previous, state)
             drawing.draw(base[:, k] + bias)
-        return drawing.proposal(self.draft.confidence(hidden, torch.stack(drawing.seen, 1)))
+        return drawing.drawn(self.draft.confidence(hidden, torch.stack(drawing.seen, 1)))
 
-    def _in_one(self, drawing: Drawing, sequences: list[Sequence]) -> Proposal:
-        """The same block by the kernel that draws all its slots."""
+    def _in_one(self, drawing: Drawing, hidden: torch.Tensor) -> Drawn:
+        """The same block from hidden states [B, G, D], by the kernel that draws all its slots."""
         draft = self.draft
-        hidden = draft.blocks(drawing.previous, drawing.anchors, self._attend(sequences))
-        hidden = hidden.view(len(sequences), self.block_size, -1)
         head, state = draft.markov_head, None
 
         def code(k: int, previous: torch.Tensor) -> torch.Tensor:
@@ -101,12 +108,9 @@ class DSparkProposer(WithContext):
             lambda seen: draft.confidence(hidden, seen),
         )
 
-    def _attend(self, sequences: list[Sequence]) -> Attend:
-        # Slots of a block lie behind the context, in cells that the next commit overwrites.
-        starts = [self.context.length(s) for s in sequences]
-        layout = self.context.layout(sequences, starts, self.config.block_size, causal=False)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return layout.attend(layer, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
+def _attend(layout: StepLayout | TableLayout) -> Attend:
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return layout.attend(layer, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
-        return attend
+    return attend

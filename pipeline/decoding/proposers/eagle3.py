@@ -10,12 +10,14 @@ import copy
 import torch
 
 from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.geometry import LayerAttention
 from pipeline.decoding.prepack import PackedLinear, available, prepack
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.proposers.context import DraftContext, WithContext
-from pipeline.decoding.proposers.drawing import Drawing, into_dtype
+from pipeline.decoding.proposers.drawing import Asked, Drawing, Drawn, into_dtype
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.drafts.eagle3 import AttendOne, Eagle3Draft
 
 
@@ -34,7 +36,8 @@ class Eagle3Proposer(WithContext):
     name = "eagle3"
 
     def __init__(self, draft: Eagle3Draft, *, rule: str = "coupled", pack: bool = True) -> None:
-        self.draft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
+        super().__init__()
+        self.draft: Eagle3Draft = copy.deepcopy(draft, draft.borrowed()).eval().requires_grad_(False)
         into_dtype(self.draft, draft.dtype)
         c = self.config = draft.config
         self.block_size = c.tokens_per_block
@@ -76,25 +79,29 @@ class Eagle3Proposer(WithContext):
         more = self.context.extend(commits, count)
         if more is None:
             return
-        g = self.draft.context(taps[torch.tensor(more.rows, device=taps.device)].to(self._dtype))
-        k, v = self.draft.context_kv(g, torch.tensor(following, device=self.device), more.positions)
+        g = self.draft.context(taps[on_device(more.rows, taps.device)].to(self._dtype))
+        k, v = self.draft.context_kv(g, on_device(following, self.device), more.positions)
         self.context.cache.write(0, more.cells, k.transpose(0, 1), v.transpose(0, 1))
         self._last |= {s: g[row].clone() for s, row in newest.items()}
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> Proposal:
-        drawing = Drawing(self.draft, sequences, self.rule)
-        layout = self.context.layout(sequences, [len(s.tokens) - 2 for s in sequences], 1, causal=True)
-        g = torch.stack([self._last[s] for s in sequences])
+        segments = [Segment(s.pages, len(s.tokens) - 2, 1) for s in sequences]
+        state = torch.stack([self._last[s] for s in sequences])
+        return self._proposal(Asked.of(sequences, self.device, state), segments, causal=True)
+
+    def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
+        assert asked.state is not None
+        drawing, g = Drawing(self.draft, asked, self.rule), asked.state
         for k in range(self.block_size):
             layout = layout.behind() if k else layout
             g, hidden = self.draft.advance(g, drawing.previous, layout.positions, _attend(layout))
             base = self.draft.cap(self._lm_head(hidden)) if self._lm_head is not None else self.draft.logits(hidden)
             drawing.draw(base)
-        return drawing.proposal(None)
+        return drawing.drawn(None)
 
 
-def _attend(layout: StepLayout) -> AttendOne:
+def _attend(layout: StepLayout | TableLayout) -> AttendOne:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return layout.attend(0, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 

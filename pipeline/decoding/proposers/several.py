@@ -12,8 +12,10 @@ from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
+from pipeline.decoding.recorded import Recording
 from pipeline.decoding.request import Request, RequestRefused, Sequence
 from pipeline.errors import ConfigError, DraftlineError, nearest
 
@@ -37,6 +39,7 @@ class SeveralDrafts:
         self._pinned: dict[str, tuple[str, Proposer]] = {}
         self._vocabulary = vocabulary
         self._pool: PagePool | None = None
+        self._recording: Recording | None = None
         self.default = default
         self.change(drafts, default)
 
@@ -81,7 +84,7 @@ class SeveralDrafts:
             raise ConfigError(f"These drafts draw for different rules ({', '.join(sorted(rules))}); make all for one.")
         used = {name for name, _ in self._pinned.values()}
         if self._pool is not None:
-            _attach_all(list(add.values()), self._pool)
+            _attach_all(list(add.values()), self._pool, self._recording)
             for name in remove - used:
                 self._drafts[name].detach(self._pool)
         self._leaving |= {n: p for n, p in self._drafts.items() if n in remove and n in used}
@@ -99,9 +102,9 @@ class SeveralDrafts:
     def page_bytes(self, size: int) -> int:
         return sum(p.page_bytes(size) for p in self.resident)
 
-    def attach(self, pool: PagePool) -> None:
-        _attach_all(self.resident, pool)
-        self._pool = pool
+    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
+        _attach_all(self.resident, pool, recording)
+        self._pool, self._recording = pool, recording
 
     def detach(self, pool: PagePool) -> None:
         for p in self.resident:
@@ -151,10 +154,10 @@ class SeveralDrafts:
         return parts[0][1] if len(parts) == 1 else _together(parts, len(sequences), self._vocabulary)
 
 
-def _attach_all(drafts: list[Proposer], pool: PagePool) -> None:
+def _attach_all(drafts: list[Proposer], pool: PagePool, recording: Recording | None) -> None:
     try:
         for p in drafts:
-            p.attach(pool)
+            p.attach(pool, recording)
     except DraftlineError:
         for p in drafts:
             p.detach(pool)
@@ -167,7 +170,7 @@ def _of_layers(taps: torch.Tensor | None, layers: list[int], wanted: list[int]) 
         return taps
     if not wanted:
         return None
-    at = torch.tensor([layers.index(i) for i in wanted], device=taps.device)
+    at = on_device([layers.index(i) for i in wanted], taps.device)
     return taps.unflatten(1, (len(layers), -1))[:, at].flatten(1)
 
 
