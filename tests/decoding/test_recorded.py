@@ -31,7 +31,6 @@ from pipeline.decoding.recorded import SIZES, Recorded, size_for
 from pipeline.target import Target, load_target
 from tests.decoding.samples import KINDS, prompt_ids, proposer_for
 from tests.decoding.test_families import NEW, expected, prompts
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.target.tiny_families import ENGINE, tiny_target
 
@@ -183,7 +182,7 @@ def assert_same(given: tuple[list[list[int]], list[Any]], expected: tuple[list[l
 @pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
 @pytest.mark.parametrize(("rule", "temperature"), [("coupled", 0.0), ("coupled", 0.9), ("ratio", 0.9)])
 def test_replayed_steps_say_what_launched_ones_do(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     tapes: Tapes,
     name: str,
     rule: str,
@@ -202,7 +201,7 @@ def test_replayed_steps_say_what_launched_ones_do(
 
 
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
-def test_greedy_and_sampled_requests_share_recorded_steps(tiny: Target, tapes: Tapes, rule: str) -> None:  # noqa: F811
+def test_greedy_and_sampled_requests_share_recorded_steps(tiny: Target, tapes: Tapes, rule: str) -> None:
     """The same number of requests, of other kinds: greedy, sampled, truncated."""
     settings = {"rule": rule, "scheduler": "fixed"}
     kinds = [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}]
@@ -219,7 +218,7 @@ def test_greedy_and_sampled_requests_share_recorded_steps(tiny: Target, tapes: T
 
 
 @pytest.mark.parametrize("name", ["dspark", "eagle3"])
-def test_what_is_held_back_for_a_draft_outlives_the_next_replay(tiny: Target, tapes: Tapes, name: str) -> None:  # noqa: F811
+def test_what_is_held_back_for_a_draft_outlives_the_next_replay(tiny: Target, tapes: Tapes, name: str) -> None:
     """Rounds are skipped between drafts, whose taps come from steps replayed over since."""
     settings = {"skip_drafts": True, "prefix_cache": False}
     asked = [Request(p, max_new_tokens=60, ignore_eos=True) for p in prompt_ids(tiny)[:2]]
@@ -240,7 +239,7 @@ def test_every_family_is_recorded(name: str, tapes: Tapes) -> None:
 
 
 def test_what_can_not_be_recorded_is_said_once_and_launched(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     tapes: Tapes,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -259,7 +258,7 @@ def test_what_can_not_be_recorded_is_said_once_and_launched(
     assert_same(given, rounds_of(other, requests(tiny)))
 
 
-def test_drafts_are_swapped_under_recorded_steps(cache_dir: Path, tapes: Tapes) -> None:  # noqa: F811
+def test_drafts_are_swapped_under_recorded_steps(cache_dir: Path, tapes: Tapes) -> None:
     """Other layers are tapped, other weights draft, and the former draft's tensors are let go."""
     target = load_target(TargetConfig(path="tiny"), cache_dir)
     drafts = {n: proposer_for(target, n) for n in ("dspark", "eagle3")}
@@ -286,7 +285,7 @@ def test_the_scratch_page_is_nobodys() -> None:
     assert (pool.total, pool.available, sorted(pool.take(4))) == (5, 4, [0, 1, 2, 3])
 
 
-def test_a_step_that_is_too_large_is_launched(tiny: Target, tapes: Tapes) -> None:  # noqa: F811
+def test_a_step_that_is_too_large_is_launched(tiny: Target, tapes: Tapes) -> None:
     engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
     engine.runner.buckets = (1, 2)
     given = rounds_of(engine, requests(tiny))
@@ -298,7 +297,7 @@ def test_a_step_that_is_too_large_is_launched(tiny: Target, tapes: Tapes) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["none", *KINDS])
 @pytest.mark.parametrize(("rule", "temperature"), [("coupled", 0.0), ("coupled", 0.9), ("ratio", 0.9)])
-def test_cuda_graphs_say_what_launched_steps_do(name: str, rule: str, temperature: float, cache_dir: Path) -> None:  # noqa: F811
+def test_cuda_graphs_say_what_launched_steps_do(name: str, rule: str, temperature: float, cache_dir: Path) -> None:
     """The same on a device, with its kernels, in CUDA graphs."""
     settings = {"rule": rule, "scheduler": "early_stop" if rule == "ratio" else "global", "skip_drafts": False}
     given = []
