@@ -2,10 +2,11 @@
 
 python benchmarks/engine.py --draft outputs/demo/calibrated --json engine.json
 
-Five comparisons, each in one process with its sides in turn and 95 % bootstrap intervals:
+Six comparisons, each in one process with its sides in turn and 95 % bootstrap intervals:
 
     generate  plain decoding against transformers' own generate, the same prompts
     steps     a target step over 2, 4 and 8 tokens against one over 1
+    graphs    a step replayed from its CUDA graph against the same one launched operation by operation (on a GPU only)
     draft     with the draft against plain: greedy, and at temperature 1 under both rules
     context   a step at up to 4k tokens of context, and the steps of one output of 2k tokens, by quarters
     overhead  what of a step at batch 1 is neither the target's model, nor the draft's, nor verification
@@ -33,7 +34,7 @@ from pipeline.evaluation.benchmark import block_proposer
 from pipeline.evaluation.metrics import bootstrap, rounded, totals
 from pipeline.target import Target
 
-PARTS = ("generate", "steps", "draft", "context", "overhead")
+PARTS = ("generate", "steps", "graphs", "draft", "context", "overhead")
 Results = dict[str, dict[str, Any]]
 
 
@@ -114,6 +115,25 @@ def steps(engine: Engine, args: argparse.Namespace) -> Results:
         f"{n} tokens": {"milliseconds": 1000 * float(np.median(t)), **ratio(t, times[1], args)}
         for n, t in times.items()
     }
+
+
+def graphs(engine: Engine, args: argparse.Namespace) -> Results:
+    """Steps of the engine's sizes, recorded and launched."""
+    runner, sizes = engine.runner, engine.runner.buckets
+    times: dict[tuple[int, bool], list[float]] = {}
+    try:
+        for _ in range(args.repeats + 2):
+            for n in sizes:
+                for recorded in (True, False):
+                    runner.buckets = sizes if recorded else ()
+                    times.setdefault((n, recorded), []).append(runner.time_step(n, 512, 8))
+    finally:
+        runner.buckets = sizes
+    out: Results = {}
+    for n in sizes:
+        recorded, launched = times[n, True][2:], times[n, False][2:]
+        out[f"{n} tokens"] = {"milliseconds": 1000 * float(np.median(recorded)), **ratio(launched, recorded, args)}
+    return out
 
 
 def drafted(engine: Engine, drafts: dict[str, Draft], prompts: list[list[int]], args: argparse.Namespace) -> Results:
@@ -209,11 +229,15 @@ class Watch:
 def _watch(engine: Engine) -> Watch:
     """A watch of what a step is for: `target` and `draft` are their models alone (with the drawing of the block), and
     `verify` the kernel. What the models' attention lays out within them is `layout`, which is none of these."""
-    watch = Watch(engine.runner.wait)
+    device = engine.target.device
+    watch = Watch(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    for owner, kind in ((engine.runner, "target"), (engine.proposer, "draft")):
+        if (replays := getattr(owner, "_replays", None)) is not None:
+            watch.add(replays, "run", kind)
     watch.add(type(engine.target.family), "hidden", "target")  # its objects are frozen
     watch.add(engine.target.model.get_output_embeddings(), "forward", "target")
     watch.add(verification, "verify", "verify")
-    for method in ("_kind", "_on_device"):
+    for method in ("_kind", "_on_device"):  # of steps that are launched
         watch.add(StepLayout, method, "layout")
     draft = getattr(engine.proposer, "draft", None)
     if draft is not None:
@@ -297,9 +321,13 @@ def main() -> None:
     drafts = load_drafts(args, target)
     prompts = mixed_prompts(target, args.prompts, args.seed)
     engine = make_engine(target, max(map(len, prompts)) + args.max_new_tokens + 64, args)
+    if "graphs" in parts and not engine.runner.buckets:
+        print("no steps are recorded, as on a CUDA device: the part `graphs` is left out")
+        parts.remove("graphs")
     run: dict[str, Callable[[], Results]] = {
         "generate": lambda: generate(load(args), engine, prompts, args),
         "steps": lambda: steps(engine, args),
+        "graphs": lambda: graphs(engine, args),
         "draft": lambda: drafted(engine, drafts, prompts, args),
         "context": lambda: context(target, prompts[0], args),
         "overhead": lambda: overhead(engine, drafts, prompts, args),
