@@ -7,7 +7,8 @@ from .adjust import Adjustment, adjust_
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
 from .ragged_paged_attention import ragged_paged_attention
-from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream, transform
+from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream
+from .truncation import transform
 from .verify import VerifyResult, verify
 from .vocab_loss import RowStats, vocab_loss
 

@@ -1,4 +1,4 @@
-"""`sampling` in Triton: block statistics of logits, kept sets of top-k and top-p, and the hierarchical draw.
+"""`sampling` in Triton: block statistics of logits, kept sets of min-p, top-k and top-p, and the hierarchical draw.
 
 Device functions for the kernels of `verify_triton` and `markov_block_triton`, and two kernels that both launch:
 `stats` reads every logit of its rows once; `select` finds where the kept set of a truncated row ends. The draws are
@@ -139,23 +139,27 @@ def _around(row, peaks, width, blocks, temperature, peak, key, SPAN: tl.constexp
 
 
 @triton.jit
-def select_row(row, peaks, sums, width, blocks, temperature, k, p, SPAN: tl.constexpr, PADDED: tl.constexpr):
-    """The kept set of a row (top-k, then top-p on the rest): (edge, last_tie) for `is_kept`. Block sums are rewritten
-    to those of the kept entries, which are relative to the block maxima as before."""
+def select_row(row, peaks, sums, width, blocks, temperature, k, p, floor, SPAN: tl.constexpr, PADDED: tl.constexpr):
+    """The kept set of a row (min-p, of which `floor` is the logarithm, then top-k, then top-p, each on what is left):
+    (edge, last_tie) for `is_kept`. Block sums are rewritten to those of the kept entries, which are relative to the
+    block maxima as before."""
     peak, _, total = row_total(peaks, sums, blocks, PADDED)
     limited = (k > 0) & (k < width)
     high = order(peak).to(tl.int64)
     # In exact arithmetic nothing under (1 - p) / V can be part of the first p; half of it, so that rounding can't lose
     # an entry at the edge.
     low = order(peak + tl.log(total) + tl.log((1.0 - tl.minimum(p, 0.9999999)) / (2.0 * width))).to(tl.int64) - 1
-    key = high
+    bottom = tl.full((), -2139095042, tl.int64)  # below -inf
+    # Both leave an upper set: the smaller one, whichever comes first. It may end between two entries.
+    key = order(peak + floor).to(tl.int64)
     if limited:
-        bottom = tl.full((), -2139095042, tl.int64)  # below -inf
-        key = _search(row, peaks, width, blocks, temperature, peak, bottom, high, k.to(tl.float32), True, SPAN)
-        above, equal = _around(row, peaks, width, blocks, temperature, peak, key.to(tl.int32), SPAN)
-        total = above + equal * tl.exp(_value(key.to(tl.int32)) - peak)
-        low = key - 1
+        last = _search(row, peaks, width, blocks, temperature, peak, bottom, high, k.to(tl.float32), True, SPAN)
+        key = tl.maximum(key, last)
     if p < 1:
+        if limited | (floor > float("-inf")):
+            above, equal = _around(row, peaks, width, blocks, temperature, peak, key.to(tl.int32), SPAN)
+            total = above + equal * tl.exp(_value(key.to(tl.int32)) - peak)
+            low = key - 1
         key = _search(row, peaks, width, blocks, temperature, peak, low, high, p * total, False, SPAN)
     edge_key = key.to(tl.int32)
     edge = _value(edge_key)
@@ -192,6 +196,7 @@ def select(
     temperatures,
     top_k,
     top_p,
+    floors,
     peaks,
     sums,
     edges,
@@ -206,10 +211,11 @@ def select(
     owner = tl.load(owners + row)
     k = tl.load(top_k + owner)
     p = tl.load(top_p + owner)
+    floor = tl.load(floors + owner)
     edge = tl.full((), float("-inf"), tl.float32)
     last_tie = tl.full((), 0, tl.int32) + width
     peak, _, _ = row_total(peaks + row * blocks, sums + row * blocks, blocks, PADDED)
-    if (temperature > 0) & (((k > 0) & (k < width)) | (p < 1)) & finite(peak):
+    if (temperature > 0) & (((k > 0) & (k < width)) | (p < 1) | (floor > float("-inf"))) & finite(peak):
         edge, last_tie = select_row(
             logits + row * stride,
             peaks + row * blocks,
@@ -219,6 +225,7 @@ def select(
             temperature,
             k,
             p,
+            floor,
             SPAN,
             PADDED,
         )

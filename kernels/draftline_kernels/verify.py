@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .noise import uniform
-from .sampling import Sampling, draw_mass, largest, proposal_stream, stream_pairs, transform
+from .sampling import Sampling, draw_mass, proposal_stream, stream_pairs
+from .truncation import largest, transform
 
 ACCEPT_STREAM = 8
 """Noise stream of the ratio rule's acceptance test."""
@@ -104,7 +105,7 @@ def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tu
     rows = (sampling.temperature > 0).nonzero().squeeze(-1)
     if rows.numel():
         chosen, own = (logits, sampling) if rows.numel() == logits.shape[0] else (logits[rows], sampling.select(rows))
-        mass = transform(chosen, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+        mass = transform(chosen, own.temperature, own.top_k, own.top_p, own.min_p).softmax(dim=-1)
         streams = stream_pairs("target", rows.numel(), logits.device)
         choice[rows] = draw_mass(mass, own.seed, position[rows], streams)
     return choice, finite
@@ -165,7 +166,7 @@ def _verify_ratio(
     counts = lengths + 1
     start = counts.cumsum(0) - counts
     own = sampling.select(torch.repeat_interleave(torch.arange(batch, device=device), counts))
-    p = transform(target_logits, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+    p = transform(target_logits, own.temperature, own.top_k, own.top_p, own.min_p).softmax(dim=-1)
     q = None if draft_logits is None else draft_logits.softmax(dim=-1, dtype=torch.float32)
     proposed = tokens[request, index]
     log_p = p[start[request] + index, proposed].log()

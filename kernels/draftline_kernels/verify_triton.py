@@ -2,9 +2,9 @@
 
 1. `stats`, grid (rows, blocks of 4096 ids): reads every target logit once; leaves each block's maximum, its place and
    its sum-exp. Under the ratio rule the same for the draft's rows.
-2. `select`, grid (rows): only in rows with top-k or top-p: the smallest kept logit, by an 8-way search over the ordered
-   bits of float32, and the block sums of what is kept. Its re-reads mostly come from the second-level cache, and blocks
-   below the search's lower end are not read again.
+2. `select`, grid (rows): only in rows with min-p, top-k or top-p: the smallest kept logit, by an 8-way search over the
+   ordered bits of float32, and the block sums of what is kept. Its re-reads mostly come from the second-level cache,
+   and blocks below the search's lower end are not read again.
 3. `_accept`, grid (requests): walks a request's rows. Coupled and greedy rows pick a block by its sum, read it again
    (8 to 16 KB) and pick the token; ratio rows test the proposed token. It stops at the first mismatch.
 4. `residual_triton`: the ratio rule's correction or bonus token.
@@ -172,6 +172,7 @@ def verify(
             temperatures,
             sampling.top_k.contiguous(),
             sampling.top_p.contiguous(),
+            sampling.min_p.log(),
             peaks,
             sums,
             edges,
