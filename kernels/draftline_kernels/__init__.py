@@ -3,9 +3,9 @@ pages, the vocabulary loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
-from .adjust import Adjustment, adjust_
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
+from .overrides import Adjustment, Overrides, Touched, touched
 from .ragged_paged_attention import ragged_paged_attention
 from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream
 from .truncation import transform
@@ -19,15 +19,17 @@ __all__ = [
     "Adjustment",
     "Block",
     "Code",
+    "Overrides",
     "RowStats",
     "Sampling",
+    "Touched",
     "VerifyResult",
-    "adjust_",
     "draw",
     "gumbel",
     "markov_block",
     "proposal_stream",
     "ragged_paged_attention",
+    "touched",
     "transform",
     "uniform",
     "verify",

@@ -5,7 +5,7 @@
    truncated. A tile never leaves a block of 4096 target ids, so block sums are sums of tiles.
 2. `_combine`, grid (requests): the block by its sum and noise, in it the best tile's winner: the token.
 
-Rows with min-p, top-k or top-p need the whole row first: `sampling_triton.stats` and `select` on the written logits,
+Rows with min-p, top-k or top-p need the whole row first: `stats` and `select` on the written logits,
 then `_truncated`, grid (requests), which masks the row and draws from what is left. Sampling without them skips all
 three.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 from .markov_block import Block, Code
 from .noise_triton import gumbel
 from .sampling import BLOCK, STREAMS, Sampling
-from .sampling_triton import WARPS as SELECTING
-from .sampling_triton import block_statistics, is_kept, select
+from .sampling_triton import block_statistics, is_kept, no_entries
+from .truncation_triton import WARPS as SELECTING
+from .truncation_triton import select
 
 _TILE = 64
 WARPS = {"_bias": 8, "_combine": 4, "_truncated": 8}
@@ -344,11 +345,11 @@ def markov_block(
             row_peaks, _, row_sums = block_statistics(rows, unit, greedy=False)
             row_edges = torch.empty(batch, device=device)
             row_ties = torch.empty(batch, dtype=torch.int32, device=device)
-            owner = torch.arange(batch, device=device)
+            rows_of = (rows, rows.stride(0), *no_entries(torch.arange(batch, device=device)))
             spans = {"SPAN": BLOCK, "PADDED": triton.next_power_of_2(row_peaks.shape[1])}
             cut = (row_peaks, row_sums, row_edges, row_ties, width, row_peaks.shape[1])
-            wide = {**spans, "num_warps": SELECTING["select"]}
-            select[(batch,)](rows, rows.stride(0), owner, unit, *narrowing, *cut, **wide)
+            wide = {**spans, "OVERRIDES": False, "num_warps": SELECTING["select"]}
+            select[(batch,)](*rows_of, unit, *narrowing, *cut, **wide)
             _truncated[(batch,)](
                 rows,
                 rows.stride(0),

@@ -103,9 +103,14 @@ class Sampling:
 
     def select(self, index: Tensor) -> Sampling:
         """Sampling of the requests (or, with repeats, of the rows) that `index` int64 [N] names."""
-        parts = (self.temperature, self.top_k, self.top_p, self.seed, self.min_p)
-        # Of greedy requests all are.
-        return Sampling(*(part[index] for part in parts), decided=(True, False) if self.greedy else None)
+        return Sampling(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.seed[index],
+            self.min_p[index],
+            decided=(True, False) if self.greedy else None,
+        )
 
 
 def _block_sums(mass: Tensor, bounds: list[int] | None) -> Tensor:

@@ -40,10 +40,8 @@ class Drawing:
         self.anchors = torch.tensor([len(s.tokens) - 1 for s in sequences], device=device)
         self.previous = torch.tensor([s.tokens[-1] for s in sequences], device=device)
         self.seen: list[torch.Tensor] = []
-        self._sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=device,
-        )
+        asked = (s.request for s in sequences)
+        self._sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in asked], device)
         self._columns: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
         self._peaks: list[torch.Tensor] = []
