@@ -8,6 +8,7 @@ from .noise import gumbel, uniform
 from .overrides import Adjustment, Overrides, Touched, touched
 from .ragged_paged_attention import ragged_paged_attention
 from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream
+from .transfer import at_once
 from .truncation import transform
 from .verify import VerifyResult, verify
 from .vocab_loss import RowStats, vocab_loss
@@ -24,6 +25,7 @@ __all__ = [
     "Sampling",
     "Touched",
     "VerifyResult",
+    "at_once",
     "draw",
     "gumbel",
     "markov_block",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .sampling import BLOCK
+from .transfer import at_once
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Overrides:
             "at": torch.cat(at),
             "again": torch.cat(again),
         }
-        return cls(**_at_once(made, torch.device(device)), size=size)
+        return cls(**dict(zip(made, at_once(list(made.values()), device), strict=True)), size=size)
 
     def check(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
         """Raises ValueError, naming the field, unless they are of `batch` requests with `rows` rows over the vocabulary
@@ -215,14 +216,3 @@ class Overrides:
         repeated = torch.where(z > 0, z / repetition, z * repetition)
         z = torch.where((said > 0) | self.prompted[entry], repeated, z)
         return z - frequency * said - presence * (said > 0), row, column
-
-
-def _at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same tensors on `device`, in one copy that nobody waits for."""
-    # The widest first, so that each begins at a multiple of its size.
-    ordered = sorted(tensors.items(), key=lambda pair: -pair[1].element_size())
-    packed = torch.cat([t.contiguous().flatten().view(torch.uint8) for _, t in ordered])
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    parts = packed.to(device, non_blocking=True).split([t.numel() * t.element_size() for _, t in ordered])
-    return {name: part.view(t.dtype).view(t.shape) for part, (name, t) in zip(parts, ordered, strict=True)}

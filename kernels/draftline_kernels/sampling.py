@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise import bits_from_keys, gumbel_from_bits, keys
+from .transfer import at_once
 from .truncation import largest
 
 BLOCK = 4096
@@ -90,13 +91,15 @@ class Sampling:
         narrowed = any(row[1] > 0 or row[2] < 1 or row[4] > 0 for row in sampled)
         # Seeds are 64 bits: an unsigned one keeps its bit pattern.
         seeds = [((row[3] + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for row in entries]
-        numbers = (
-            [row[0] if row[0] >= COLDEST else 0.0 for row in entries],
-            *([row[i] for row in entries] for i in (2, 4)),
+        parts = (
+            torch.tensor([row[0] if row[0] >= COLDEST else 0.0 for row in entries], dtype=torch.float32),
+            torch.tensor([row[1] for row in entries], dtype=torch.int64),
+            torch.tensor([row[2] for row in entries], dtype=torch.float32),
+            torch.tensor(seeds, dtype=torch.int64),
+            torch.tensor([row[4] for row in entries], dtype=torch.float32),
         )
-        reals = torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
-        whole = torch.tensor(([row[1] for row in entries], seeds), dtype=torch.int64).to(device, non_blocking=True)
-        return cls(reals[0], whole[0], reals[1], whole[1], reals[2], decided=(not sampled, narrowed))
+        there = at_once(parts, device)
+        return cls(there[0], there[1], there[2], there[3], there[4], decided=(not sampled, narrowed))
 
     def __len__(self) -> int:
         return self.seed.shape[0]

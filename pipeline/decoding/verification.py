@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from draftline_kernels import Overrides, Sampling, Touched, touched, verify
+from draftline_kernels import Overrides, Sampling, Touched, at_once, touched, verify
 from pipeline.decoding.plan import StepPlan
 from pipeline.decoding.request import TokenLogprob
 
@@ -48,9 +48,8 @@ class Verification:
             if proposal.logits is not None and rule == "ratio":
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
         adjusted = [self._touched(plan, i, logits.shape[1]) for i in range(len(sequences))]
-        offered, anchors = [n - 1 for n in rows], [len(s.tokens) - 1 for s in sequences]
-        counted = torch.tensor([*offered, *anchors, *self._starts]).to(device, non_blocking=True)
-        lengths, positions, starts = counted.split([len(offered), len(anchors), len(self._starts)])
+        counted = ([n - 1 for n in rows], [len(s.tokens) - 1 for s in sequences], self._starts)
+        lengths, positions, starts = at_once([torch.tensor(c, dtype=torch.int64) for c in counted], device)
         self.result = verify(
             logits,
             tokens,

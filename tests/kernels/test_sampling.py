@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftline_kernels import BLOCK, Sampling, draw, transform
+from draftline_kernels import BLOCK, Sampling, at_once, draw, transform
 from tests.statistical.chi_square import p_value
 
 
@@ -76,6 +76,23 @@ def test_ties() -> None:
     assert kept == [False, True, True, False, False], "top-p takes the lowest ids of a tie"
     kept = transform(logits, one, torch.tensor([0]), one, one).isfinite()[0].tolist()
     assert kept == [False, True, True, True, False], "min-p keeps what is as likely as it asks"
+
+
+def test_a_copy_holds_each_tensor_where_triton_expects_it() -> None:
+    """At multiples of 16 bytes, whatever their sizes: a kernel would be compiled anew for each other place."""
+    g = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(3, generator=g),
+        torch.tensor([True, False, True]),
+        torch.arange(6).view(2, 3).T,
+        torch.zeros(0, dtype=torch.int64),
+        torch.randn(2, 5, generator=g).bfloat16(),
+    ]
+    there = at_once(parts, "cpu")
+    for part, copy in zip(parts, there, strict=True):
+        assert copy.dtype == part.dtype and torch.equal(copy, part) and copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0 and (not part.numel() or copy.data_ptr() != part.data_ptr())
+    assert [t.device.type for t in at_once(parts, "meta")] == ["meta"] * len(parts)
 
 
 def test_what_a_batch_asks_for_is_known_without_its_tensors() -> None:
