@@ -14,6 +14,7 @@ from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost, verification
 from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.proposers.drawing import Drawing
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
 from pipeline.errors import DraftlineError
@@ -184,6 +185,18 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
     cause = f"IndexError after {len(failed.token_ids)} tokens: index 5 is out of bounds"
     assert failed.error == f"its logits could not be adjusted: {cause}"
     assert not engine.has_work and engine.runner.pool.available == engine.runner.pool.pages
+
+
+def test_a_block_drawn_in_one_is_drawn_under_min_p(tiny: Target) -> None:  # noqa: F811
+    draft = proposer_for(tiny, "dspark").draft
+    base = torch.randn(2, len(draft.temperatures), len(draft.d2t), generator=torch.Generator().manual_seed(0))
+    tokens = []
+    for min_p in (1.0, 0.0):
+        asked = [Request([5, 6], temperature=1.0, seed=i, min_p=min_p) for i in range(2)]
+        drawing = Drawing(draft, [Sequence(r, frozenset(), [5, 6]) for r in asked], "coupled")
+        tokens.append(drawing.in_one(base, None, None, lambda seen: torch.zeros(seen.shape)).tokens)
+    assert torch.equal(tokens[0], draft.d2t[base.argmax(-1)]), "nothing but the likeliest is left"
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811
