@@ -36,11 +36,14 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from draftline_kernels import (
+    Adjustment,
+    Overrides,
     RowStats,
     Sampling,
     markov_block,
     proposal_stream,
     ragged_paged_attention,
+    touched,
     verify,
     vocab_loss,
 )
@@ -158,6 +161,21 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return out
 
 
+def overrides_of(tokens: torch.Tensor, device: str) -> Overrides | None:
+    """Bias and all penalties of requests with these proposed tokens [B, K] and 500 touched tokens each, as common as
+    those of texts: most ids are low."""
+    g = torch.Generator().manual_seed(1)
+    adjustment = Adjustment(1.1, 0.2, 0.3, {token: 1.0 for token in range(0, 50_000, 1000)})
+    parts = []
+    for proposed in tokens.tolist():
+        ids = (torch.rand(2000, generator=g) ** 3 * VOCABULARY).long().unique()
+        text = ids[torch.randperm(len(ids), generator=g)][:450].tolist()
+        parts.append(
+            touched(adjustment, prompt=text[:300], answer=text[300:], proposed=proposed, vocabulary=VOCABULARY)
+        )
+    return Overrides.of(parts, [SLOTS + 1] * len(parts), VOCABULARY, device)
+
+
 def verify_cases(dtype: torch.dtype, rows: int, device: str) -> dict[str, tuple[dict[str, Any], int]]:
     """Arguments of `verify` by name, and the bytes each must move: rows / 8 requests of 7 tokens each."""
     g = torch.Generator(device).manual_seed(0)
@@ -179,6 +197,10 @@ def verify_cases(dtype: torch.dtype, rows: int, device: str) -> dict[str, tuple[
     for name, ask in asks.items():
         sampling = Sampling.of([(*ask, b) for b in range(batch)], device)
         cases[f"coupled {name}"] = ({**common, "sampling": sampling, "rule": "coupled"}, size)
+    sampling = Sampling.of([(0.8, 0, 1.0, b, 0.05) for b in range(batch)], device)
+    overrides = overrides_of(best, device)
+    adjusted = {**common, "sampling": sampling, "rule": "coupled", "overrides": overrides}
+    cases["coupled min-p and penalties"] = (adjusted, size)
     sampling = Sampling.of([(1.0, 0, 1.0, b) for b in range(batch)], device)
     ratio = {**common, "sampling": sampling, "rule": "ratio", "draft_logits": q}
     cases["ratio sampled"] = (ratio, size + q.numel() * q.element_size())
@@ -284,7 +306,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         kind = str(dtype).removeprefix("torch.")
         for rows in (64, 512):
             for name, (inputs, size) in verify_cases(dtype, rows, "cuda").items():
-                whole = {"draft_logits": None, "d2t": None, **inputs}
+                whole = {"draft_logits": None, "d2t": None, "overrides": None, **inputs}
                 quick = torch.compile(reference_verify)
                 table.add(
                     f"verify {name}, T {rows}, {kind}",

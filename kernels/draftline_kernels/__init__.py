@@ -3,11 +3,13 @@ pages, the vocabulary loss. Depends on torch (and, on CUDA, triton) only."""
 
 from __future__ import annotations
 
-from .adjust import Adjustment, adjust_
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
+from .overrides import Adjustment, Overrides, Touched, touched
 from .ragged_paged_attention import ragged_paged_attention
-from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream, transform
+from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream
+from .transfer import at_once
+from .truncation import transform
 from .verify import VerifyResult, verify
 from .vocab_loss import RowStats, vocab_loss
 
@@ -18,15 +20,18 @@ __all__ = [
     "Adjustment",
     "Block",
     "Code",
+    "Overrides",
     "RowStats",
     "Sampling",
+    "Touched",
     "VerifyResult",
-    "adjust_",
+    "at_once",
     "draw",
     "gumbel",
     "markov_block",
     "proposal_stream",
     "ragged_paged_attention",
+    "touched",
     "transform",
     "uniform",
     "verify",

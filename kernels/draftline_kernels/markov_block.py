@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import Sampling, draw, largest, proposal_stream, transform
+from .sampling import Sampling, draw, proposal_stream
+from .truncation import largest, transform
 
 Code = Callable[[int, Tensor], Tensor]
 """The Markov head: (slot k, previous int64[B] target tokens) -> code [B, r]. Called once per slot, in order."""
@@ -141,7 +142,7 @@ def reference(
             best, _ = largest(z)
             previous = best if d2t is None else d2t[best]
         else:
-            z = transform(z, sampling.temperature, sampling.top_k, sampling.top_p)
+            z = transform(z, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
             at = anchors + 1 + k
             previous = draw(
                 z, sampling.seed, at, d2t, temperature=sampling.temperature, stream=stream, anchor=own_anchor

@@ -5,8 +5,9 @@
    truncated. A tile never leaves a block of 4096 target ids, so block sums are sums of tiles.
 2. `_combine`, grid (requests): the block by its sum and noise, in it the best tile's winner: the token.
 
-Rows with top-k or top-p need the whole row first: `sampling_triton.stats` and `select` on the written logits, then
-`_truncated`, grid (requests), which masks the row and draws from what is left. Sampling without them skips all three.
+Rows with min-p, top-k or top-p need the whole row first: `stats` and `select` on the written logits,
+then `_truncated`, grid (requests), which masks the row and draws from what is left. Sampling without them skips all
+three.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 from .markov_block import Block, Code
 from .noise_triton import gumbel
 from .sampling import BLOCK, STREAMS, Sampling
-from .sampling_triton import WARPS as SELECTING
-from .sampling_triton import block_statistics, is_kept, select
+from .sampling_triton import block_statistics, is_kept, no_entries
+from .truncation_triton import WARPS as SELECTING
+from .truncation_triton import select
 
 _TILE = 64
 WARPS = {"_bias": 8, "_combine": 4, "_truncated": 8}
@@ -172,6 +174,7 @@ def _truncated(
     temperatures,
     top_k,
     top_p,
+    floors,
     seeds,
     positions,
     out,
@@ -186,7 +189,9 @@ def _truncated(
     request = tl.program_id(0).to(tl.int64)
     k = tl.load(top_k + request)
     p = tl.load(top_p + request)
-    if (tl.load(temperatures + request) > 0) & (((k > 0) & (k < width)) | (p < 1)):
+    floor = tl.load(floors + request)
+    narrowed = ((k > 0) & (k < width)) | (p < 1) | (floor > float("-inf"))
+    if (tl.load(temperatures + request) > 0) & narrowed:
         row = kept + request * stride
         edge = tl.load(edges + request)
         last_tie = tl.load(last_ties + request)
@@ -279,7 +284,7 @@ def markov_block(
     peaks, sums, scores = (torch.empty(batch, tiles, device=device) for _ in range(3))
     places, winners = (torch.empty(batch, tiles, dtype=torch.int32, device=device) for _ in range(2))
     temperatures, seeds = sampling.temperature.contiguous(), sampling.seed.contiguous()
-    top_k, top_p = sampling.top_k.contiguous(), sampling.top_p.contiguous()
+    narrowing = (sampling.top_k.contiguous(), sampling.top_p.contiguous(), sampling.min_p.log())
     ids = anchors if d2t is None else d2t.contiguous()
     group = min(max(16, triton.next_power_of_2(batch)), 64)
     choice = STREAMS[stream][0]
@@ -340,11 +345,11 @@ def markov_block(
             row_peaks, _, row_sums = block_statistics(rows, unit, greedy=False)
             row_edges = torch.empty(batch, device=device)
             row_ties = torch.empty(batch, dtype=torch.int32, device=device)
-            owner = torch.arange(batch, device=device)
+            rows_of = (rows, rows.stride(0), *no_entries(torch.arange(batch, device=device)))
             spans = {"SPAN": BLOCK, "PADDED": triton.next_power_of_2(row_peaks.shape[1])}
             cut = (row_peaks, row_sums, row_edges, row_ties, width, row_peaks.shape[1])
-            wide = {**spans, "num_warps": SELECTING["select"]}
-            select[(batch,)](rows, rows.stride(0), owner, unit, top_k, top_p, *cut, **wide)
+            wide = {**spans, "OVERRIDES": False, "num_warps": SELECTING["select"]}
+            select[(batch,)](*rows_of, unit, *narrowing, *cut, **wide)
             _truncated[(batch,)](
                 rows,
                 rows.stride(0),
@@ -354,8 +359,7 @@ def markov_block(
                 bounds,
                 ids,
                 temperatures,
-                top_k,
-                top_p,
+                *narrowing,
                 seeds,
                 position,
                 tokens[k],

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .sampling import STREAMS
-from .sampling_triton import is_kept, pick_block, pick_token, row_total, scaled
+from .sampling_triton import is_kept, overridden, pick_block, pick_token, row_total, scaled
 
 _RESIDUAL = tl.constexpr(STREAMS["residual"][0])
 _BONUS = tl.constexpr(STREAMS["bonus"][0])
@@ -38,6 +38,11 @@ def draft_column(t2d, token, D2T: tl.constexpr):
 def _correction(
     logits,
     stride,
+    owners,
+    columns,
+    bounds,
+    starts,
+    values,
     tokens,
     edges,
     last_ties,
@@ -60,6 +65,7 @@ def _correction(
     draft_blocks,
     DRAFT: tl.constexpr,
     D2T: tl.constexpr,
+    OVERRIDES: tl.constexpr,
     SPAN: tl.constexpr,
     PADDED: tl.constexpr,
     DRAFT_PADDED: tl.constexpr,
@@ -67,7 +73,8 @@ def _correction(
     """Of one block of a row: p, and the mass that the ratio rule draws from, p itself unless a token was rejected."""
     column = block * SPAN + tl.arange(0, SPAN)
     peak, _, total = row_total(peaks + row * blocks, sums + row * blocks, blocks, PADDED)
-    x = scaled(logits + row * stride, column, width, temperature)
+    own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
+    x = scaled(logits + row * stride, column, block, width, temperature, columns, own_bounds, own_values, OVERRIDES)
     p = tl.where(is_kept(x, column, tl.load(edges + row), tl.load(last_ties + row)), tl.exp(x - peak) / total, 0.0)
     mass = p
     if rejected:
@@ -95,6 +102,11 @@ def _correction(
 def residual(
     logits,
     stride,
+    owners,
+    columns,
+    bounds,
+    starts,
+    values,
     tokens,
     lengths,
     cu_lengths,
@@ -118,6 +130,7 @@ def residual(
     draft_blocks,
     DRAFT: tl.constexpr,
     D2T: tl.constexpr,
+    OVERRIDES: tl.constexpr,
     SPAN: tl.constexpr,
     PADDED: tl.constexpr,
     DRAFT_PADDED: tl.constexpr,
@@ -131,6 +144,11 @@ def residual(
         _, p, mass = _correction(
             logits,
             stride,
+            owners,
+            columns,
+            bounds,
+            starts,
+            values,
             tokens,
             edges,
             last_ties,
@@ -153,6 +171,7 @@ def residual(
             draft_blocks,
             DRAFT,
             D2T,
+            OVERRIDES,
             SPAN,
             PADDED,
             DRAFT_PADDED,
@@ -165,6 +184,11 @@ def residual(
 def pick(
     logits,
     stride,
+    owners,
+    columns,
+    bounds,
+    starts,
+    values,
     tokens,
     lengths,
     cu_lengths,
@@ -191,6 +215,7 @@ def pick(
     draft_blocks,
     DRAFT: tl.constexpr,
     D2T: tl.constexpr,
+    OVERRIDES: tl.constexpr,
     SPAN: tl.constexpr,
     PADDED: tl.constexpr,
     DRAFT_PADDED: tl.constexpr,
@@ -212,6 +237,11 @@ def pick(
         column, p, mass = _correction(
             logits,
             stride,
+            owners,
+            columns,
+            bounds,
+            starts,
+            values,
             tokens,
             edges,
             last_ties,
@@ -234,6 +264,7 @@ def pick(
             draft_blocks,
             DRAFT,
             D2T,
+            OVERRIDES,
             SPAN,
             PADDED,
             DRAFT_PADDED,

@@ -1,19 +1,21 @@
-"""Sampling: what a request asks for, the logits that result, and the token that its noise picks.
+"""Sampling: what a request asks for, and the token that its noise picks.
 
-`transform` turns logits into the logits of the distribution to draw from; `draw` draws from it with noise keyed by
-(request seed, absolute position, target token id). Shape letters: N rows, B requests, V vocabulary (target or draft).
+`truncation.transform` turns logits into the logits of the distribution to draw from; `draw` draws from it with noise
+keyed by (request seed, absolute position, target token id). Shape letters: N rows, B requests, V vocabulary (target or
+draft).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
 
 from .noise import bits_from_keys, gumbel_from_bits, keys
+from .transfer import at_once
+from .truncation import largest
 
 BLOCK = 4096
 """Target token ids per block of the hierarchical draw (part of the noise's definition: changing it changes texts)."""
@@ -24,8 +26,8 @@ STREAMS: dict[str, tuple[int, int]] = {"target": (0, 1), "draft": (2, 3), "resid
 COLDEST = 1e-5
 """Below it logits / temperature leaves what float32 tells apart: such a temperature is greedy decoding."""
 
-_STRIPE = 256
-_NARROW = 64
+Row = tuple[float, int, float, int] | tuple[float, int, float, int, float]
+"""What one request asks for: temperature, top_k, top_p, seed and, where it is on, min_p."""
 
 
 @dataclass(frozen=True)
@@ -33,203 +35,85 @@ class Sampling:
     """Sampling parameters of B requests, one entry each.
 
     Attributes:
-        temperature: float32 [B]; 0 means greedy, and the other two are then ignored. `of` takes what is below
+        temperature: float32 [B]; 0 means greedy, and what narrows the choice is then ignored. `of` takes what is below
             COLDEST for 0.
         top_k: int64 [B]; 0 means off.
         top_p: float32 [B] in [0, 1]; 1 means off.
         seed: int64 [B].
-        greedy: every request is greedy (computed once, so that the fast path costs nothing per step).
+        min_p: float32 [B] in [0, 1]: least probability as a share of the likeliest token's; 0 means off.
+        decided: `greedy` and `truncated`, where they are known; else they are worked out, which waits for the device.
+        greedy: every request is greedy.
+        truncated: some sampled request asks for top-k, top-p or min-p.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     seed: Tensor
+    min_p: Tensor
+    decided: InitVar[tuple[bool, bool] | None] = None
     greedy: bool = field(default=False, init=False)
+    truncated: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        for name, kind in (("temperature", "float"), ("top_k", "int"), ("top_p", "float"), ("seed", "int")):
+    def __post_init__(self, decided: tuple[bool, bool] | None) -> None:
+        dtypes = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+        for name, dtype in (dtypes | {"seed": torch.int64}).items():
             value = getattr(self, name)
             if value.shape != self.seed.shape or value.dim() != 1:
-                raise ValueError(f"sampling.{name} has shape {list(value.shape)}; all four must be [B]")
-            if value.dtype != (torch.float32 if kind == "float" else torch.int64):
-                raise ValueError(f"sampling.{name} is {value.dtype}; it must be {kind}{32 if kind == 'float' else 64}")
-        object.__setattr__(self, "greedy", bool((self.temperature == 0).all()))
+                raise ValueError(f"sampling.{name} has shape {list(value.shape)}; all five must be [B]")
+            if value.dtype != dtype:
+                raise ValueError(f"sampling.{name} is {value.dtype}; it must be {str(dtype).removeprefix('torch.')}")
+        if decided is None:
+            sampled = self.temperature > 0
+            narrowed = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+            decided = bool((self.temperature == 0).all()), bool((narrowed & sampled).any())
+        object.__setattr__(self, "greedy", decided[0])
+        object.__setattr__(self, "truncated", decided[1])
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[float, int, float, int]], device: torch.device | str = "cpu") -> Sampling:
-        """Sampling of `(temperature, top_k, top_p, seed)` rows, in order.
+    def of(cls, rows: Iterable[Row], device: torch.device | str = "cpu") -> Sampling:
+        """Sampling of rows (temperature, top_k, top_p, seed) or (temperature, top_k, top_p, seed, min_p), in order.
 
         Raises:
             ValueError: a value outside its range; the message names the row.
         """
-        entries = list(rows)
-        for number, (temperature, top_k, top_p, _) in enumerate(entries):
+        entries = [(*row, 0.0) if len(row) == 4 else row for row in rows]
+        for number, (temperature, top_k, top_p, _, min_p) in enumerate(entries):
             if not 0 <= temperature < float("inf"):
                 raise ValueError(f"row {number}: temperature {temperature} must be finite and at least 0 (0 = greedy)")
             if top_k < 0:
                 raise ValueError(f"row {number}: top_k {top_k} must be at least 0 (0 = off)")
             if not 0 <= top_p <= 1:
                 raise ValueError(f"row {number}: top_p {top_p} must be within [0, 1] (1 = off)")
+            if not 0 <= min_p <= 1:
+                raise ValueError(f"row {number}: min_p {min_p} must be within [0, 1] (0 = off)")
+        sampled = [row for row in entries if row[0] >= COLDEST]
+        narrowed = any(row[1] > 0 or row[2] < 1 or row[4] > 0 for row in sampled)
         # Seeds are 64 bits: an unsigned one keeps its bit pattern.
         seeds = [((row[3] + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for row in entries]
-        return cls(
-            temperature=torch.tensor(
-                [row[0] if row[0] >= COLDEST else 0.0 for row in entries], dtype=torch.float32, device=device
-            ),
-            top_k=torch.tensor([row[1] for row in entries], dtype=torch.int64, device=device),
-            top_p=torch.tensor([row[2] for row in entries], dtype=torch.float32, device=device),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+        parts = (
+            torch.tensor([row[0] if row[0] >= COLDEST else 0.0 for row in entries], dtype=torch.float32),
+            torch.tensor([row[1] for row in entries], dtype=torch.int64),
+            torch.tensor([row[2] for row in entries], dtype=torch.float32),
+            torch.tensor(seeds, dtype=torch.int64),
+            torch.tensor([row[4] for row in entries], dtype=torch.float32),
         )
-
-    @cached_property
-    def truncated(self) -> bool:
-        """Some sampled request asks for top-k or top-p. Waits for the device, once."""
-        return bool((((self.top_k > 0) | (self.top_p < 1)) & (self.temperature > 0)).any())
+        there = at_once(parts, device)
+        return cls(there[0], there[1], there[2], there[3], there[4], decided=(not sampled, narrowed))
 
     def __len__(self) -> int:
         return self.seed.shape[0]
 
     def select(self, index: Tensor) -> Sampling:
         """Sampling of the requests (or, with repeats, of the rows) that `index` int64 [N] names."""
-        return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.seed[index])
-
-
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Argmax of each row [N, V], lowest id on ties, and whether the row is usable (its largest entry is finite).
-
-    A row with NaN, with +inf or with nothing but -inf is not usable; its argmax is still a valid id.
-    """
-    width = logits.shape[-1]
-    whole = width // _STRIPE * _STRIPE
-    if logits.device.type == "cpu" and whole:
-        # torch's argmax is not vectorised on CPU, its amax is: find the stripe first, then look inside it only.
-        stripes = logits[:, :whole].reshape(logits.shape[0], -1, _STRIPE).amax(dim=-1)
-        if whole < width:
-            stripes = torch.cat([stripes, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
-        low = stripes.argmax(dim=-1, keepdim=True) * _STRIPE
-        column = low + torch.arange(_STRIPE, device=logits.device)
-        beyond = column >= width
-        inside = logits.gather(-1, column.clamp_(max=width - 1)).masked_fill_(beyond, float("-inf"))
-        best = low + inside.argmax(dim=-1, keepdim=True)
-    else:
-        best = logits.argmax(dim=-1, keepdim=True)
-    return best.squeeze(-1), logits.gather(-1, best).isfinite().squeeze(-1)
-
-
-def _candidate_floor(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """A logit per row below which nothing can be kept, and the row's log-sum-exp: both float32 [N].
-
-    top-k: the k-th largest of the maxima of disjoint stripes is at most the k-th largest entry. top-p: the entries of
-    probability under (1 - p) / V weigh less than 1 - p together, so the mass above each of them is at least p.
-    """
-    vocabulary = logits.shape[-1]
-    probability = logits.softmax(dim=-1)
-    normaliser = logits.amax(dim=-1) - probability.amax(dim=-1).log()
-    # Half of the share, so that rounding cannot lose an entry at the edge.
-    floor = normaliser + ((1.0 - top_p) / (2 * vocabulary)).log()
-    limited = top_k > 0
-    if bool(limited.any()):
-        count = vocabulary // _NARROW
-        widest = int(top_k.max())
-        bound = torch.full_like(floor, float("-inf"))
-        if widest <= count:
-            whole = logits[:, : count * _NARROW].reshape(-1, count, _NARROW)
-            maxima = whole.amax(dim=-1).topk(widest, dim=-1).values
-            bound = maxima.gather(-1, (top_k.clamp(min=1) - 1).unsqueeze(-1)).squeeze(-1)
-        # Top-p of a row with both is of the renormalised rest: its own floor does not hold.
-        floor = torch.where(limited, bound, floor)
-    return floor, normaliser
-
-
-def _edges(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each row's kept set ends.
-
-    Args:
-        logits: float32 [N, V], rows finite at their largest; top_k: int64 [N] (0 = off, below V); top_p: float32 [N].
-
-    Returns:
-        smallest kept logit [N]; int64 [N] how many entries with exactly that logit are kept; bool [N] whether the row
-        has more of them.
-    """
-    rows = logits.shape[0]
-    floor, normaliser = _candidate_floor(logits, top_k, top_p)
-    row, column = (logits >= floor.unsqueeze(-1)).nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=rows)
-    place = torch.arange(row.shape[0], device=row.device) - (counts.cumsum(0) - counts)[row]
-    values = logits.new_full((rows, int(counts.max())), float("-inf"))
-    values[row, place] = logits[row, column]
-    values = values.sort(dim=-1, descending=True).values.to(torch.float64)
-    limited = (top_k > 0).unsqueeze(-1)
-    last = values.gather(-1, (top_k.clamp(min=1, max=values.shape[-1]) - 1).unsqueeze(-1))
-    allowed = values > float("-inf")
-    allowed &= ~limited | (values >= last)
-    inside = values.masked_fill(~allowed, float("-inf"))
-    total = torch.where(limited, inside.logsumexp(dim=-1, keepdim=True), normaliser.to(torch.float64).unsqueeze(-1))
-    probability = (inside - total).exp()
-    above = probability.cumsum(dim=-1) - probability
-    wanted = top_p.to(torch.float64).unsqueeze(-1)
-    kept = (allowed & ((above < wanted) | (wanted >= 1))).sum(dim=-1, keepdim=True).clamp_(min=1)
-    edge = values.gather(-1, kept - 1)
-    ties = kept - (values > edge).sum(dim=-1, keepdim=True)
-    crowded = (values == edge).sum(dim=-1, keepdim=True) > ties
-    return edge.squeeze(-1).to(torch.float32), ties.squeeze(-1), crowded.squeeze(-1)
-
-
-def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """`logits` float32 [N, V] with -inf outside top-k and top-p; rows that ask for neither pass as they are."""
-    top_k = torch.where(top_k < logits.shape[-1], top_k, torch.zeros_like(top_k))
-    # A row that is not finite has no kept set; it passes as it is, and whoever verifies it flags it.
-    rows = (((top_k > 0) | (top_p < 1)) & logits.amax(dim=-1).isfinite()).nonzero().squeeze(-1)
-    if rows.numel() == 0:
-        return logits
-    every = rows.numel() == logits.shape[0]
-    chosen = logits if every else logits[rows]
-    edge, ties, crowded = _edges(chosen, top_k[rows], top_p[rows])
-    out = torch.where(chosen < edge.unsqueeze(-1), float("-inf"), chosen)
-    for number in crowded.nonzero().squeeze(-1).tolist():
-        tied = (chosen[number] == edge[number]).nonzero().squeeze(-1)
-        out[number, tied[int(ties[number]) :]] = float("-inf")
-    return out if every else logits.index_copy(0, rows, out)
-
-
-def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits of the distribution that a request samples from: temperature, then top-k, then top-p on what is left.
-
-    Order and sets are those of transformers' warpers (top-k keeps every token tied with the k-th; top-p keeps a token
-    while the mass ranked above it is below top_p, at least one). Among tokens tied at the edge of the nucleus the
-    lowest ids stay. A greedy row (temperature 0) becomes one-hot at its largest logit, lowest id on ties.
-
-    Args:
-        logits: [N, V], any floating dtype; -inf is legal. Not modified.
-        temperature: float32 [N], top_k: int64 [N], top_p: float32 [N], as in `Sampling`.
-
-    Returns:
-        float32 [N, V], -inf outside the kept set. It may be `logits` itself when no row asks for anything.
-
-    Raises:
-        ValueError: shapes disagree.
-    """
-    if logits.dim() != 2:
-        raise ValueError(f"logits have shape {list(logits.shape)}; expected [N, V]")
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if value.shape != logits.shape[:1]:
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected [N] = [{logits.shape[0]}]")
-    greedy = temperature == 0
-    out = logits.to(torch.float32)
-    if bool(((temperature != 1) & ~greedy).any()):
-        out = out / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(-1)
-    if bool((((top_k > 0) | (top_p < 1)) & ~greedy).any()):
-        out = _truncate(out, top_k.masked_fill(greedy, 0), top_p.masked_fill(greedy, 1.0))
-    if bool(greedy.any()):
-        rows = greedy.nonzero().squeeze(-1)
-        best, _ = largest(logits[rows])
-        one_hot = torch.full((rows.shape[0], out.shape[1]), float("-inf"), device=out.device)
-        one_hot[torch.arange(rows.shape[0], device=out.device), best] = 0.0
-        # A greedy row that is not finite keeps what it holds, so that it can still be told.
-        usable = out[rows].amax(dim=-1).isfinite().unsqueeze(-1)
-        out = out.index_copy(0, rows, torch.where(usable, one_hot, out[rows]))
-    return out
+        return Sampling(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.seed[index],
+            self.min_p[index],
+            decided=(True, False) if self.greedy else None,
+        )
 
 
 def _block_sums(mass: Tensor, bounds: list[int] | None) -> Tensor:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from .noise import uniform
-from .sampling import Sampling, draw_mass, largest, proposal_stream, stream_pairs, transform
+from .overrides import Overrides
+from .sampling import Sampling, draw_mass, proposal_stream, stream_pairs
+from .truncation import largest, transform
 
 ACCEPT_STREAM = 8
 """Noise stream of the ratio rule's acceptance test."""
@@ -50,6 +52,7 @@ def _check(
     rule: str,
     draft_logits: Tensor | None,
     d2t: Tensor | None,
+    overrides: Overrides | None,
 ) -> None:
     """Raise ValueError, naming the argument, unless shapes, dtypes and lengths fit each other."""
     proposal_stream(rule)
@@ -79,9 +82,13 @@ def _check(
             raise ValueError(f"draft_logits have shape {list(draft_logits.shape)}; expected {expected}")
         if draft_logits.device.type == "cuda" and not draft_logits.is_contiguous():
             raise ValueError(f"draft_logits have strides {draft_logits.stride()}; on CUDA they must be contiguous")
+    if overrides is not None:
+        overrides.check(batch, target_logits.shape[0], vocabulary, target_logits.device)
 
 
-def _check_values(target_logits: Tensor, tokens: Tensor, lengths: Tensor, cu_lengths: Tensor) -> None:
+def _check_values(
+    target_logits: Tensor, tokens: Tensor, lengths: Tensor, cu_lengths: Tensor, overrides: Overrides | None
+) -> None:
     """Raise ValueError unless the lengths and tokens fit. On CUDA this would wait for the device: there the kernels
     keep within bounds by themselves."""
     rows, vocabulary = target_logits.shape
@@ -96,6 +103,13 @@ def _check_values(target_logits: Tensor, tokens: Tensor, lengths: Tensor, cu_len
     offered = torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1)
     if bool((((tokens < 0) | (tokens >= vocabulary)) & offered).any()):
         raise ValueError(f"an offered token is outside the target vocabulary of {vocabulary}: {tokens.tolist()}")
+    if overrides is not None and not torch.equal(overrides.owner, _owners(lengths)):
+        raise ValueError(f"overrides are of rows {overrides.owner.bincount().tolist()}; lengths are {lengths.tolist()}")
+
+
+def _owners(lengths: Tensor) -> Tensor:
+    """int64 [T], the request of each row."""
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths + 1)
 
 
 def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +118,7 @@ def _coupled_choices(logits: Tensor, sampling: Sampling, position: Tensor) -> tu
     rows = (sampling.temperature > 0).nonzero().squeeze(-1)
     if rows.numel():
         chosen, own = (logits, sampling) if rows.numel() == logits.shape[0] else (logits[rows], sampling.select(rows))
-        mass = transform(chosen, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+        mass = transform(chosen, own.temperature, own.top_k, own.top_p, own.min_p).softmax(dim=-1)
         streams = stream_pairs("target", rows.numel(), logits.device)
         choice[rows] = draw_mass(mass, own.seed, position[rows], streams)
     return choice, finite
@@ -165,7 +179,7 @@ def _verify_ratio(
     counts = lengths + 1
     start = counts.cumsum(0) - counts
     own = sampling.select(torch.repeat_interleave(torch.arange(batch, device=device), counts))
-    p = transform(target_logits, own.temperature, own.top_k, own.top_p).softmax(dim=-1)
+    p = transform(target_logits, own.temperature, own.top_k, own.top_p, own.min_p).softmax(dim=-1)
     q = None if draft_logits is None else draft_logits.softmax(dim=-1, dtype=torch.float32)
     proposed = tokens[request, index]
     log_p = p[start[request] + index, proposed].log()
@@ -208,6 +222,7 @@ def verify(
     rule: str = "coupled",
     draft_logits: Tensor | None = None,
     d2t: Tensor | None = None,
+    overrides: Overrides | None = None,
 ) -> VerifyResult:
     """Keep a prefix of each request's proposal and add one token, so that the target's distribution is unchanged.
 
@@ -215,7 +230,7 @@ def verify(
     absolute position positions[b] + 1 + i, after the anchor and the first i proposed tokens.
 
     Args:
-        target_logits: [T, V], any floating dtype, raw (no temperature); -inf is legal.
+        target_logits: [T, V], any floating dtype, raw (no temperature); -inf is legal. Not modified.
         tokens: int64 [B, K] proposed target token ids; only the first lengths[b] of a row are read.
         lengths: int64 [B] offered tokens per request, 0 (plain decoding) to K.
         cu_lengths: int64 [B + 1], starting at 0, growing by lengths + 1, ending at T.
@@ -227,6 +242,7 @@ def verify(
             proposal was chosen without chance (n-gram, greedy draft), q is one-hot. A row that is not finite, or gives
             its own token no mass, is taken as one-hot at that token.
         d2t: int64 [Vd] ascending target ids of the draft's columns; None when they are the target's.
+        overrides: bias and penalties of the requests that ask for them, for the same rows; None: no request does.
 
     Returns:
         VerifyResult; greedy requests (temperature 0) compare with the argmax, lowest id on ties, under both rules.
@@ -235,7 +251,7 @@ def verify(
         ValueError: shapes, dtypes, lengths or the rule do not fit; the message names the argument. The values of
             lengths and tokens are not looked at on CUDA: that would wait for the device.
     """
-    _check(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
+    _check(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t, overrides)
     batch = tokens.shape[0]
     device = tokens.device
     if batch == 0:
@@ -245,10 +261,12 @@ def verify(
         from . import verify_triton
 
         return verify_triton.verify(
-            target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t
+            target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t, overrides
         )
-    _check_values(target_logits, tokens, lengths, cu_lengths)
-    return reference(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
+    _check_values(target_logits, tokens, lengths, cu_lengths, overrides)
+    return reference(
+        target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t, overrides
+    )
 
 
 def reference(
@@ -261,11 +279,60 @@ def reference(
     rule: str,
     draft_logits: Tensor | None,
     d2t: Tensor | None,
+    overrides: Overrides | None,
 ) -> VerifyResult:
     """`verify` in torch, on any device, arguments unchecked: what the kernels are held and timed against."""
+    if overrides is None:
+        return _verify(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
+
+    def of(index: Tensor, logits: Tensor) -> VerifyResult:
+        """Of some requests, whose rows `logits` are."""
+        counts = lengths[index]
+        return _verify(
+            logits,
+            tokens[index],
+            counts,
+            torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0))),
+            sampling.select(index),
+            positions[index],
+            rule,
+            None if draft_logits is None else draft_logits[index],
+            d2t,
+        )
+
+    values, row, column = overrides.values(target_logits)
+    asks = overrides.bounds[:, 0] < overrides.bounds[:, -1]
+    asking = asks[overrides.owner]
+    adjusted = target_logits[asking].to(torch.float32)  # a copy, of these rows only
+    adjusted[(asking.cumsum(0) - 1)[row], column] = values
+    others = (~asks).nonzero().squeeze(-1)
+    parts = [(asks.nonzero().squeeze(-1), adjusted)]
+    if others.numel():
+        parts.append((others, target_logits[~asking]))
+    whole = torch.cat([index for index, _ in parts]).argsort()
+    decided = [of(index, logits) for index, logits in parts]
+    return VerifyResult(
+        torch.cat([r.accepted for r in decided])[whole],
+        torch.cat([r.next_token for r in decided])[whole],
+        torch.cat([r.finite for r in decided])[whole],
+    )
+
+
+def _verify(
+    target_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    cu_lengths: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    rule: str,
+    draft_logits: Tensor | None,
+    d2t: Tensor | None,
+) -> VerifyResult:
+    """`reference` of requests without overrides."""
     batch = tokens.shape[0]
     device = tokens.device
-    owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1)
+    owner = _owners(lengths)
     if rule == "coupled" and not sampling.greedy:
         row_position = positions[owner] + 1 + torch.arange(owner.shape[0], device=device) - cu_lengths[owner]
         choice, usable = _coupled_choices(target_logits, sampling.select(owner), row_position)

@@ -2,12 +2,15 @@
 
 1. `stats`, grid (rows, blocks of 4096 ids): reads every target logit once; leaves each block's maximum, its place and
    its sum-exp. Under the ratio rule the same for the draft's rows.
-2. `select`, grid (rows): only in rows with top-k or top-p: the smallest kept logit, by an 8-way search over the ordered
-   bits of float32, and the block sums of what is kept. Its re-reads mostly come from the second-level cache, and blocks
-   below the search's lower end are not read again.
+2. `select`, grid (rows): only in rows with min-p, top-k or top-p: the smallest kept logit, by an 8-way search over the
+   ordered bits of float32, and the block sums of what is kept. Its re-reads mostly come from the second-level cache,
+   and blocks below the search's lower end are not read again.
 3. `_accept`, grid (requests): walks a request's rows. Coupled and greedy rows pick a block by its sum, read it again
    (8 to 16 KB) and pick the token; ratio rows test the proposed token. It stops at the first mismatch.
 4. `residual_triton`: the ratio rule's correction or bonus token.
+
+Where requests have bias or penalties, the new logits of their touched tokens (`overrides`) are worked out before 1, and
+all four read those in place of the target's.
 
 Letters as in `verify`; C blocks of the target's vocabulary.
 """
@@ -20,10 +23,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise_triton import uniform
+from .overrides import Overrides
 from .residual_triton import draft_column, draft_probability, pick, residual
 from .sampling import BLOCK, STREAMS, Sampling
-from .sampling_triton import WARPS as SELECTING
-from .sampling_triton import block_statistics, finite, is_kept, pick_block, pick_token, row_total, scaled, select
+from .sampling_triton import (
+    block_statistics,
+    finite,
+    is_kept,
+    no_entries,
+    overridden,
+    pick_block,
+    pick_token,
+    row_total,
+    scaled,
+    scaled_token,
+)
+from .truncation_triton import WARPS as SELECTING
+from .truncation_triton import select
 from .verify import ACCEPT_STREAM, VerifyResult
 
 WARPS = {"_accept": 8, "residual": 8, "pick": 8}
@@ -36,6 +52,11 @@ _ACCEPT = tl.constexpr(ACCEPT_STREAM)
 def _accept(
     logits,
     stride,
+    owners,
+    columns,
+    bounds,
+    starts,
+    values,
     tokens,
     lengths,
     cu_lengths,
@@ -63,6 +84,7 @@ def _accept(
     RATIO: tl.constexpr,
     DRAFT: tl.constexpr,
     D2T: tl.constexpr,
+    OVERRIDES: tl.constexpr,
     SPAN: tl.constexpr,
     PADDED: tl.constexpr,
     DRAFT_PADDED: tl.constexpr,
@@ -92,9 +114,20 @@ def _accept(
             proposed = tl.load(tokens + request * slots + i, mask=offered, other=-1)
             proposed = tl.where(proposed < width, proposed, -1)
             same = tl.full((), 0, tl.int32)
+            own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
             if tested:
                 if proposed >= 0:
-                    x = scaled(logits + row * stride, proposed, width, temperature)
+                    x = scaled_token(
+                        logits + row * stride,
+                        proposed,
+                        width,
+                        temperature,
+                        columns,
+                        own_bounds,
+                        own_values,
+                        OVERRIDES,
+                        SPAN,
+                    )
                     kept = is_kept(x, proposed, tl.load(edges + row), tl.load(last_ties + row))
                     log_ratio = tl.where(kept, tl.log(tl.exp(x - peak) / total), float("-inf"))
                     if DRAFT:
@@ -123,7 +156,17 @@ def _accept(
                         stream = tl.full((), _TARGET, tl.int32)
                         block = pick_block(mass / total, blocks, stream, seed, position + 1 + i, PADDED)
                         column = block * SPAN + tl.arange(0, SPAN)
-                        x = scaled(logits + row * stride, column, width, temperature)
+                        x = scaled(
+                            logits + row * stride,
+                            column,
+                            block,
+                            width,
+                            temperature,
+                            columns,
+                            own_bounds,
+                            own_values,
+                            OVERRIDES,
+                        )
                         kept = is_kept(x, column, tl.load(edges + row), tl.load(last_ties + row))
                         p = tl.where(kept, tl.exp(x - peak) / total, 0.0)
                         choice = pick_token(p, column, stream, seed, position + 1 + i)
@@ -146,6 +189,7 @@ def verify(
     rule: str,
     draft_logits: Tensor | None,
     d2t: Tensor | None,
+    overrides: Overrides | None,
 ) -> VerifyResult:
     """As `verify.verify`, which has checked shapes and dtypes. Lengths above K count as K; a token outside the
     vocabulary is never kept. Nothing is read back by the host."""
@@ -157,21 +201,28 @@ def verify(
     usable = torch.empty(batch, dtype=torch.bool, device=device)
     tokens, lengths, cu_lengths = tokens.contiguous(), lengths.contiguous(), cu_lengths.contiguous()
     positions, seeds = positions.contiguous(), sampling.seed.contiguous()
-    owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1, output_size=rows)
+    if overrides is None:
+        owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths + 1, output_size=rows)
+        entries = no_entries(owner)
+    else:
+        owner = overrides.owner
+        entries = (owner, overrides.columns, overrides.bounds, overrides.at, overrides.values(target_logits)[0])
     temperatures = sampling.temperature[owner]
-    peaks, places, sums = block_statistics(target_logits, temperatures, sampling.greedy)
+    peaks, places, sums = block_statistics(
+        target_logits, temperatures, sampling.greedy, None if overrides is None else entries
+    )
     blocks = peaks.shape[1]
     edges = torch.full((rows,), float("-inf"), device=device)
     last_ties = torch.empty(rows, dtype=torch.int32, device=device)
-    widths = {"SPAN": BLOCK, "PADDED": triton.next_power_of_2(blocks)}
+    widths = {"OVERRIDES": overrides is not None, "SPAN": BLOCK, "PADDED": triton.next_power_of_2(blocks)}
+    logits = (target_logits, target_logits.stride(0), *entries)
     if not sampling.greedy:
         select[(rows,)](
-            target_logits,
-            target_logits.stride(0),
-            owner,
+            *logits,
             temperatures,
             sampling.top_k.contiguous(),
             sampling.top_p.contiguous(),
+            sampling.min_p.log(),
             peaks,
             sums,
             edges,
@@ -199,7 +250,7 @@ def verify(
         "D2T": ratio and draft_logits is not None and d2t is not None,
         "DRAFT_PADDED": triton.next_power_of_2(draft_peaks.shape[1]),
     }
-    rows_of = (target_logits, target_logits.stride(0), tokens, lengths, cu_lengths)
+    rows_of = (*logits, tokens, lengths, cu_lengths)
     own = (sampling.temperature.contiguous(), seeds)
     statistics = (peaks, sums, edges, last_ties)
     flags = usable.view(torch.int8)

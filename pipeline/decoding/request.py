@@ -45,8 +45,9 @@ class Request:
         max_new_tokens: most tokens to emit, a stop token included.
         temperature: 0 decodes greedily (ties: lowest token id); so does what is below COLDEST, which may not go with
             top_k, top_p or min_p.
-        top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all).
-        min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
+        top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all). min_p: keep what
+            has this share of the likeliest token's probability (0: all); it comes first, then top_k, then top_p.
+        repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
         logprobs: with every token its log-probability under the target (temperature 1, nothing adjusted or left out)
             and the most likely so many beside it; None: no log-probabilities.
         seed: with it, a request gives the same text whatever it is batched with.
@@ -141,9 +142,7 @@ class Request:
     @property
     def adjustment(self) -> Adjustment:
         """What the request does to the target's logits before temperature."""
-        return Adjustment(
-            self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.min_p, self.logit_bias
-        )
+        return Adjustment(self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias)
 
     def samples(self, count: int) -> list[Request]:
         """`count` requests for as many answers: the seeds count up from this one's, ids get a number.

@@ -1,4 +1,5 @@
-"""A step's verification: every request's rows adjusted, sampled and compared with its proposal; log-probabilities.
+"""A step's verification: every request's rows sampled, with its bias and penalties, and compared with its proposal;
+log-probabilities.
 
 Letters: B requests (those that decode, then those whose prompt just ended), T rows, K block size, V target vocabulary.
 """
@@ -11,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from draftline_kernels import Sampling, adjust_, verify
+from draftline_kernels import Overrides, Sampling, Touched, at_once, touched, verify
 from pipeline.decoding.plan import StepPlan
 from pipeline.decoding.request import TokenLogprob
 
@@ -24,8 +25,7 @@ class Verification:
     Args:
         plan: of the step; its B requests to verify, of which the first ones have a proposal, if there is one. One whose
             rows can't be adjusted gets its `failure` set, and its part of the result means nothing.
-        logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. Rows of requests with penalties,
-            bias or min-p are adjusted in place, or in float32 where they are of another dtype.
+        logits: [T, V], lengths + 1 rows per request, 1 where the prompt just ended. They stay as they are.
         rule: coupled or ratio.
     Attributes:
         result: see `draftline_kernels.VerifyResult`.
@@ -33,14 +33,12 @@ class Verification:
 
     def __init__(self, plan: StepPlan, logits: Tensor, rule: str) -> None:
         device, proposal = logits.device, plan.proposal
+        self._logits = logits
         self._sequences = sequences = [s for s, _ in plan.verifying]
         rows = [n + 1 for n in plan.lengths] + [1] * (len(sequences) - len(plan.lengths))
         self._starts = [0, *itertools.accumulate(rows)]
-        self._raw: dict[int, Tensor] = {}
-        sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=device,
-        )
+        asked = (s.request for s in sequences)
+        sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in asked], device)
         block = 0 if proposal is None else proposal.tokens.shape[1]
         tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
         draft_logits = None
@@ -49,19 +47,20 @@ class Verification:
             tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
-        if logits.dtype != torch.float32 and any(s.adjustment is not None for s in sequences):
-            logits = logits.float()  # in 16 bits a penalty is less than the distance of two large logits
-        self._adjust(plan, logits)
+        adjusted = [self._touched(plan, i, logits.shape[1]) for i in range(len(sequences))]
+        counted = ([n - 1 for n in rows], [len(s.tokens) - 1 for s in sequences], self._starts)
+        lengths, positions, starts = at_once([torch.tensor(c, dtype=torch.int64) for c in counted], device)
         self.result = verify(
             logits,
             tokens,
-            torch.tensor(rows, device=device) - 1,
-            torch.tensor(self._starts, device=device),
+            lengths,
+            starts,
             sampling,
-            torch.tensor([len(s.tokens) - 1 for s in sequences], device=device),
+            positions,
             rule=rule,
             draft_logits=draft_logits,
             d2t=None if proposal is None else proposal.d2t,
+            overrides=Overrides.of(adjusted, rows, logits.shape[1], device),
         )
 
     def logprobs(self, index: int, emitted: list[int]) -> list[TokenLogprob] | None:
@@ -70,32 +69,33 @@ class Verification:
         if wanted is None:
             return None
         out = []
-        logs = self._raw[index][: len(emitted)].float().log_softmax(-1)
+        first = self._starts[index]
+        logs = self._logits[first : first + len(emitted)].float().log_softmax(-1)
         for row, token in zip(logs, emitted, strict=True):
             best = row.topk(wanted)
             top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             out.append(TokenLogprob(token, float(row[token]), top))
         return out
 
-    def _adjust(self, plan: StepPlan, logits: Tensor) -> None:
-        for i, (s, first) in enumerate(plan.verifying):
-            try:
-                mine = logits[self._starts[i] : self._starts[i + 1]]
-                if s.request.logprobs is not None:
-                    self._raw[i] = mine if s.adjustment is None else mine.clone()
-                if s.adjustment is not None:
-                    adjust_(
-                        mine,
-                        s.adjustment,
-                        prompt=s.request.prompt_ids,
-                        answer=s.output,
-                        # From the plan: the proposal's own tokens are on the device.
-                        proposed=plan.tokens[first + 1 : first + len(mine)],
-                        temperature=s.request.temperature,
-                    )
-            except Exception as e:  # what one request asks for must not end the others'
-                log.exception("The logits of request %s could not be adjusted", s.request.id)
-                s.failure = f"its logits could not be adjusted: {type(e).__name__} after {len(s.output)} tokens: {e}"
+    def _touched(self, plan: StepPlan, index: int, vocabulary: int) -> Touched | None:
+        """What request `index` does to its logits; None: nothing, or it failed at it."""
+        s, first = plan.verifying[index]
+        if s.adjustment is None:
+            return None
+        rows = self._starts[index + 1] - self._starts[index]
+        try:
+            return touched(
+                s.adjustment,
+                prompt=s.request.prompt_ids,
+                answer=s.output,
+                # From the plan: the proposal's own tokens are on the device.
+                proposed=plan.tokens[first + 1 : first + rows],
+                vocabulary=vocabulary,
+            )
+        except Exception as e:  # what one request asks for must not end the others'
+            log.exception("The logits of request %s could not be adjusted", s.request.id)
+            s.failure = f"its logits could not be adjusted: {type(e).__name__} after {len(s.output)} tokens: {e}"
+            return None
 
 
 def _of_all(logits: Tensor, requests: int, device: torch.device) -> Tensor:

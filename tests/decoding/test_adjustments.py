@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from draftline_kernels import Adjustment, adjust_
+from draftline_kernels import Adjustment, Overrides, Touched, touched
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost, verification
 from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.proposers.drawing import Asked, Drawing
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
 from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
-from tests.decoding.test_engine import KINDS, prompt_ids, proposer_for
+from tests.decoding.samples import KINDS, prompt_ids, proposer_for
 from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 ASKED: dict[str, Any] = {
@@ -36,34 +37,8 @@ def engine_of(target: Target, name: str, rule: str = "coupled", **settings: Any)
     return Engine(target, config, proposer_for(target, name, rule), cost)
 
 
-def test_repetition_and_min_p_are_transformers_own() -> None:
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 50, generator=g)
-    prompt, answer = [3, 4, 5, 3], [7, 4]
-    mine = logits.clone()
-    adjust_(mine, Adjustment(repetition=1.7), prompt=prompt, answer=answer, proposed=[], temperature=1.0)
-    ids = torch.tensor([prompt + answer])
-    assert torch.equal(mine, RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()))
-    mine = logits.clone()
-    adjust_(mine, Adjustment(min_p=0.1), prompt=prompt, answer=answer, proposed=[], temperature=0.7)
-    theirs = MinPLogitsWarper(0.1)(ids, logits / 0.7)
-    assert torch.equal(mine.isfinite(), theirs.isfinite()) and 1 < int(mine.isfinite().sum()) < 50
-
-
-def test_a_row_of_a_block_counts_what_was_proposed_before_it() -> None:
-    g = torch.Generator().manual_seed(1)
-    logits = torch.randn(4, 30, generator=g) * 3
-    adjustment = Adjustment(1.2, 0.3, 0.5, 0.05, {9: 2.0})
-    block = logits.clone()
-    adjust_(block, adjustment, prompt=[1, 2], answer=[9, 2], proposed=[9, 4, 9, 25], temperature=1.0)
-    for i, before in enumerate(([], [9], [9, 4], [9, 4, 9])):
-        alone = logits[i : i + 1].clone()
-        adjust_(alone, adjustment, prompt=[1, 2], answer=[9, 2, *before], proposed=[], temperature=1.0)
-        assert torch.equal(block[i], alone[0]), i
-
-
 def oracle(logits: torch.Tensor, request: Request, answer: list[int]) -> torch.Tensor:
-    """A row [V] adjusted token by token in float64, without min-p."""
+    """A row [V] adjusted token by token in float64."""
     z = logits.double().clone()
     for token, bias in request.logit_bias.items():
         z[token] += bias
@@ -92,7 +67,9 @@ def test_16_bit_logits_are_adjusted_as_in_float64() -> None:
     for s in sequences:
         s.computed = len(s.tokens) - 1
     plan = plan_step(sequences, sequences, proposal, [0, 7, 0], prefill=0)
-    step = Verification(plan, logits.clone(), "coupled")
+    raw = logits.clone()
+    step = Verification(plan, raw, "coupled")
+    assert raw.dtype == torch.bfloat16 and torch.equal(raw, logits), "the target's logits stay as they are"
     picks = [int(oracle(logits[1 + i], asked[1], answers[1] + block[:i]).argmax()) for i in range(8)]
     accepted = next(i for i, (mine, theirs) in enumerate(zip(block, picks, strict=False)) if mine != theirs)
     first = int(oracle(logits[0], asked[0], answers[0]).argmax())
@@ -101,13 +78,14 @@ def test_16_bit_logits_are_adjusted_as_in_float64() -> None:
     (said,) = step.logprobs(0, [first]) or []
     assert said.logprob == float(logits[0].float().log_softmax(-1)[first]), "the target's own, unpenalised"
     # Every row of the block, as if all before it had been taken.
-    rows = logits[1:9].float()
-    adjust_(rows, sequences[1].adjustment, prompt=[3], answer=answers[1], proposed=block, temperature=0.0)  # type: ignore[arg-type]
-    for i, row in enumerate(rows):
+    part = touched(asked[1].adjustment, prompt=[3], answer=answers[1], proposed=block, vocabulary=400)
+    overrides = Overrides.of([part], [8], 400)
+    assert overrides is not None
+    values, row, column = overrides.values(logits[1:9])
+    rows = logits[1:9].float().index_put((row, column), values)
+    for i, adjusted in enumerate(rows):
         wanted = oracle(logits[1 + i], asked[1], answers[1] + block[:i])
-        torch.testing.assert_close(row.double(), wanted, rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="bfloat16; expected float32"):
-        adjust_(logits, Adjustment(presence=0.05), prompt=[1], answer=[7], proposed=[], temperature=0.0)
+        torch.testing.assert_close(adjusted.double(), wanted, rtol=1e-6, atol=0)
 
 
 def plain(target: Target, prompt: list[int], count: int) -> list[int]:
@@ -190,12 +168,12 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
     asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ASKED)) for i, p in enumerate(prompts)]
     wanted = engine_of(tiny, name).generate(asked)
 
-    def adjust(logits: torch.Tensor, adjustment: Adjustment, **text: Any) -> None:
-        adjust_(logits, adjustment, **text)
+    def broken(adjustment: Adjustment, **text: Any) -> Touched:
         if text["prompt"] == prompts[1] and len(text["answer"]) >= tokens:
             raise IndexError("index 5 is out of bounds")
+        return touched(adjustment, **text)
 
-    monkeypatch.setattr(verification, "adjust_", adjust)
+    monkeypatch.setattr(verification, "touched", broken)
     engine = engine_of(tiny, name)
     done = engine.generate(asked)
     failed = done.pop(1)
@@ -207,6 +185,19 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
     cause = f"IndexError after {len(failed.token_ids)} tokens: index 5 is out of bounds"
     assert failed.error == f"its logits could not be adjusted: {cause}"
     assert not engine.has_work and engine.runner.pool.available == engine.runner.pool.pages
+
+
+def test_a_block_drawn_in_one_is_drawn_under_min_p(tiny: Target) -> None:  # noqa: F811
+    draft = proposer_for(tiny, "dspark").draft
+    base = torch.randn(2, len(draft.temperatures), len(draft.d2t), generator=torch.Generator().manual_seed(0))
+    tokens = []
+    for min_p in (1.0, 0.0):
+        asked = [Request([5, 6], temperature=1.0, seed=i, min_p=min_p) for i in range(2)]
+        sequences = [Sequence(r, frozenset(), [5, 6]) for r in asked]
+        drawing = Drawing(draft, Asked.of(sequences, torch.device("cpu")), "coupled")
+        tokens.append(drawing.in_one(base, None, None, lambda seen: torch.zeros(seen.shape)).tokens)
+    assert torch.equal(tokens[0], draft.d2t[base.argmax(-1)]), "nothing but the likeliest is left"
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811

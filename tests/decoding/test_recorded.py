@@ -108,6 +108,7 @@ def _slot(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     seed: torch.Tensor,
+    min_p: torch.Tensor,
     d2t: torch.Tensor,
     vocabulary: int,
     rule: str,
@@ -115,7 +116,7 @@ def _slot(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A slot's tokens and logits by their definition."""
     block = draftline_kernels.markov_block(
-        base, None, None, previous, anchors, Sampling(temperature, top_k, top_p, seed),
+        base, None, None, previous, anchors, Sampling(temperature, top_k, top_p, seed, min_p),
         vocabulary=vocabulary, d2t=d2t, rule=rule, logits=True, first=first,
     )  # fmt: skip
     assert block.logits is not None
@@ -124,7 +125,7 @@ def _slot(
 
 def _slots(base: torch.Tensor, code: None, w2: None, previous: torch.Tensor, anchors: torch.Tensor, sampling: Sampling,
            **options: Any) -> draftline_kernels.Block:  # fmt: skip
-    asked = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+    asked = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p)
     wanted = options.pop("logits")
     tokens, logits = _slot(base, previous, anchors, *asked, **options)
     return draftline_kernels.Block(tokens, tokens, logits if wanted else None)
@@ -204,7 +205,11 @@ def test_replayed_steps_say_what_launched_ones_do(
 def test_greedy_and_sampled_requests_share_recorded_steps(tiny: Target, tapes: Tapes, rule: str) -> None:
     """The same number of requests, of other kinds: greedy, sampled, truncated."""
     settings = {"rule": rule, "scheduler": "fixed"}
-    kinds = [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}]
+    kinds = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "presence_penalty": 0.5},
+    ]
     engine = engine_of(tiny, proposer_for(tiny, "dspark", rule), **settings)
     other = launched(engine_of(tiny, **settings), proposer_for(tiny, "dspark", rule))
     ids = prompt_ids(tiny)

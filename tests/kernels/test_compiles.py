@@ -17,6 +17,7 @@ from draftline_kernels import (  # noqa: E402
     ragged_paged_attention_triton,
     residual_triton,
     sampling_triton,
+    truncation_triton,
     verify_triton,
     vocab_loss_triton,
 )
@@ -44,8 +45,9 @@ def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool, more: boo
     return vocab_loss_triton._row_losses, pointers | scalars, constants, options
 
 
-_INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "owners", "top_k", "accepted_in", "accepted_out")
-_INT32 = ("places", "last_ties", "t2d")
+_INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "top_k", "accepted_in", "accepted_out")
+_INT64 += ("owners", "starts")
+_INT32 = ("places", "last_ties", "t2d", "columns", "bounds")
 _INT8 = ("finite_in", "finite_out")
 _SIZES = ("slots", "width", "blocks", "draft_width", "draft_blocks")
 
@@ -55,7 +57,7 @@ def _verify(kernel: Any, dtype: str, **constants: Any) -> Case:
     types = dict.fromkeys(("logits", "draft"), f"*{dtype}") | dict.fromkeys((*_INT64, "next_out"), "*i64")
     types |= dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT8, "*i8") | dict.fromkeys(_SIZES, "i32")
     types |= {"stride": "i64"}
-    return _case(kernel, types, {**_WIDTHS, "DRAFT_PADDED": 8, **constants})
+    return _case(kernel, types, {**_WIDTHS, "DRAFT_PADDED": 8, "OVERRIDES": False, **constants})
 
 
 def _case(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Case:
@@ -69,7 +71,7 @@ def _case(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Case
     )
 
 
-_WARPS = {m.__name__: m.WARPS for m in (markov_block_triton, sampling_triton, verify_triton)}
+_WARPS = {m.__name__: m.WARPS for m in (markov_block_triton, sampling_triton, truncation_triton, verify_triton)}
 _WARPS[residual_triton.__name__] = verify_triton.WARPS  # which launches them
 
 
@@ -113,6 +115,7 @@ _COMBINED = {"partials": "*fp32", "sums": "*fp32", "cu_q": "*i32", "out": "*bf16
 _COMBINED |= dict.fromkeys(("batch", "heads", "splits"), "i32")
 _RATIO = {"GREEDY": False, "RATIO": True, "DRAFT": True, "D2T": True}
 _ONE_HOT = {"GREEDY": False, "RATIO": True, "DRAFT": False, "D2T": False}
+_OVERRIDDEN = {"OVERRIDES": True}
 _COUPLED = {"RATIO": False, "DRAFT": False, "D2T": False}
 CASES: dict[str, Case] = {
     **{f"attend {d}": _attend(d, 128, 4, 8, _TARGET) for d in _LOGITS},
@@ -131,7 +134,7 @@ CASES: dict[str, Case] = {
     ),
     **{f"stats {d}": _verify(sampling_triton.stats, d, GREEDY=False) for d in _LOGITS},
     "stats greedy": _verify(sampling_triton.stats, "bf16", GREEDY=True),
-    "select": _verify(sampling_triton.select, "bf16"),
+    "select": _verify(truncation_triton.select, "bf16"),
     "accept greedy": _verify(verify_triton._accept, "bf16", GREEDY=True, **_COUPLED),
     "accept coupled": _verify(verify_triton._accept, "bf16", GREEDY=False, **_COUPLED),
     "accept ratio": _verify(verify_triton._accept, "fp32", **_RATIO),
@@ -139,6 +142,14 @@ CASES: dict[str, Case] = {
     "residual": _verify(residual_triton.residual, "fp32", **_RATIO),
     "residual one-hot": _verify(residual_triton.residual, "fp32", **_ONE_HOT),
     "pick": _verify(residual_triton.pick, "fp32", **_RATIO),
+    "stats overridden": _verify(sampling_triton.stats, "bf16", GREEDY=False, **_OVERRIDDEN),
+    "stats greedy overridden": _verify(sampling_triton.stats, "fp32", GREEDY=True, **_OVERRIDDEN),
+    "select overridden": _verify(truncation_triton.select, "bf16", **_OVERRIDDEN),
+    "accept greedy overridden": _verify(verify_triton._accept, "bf16", GREEDY=True, **_COUPLED, **_OVERRIDDEN),
+    "accept coupled overridden": _verify(verify_triton._accept, "bf16", GREEDY=False, **_COUPLED, **_OVERRIDDEN),
+    "accept ratio overridden": _verify(verify_triton._accept, "fp32", **_RATIO, **_OVERRIDDEN),
+    "residual overridden": _verify(residual_triton.residual, "bf16", **_RATIO, **_OVERRIDDEN),
+    "pick overridden": _verify(residual_triton.pick, "bf16", **_RATIO, **_OVERRIDDEN),
     "bias bf16": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=True, GREEDY=False, WRITE=True),
     "bias fp32": _markov(markov_block_triton._bias, "fp32", MARKOV=True, D2T=False, GREEDY=False, WRITE=False),
     "bias 64": _markov(markov_block_triton._bias, "bf16", MARKOV=True, D2T=False, GREEDY=True, WRITE=False, GROUP=64),

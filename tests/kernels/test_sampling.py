@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftline_kernels import BLOCK, Sampling, draw, transform
+from draftline_kernels import BLOCK, Sampling, at_once, draw, transform
 from tests.statistical.chi_square import p_value
 
 
-def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> torch.Tensor:
     scores = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
@@ -21,15 +25,31 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
 
 @pytest.mark.parametrize("width", [7, 300, 6000])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.9), (1.3, 0, 0.5), (0.8, 40, 0.95), (1.0, 1, 0.3)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.9, 0.0),
+        (1.3, 0, 0.5, 0.0),
+        (0.8, 40, 0.95, 0.0),
+        (1.0, 1, 0.3, 0.0),
+        (0.7, 0, 1.0, 0.1),
+        (1.0, 0, 1.0, 1.0),
+        (1.5, 3, 1.0, 0.02),
+        (1.5, 200, 1.0, 0.02),
+        (2.0, 0, 0.9, 0.1),
+        (1.5, 5, 0.7, 0.05),
+    ],
 )
-def test_transform_is_transformers_warpers(width: int, temperature: float, top_k: int, top_p: float) -> None:
+def test_transform_is_transformers_warpers(
+    width: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     torch.manual_seed(width)
     logits = torch.randn(6, width) * 3
-    n = logits.shape[0]
-    got = transform(logits, torch.full((n,), temperature), torch.full((n,), top_k), torch.full((n,), top_p))
-    wanted = warped(logits, temperature, min(top_k, width), top_p)
+    own = Sampling.of([(temperature, top_k, top_p, 0, min_p)] * len(logits))
+    got = transform(logits, own.temperature, own.top_k, own.top_p, own.min_p)
+    wanted = warped(logits, temperature, min(top_k, width), top_p, min_p)
     assert torch.equal(got.isinf(), wanted.isinf())
     torch.testing.assert_close(got.softmax(-1), wanted.softmax(-1), atol=1e-6, rtol=1e-5)
 
@@ -37,9 +57,9 @@ def test_transform_is_transformers_warpers(width: int, temperature: float, top_k
 def test_rows_keep_their_own_settings() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 500)
-    settings = [(0.0, 3, 0.5), (1.0, 0, 1.0), (0.6, 10, 1.0), (2.0, 0, 0.8)]
-    own = Sampling.of([(*s, 0) for s in settings])
-    got = transform(logits, own.temperature, own.top_k, own.top_p)
+    settings = [(0.0, 3, 0.5, 0.2), (1.0, 0, 1.0, 0.0), (0.6, 10, 1.0, 0.0), (2.0, 0, 0.8, 0.3)]
+    own = Sampling.of([(*s[:3], 0, s[3]) for s in settings])
+    got = transform(logits, own.temperature, own.top_k, own.top_p, own.min_p)
     assert got[0].argmax() == logits[0].argmax() and int(got[0].isfinite().sum()) == 1
     for row in (1, 2, 3):
         wanted = warped(logits[row : row + 1], *settings[row])[0]
@@ -54,6 +74,46 @@ def test_ties() -> None:
     assert kept == [False, True, True, True, False], "top-k keeps what ties with the k-th, as transformers does"
     kept = transform(logits, one, torch.tensor([0]), torch.tensor([0.5])).isfinite()[0].tolist()
     assert kept == [False, True, True, False, False], "top-p takes the lowest ids of a tie"
+    kept = transform(logits, one, torch.tensor([0]), one, one).isfinite()[0].tolist()
+    assert kept == [False, True, True, True, False], "min-p keeps what is as likely as it asks"
+
+
+def test_a_copy_holds_each_tensor_where_triton_expects_it() -> None:
+    """At multiples of 16 bytes, whatever their sizes: a kernel would be compiled anew for each other place."""
+    g = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(3, generator=g),
+        torch.tensor([True, False, True]),
+        torch.arange(6).view(2, 3).T,
+        torch.zeros(0, dtype=torch.int64),
+        torch.randn(2, 5, generator=g).bfloat16(),
+    ]
+    there = at_once(parts, "cpu")
+    for part, copy in zip(parts, there, strict=True):
+        assert copy.dtype == part.dtype and torch.equal(copy, part) and copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0 and (not part.numel() or copy.data_ptr() != part.data_ptr())
+    assert [t.device.type for t in at_once(parts, "meta")] == ["meta"] * len(parts)
+
+
+def test_what_a_batch_asks_for_is_known_without_its_tensors() -> None:
+    """As of the tensors: on a GPU those would have to be waited for."""
+    greedy, plain = (0.0, 5, 0.5, 1, 0.1), (1.0, 0, 1.0, 2)
+    for rows, wanted in (
+        ([greedy], (True, False)),
+        ([greedy, plain], (False, False)),
+        ([greedy, (1.0, 0, 1.0, 3, 0.1)], (False, True)),
+        ([(0.5, 0, 0.9, 3), plain], (False, True)),
+        ([(0.5, 3, 1.0, 3)], (False, True)),
+        ([], (True, False)),
+    ):
+        own = Sampling.of(rows)
+        assert (own.greedy, own.truncated) == wanted, rows
+        told = Sampling(own.temperature, own.top_k, own.top_p, own.seed, own.min_p)
+        assert (told.greedy, told.truncated) == wanted, rows
+    on_meta = Sampling.of([greedy, plain], "meta")  # where no value can be looked at
+    assert not on_meta.greedy and on_meta.min_p.device.type == "meta"
+    some = Sampling.of([greedy, plain]).select(torch.tensor([0, 0]))
+    assert some.greedy and len(some) == 2 and Sampling.of([greedy] * 2).select(torch.tensor([1])).greedy
 
 
 @pytest.mark.parametrize("width", [6, BLOCK + 50, 3 * BLOCK])
@@ -111,9 +171,14 @@ def test_other_streams_are_independent_noise() -> None:
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [((-1.0, 0, 1.0, 0), "temperature -1.0"), ((1.0, -2, 1.0, 0), "top_k -2"), ((1.0, 0, 1.5, 0), "top_p 1.5")],
+    [
+        ((-1.0, 0, 1.0, 0), "temperature -1.0"),
+        ((1.0, -2, 1.0, 0), "top_k -2"),
+        ((1.0, 0, 1.5, 0), "top_p 1.5"),
+        ((1.0, 0, 1.0, 0, -0.1), "min_p -0.1"),
+    ],
 )
-def test_bad_sampling_is_named(row: tuple[float, int, float, int], message: str) -> None:
+def test_bad_sampling_is_named(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling.of([row])
 

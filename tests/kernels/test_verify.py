@@ -23,26 +23,28 @@ def world(seed: int, vocabulary: torch.Tensor | None = None) -> tuple[torch.Tens
     return target, draft if vocabulary is None else draft[:, vocabulary]
 
 
-def exact(target: torch.Tensor, ask: tuple[float, int, float]) -> torch.Tensor:
+Ask = tuple[float, int, float, float]
+"""Temperature, top_k, top_p, min_p."""
+
+
+def exact(target: torch.Tensor, ask: Ask) -> torch.Tensor:
     """Probability float64[V, V] of the two tokens after token 0."""
     n = torch.ones(V)
-    p = transform(target, n * ask[0], (n * ask[1]).long(), n * ask[2]).double().softmax(-1)
+    p = transform(target, n * ask[0], (n * ask[1]).long(), n * ask[2], n * ask[3]).double().softmax(-1)
     return p[0][:, None] * p
 
 
-def two_tokens(
-    rule: str, ask: tuple[float, int, float], vocabulary: torch.Tensor | None = None, fault: str = ""
-) -> torch.Tensor:
+def two_tokens(rule: str, ask: Ask, vocabulary: torch.Tensor | None = None, fault: str = "") -> torch.Tensor:
     """Counts int64[V, V] of the two tokens after token 0, decoded with speculation DRAWS times."""
     target, draft = world(3, vocabulary)
     n = DRAWS
-    sampling = Sampling.of([(*ask, i) for i in range(n)])
+    sampling = Sampling.of([(*ask[:3], i, ask[3]) for i in range(n)])
     positions = torch.full((n,), 6)
     d2t = vocabulary
     previous = torch.zeros(n, dtype=torch.int64)
     tokens, logits = [], []
     for k in range(K):
-        q = transform(draft[previous], sampling.temperature, sampling.top_k, sampling.top_p)
+        q = transform(draft[previous], sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         anchor = positions if rule == "ratio" else None
         previous = draw(q, sampling.seed, positions + 1 + k, d2t, stream=proposal_stream(rule), anchor=anchor)
         tokens.append(previous)
@@ -85,26 +87,26 @@ def two_tokens(
     return torch.bincount(text[:, 0] * V + text[:, 1], minlength=V * V).view(V, V)
 
 
-ASKS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 3, 1.0), (1.2, 0, 0.8)]
+ASKS = [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 3, 1.0, 0.0), (1.2, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.3)]
 
 
 @pytest.mark.parametrize("ask", ASKS)
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
-def test_emitted_tokens_follow_the_target(rule: str, ask: tuple[float, int, float]) -> None:
+def test_emitted_tokens_follow_the_target(rule: str, ask: Ask) -> None:
     counts = two_tokens(rule, ask)
     assert p_value(counts.flatten(), exact(world(3)[0], ask).flatten()) > 1e-4
 
 
 def test_tokens_drawn_from_an_unknown_draft_are_exact_too() -> None:
     """Without q a token counts as certain: fewer are kept, the distribution stays."""
-    counts = two_tokens("ratio", (1.0, 0, 1.0), fault="no q")
-    assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0)).flatten()) > 1e-4
+    counts = two_tokens("ratio", (1.0, 0, 1.0, 0.0), fault="no q")
+    assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0, 0.0)).flatten()) > 1e-4
 
 
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 def test_a_draft_vocabulary_leaves_the_distribution_alone(rule: str) -> None:
-    counts = two_tokens(rule, (1.0, 0, 1.0), torch.tensor([1, 2, 4]))
-    assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0)).flatten()) > 1e-4
+    counts = two_tokens(rule, (1.0, 0, 1.0, 0.0), torch.tensor([1, 2, 4]))
+    assert p_value(counts.flatten(), exact(world(3)[0], (1.0, 0, 1.0, 0.0)).flatten()) > 1e-4
 
 
 @pytest.mark.parametrize("fault", ["wrong q", "no residual"])
@@ -112,8 +114,8 @@ def test_a_faulty_verifier_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch
     """The same test refuses q that is not what was drawn from, and a correction drawn from p itself."""
     if fault == "no residual":
         monkeypatch.setattr(sys.modules["draftline_kernels.verify"], "_residual", lambda p, *_: p)
-    counts = two_tokens("ratio", (1.0, 0, 1.0), fault=fault)
-    wanted = exact(world(3)[0], (1.0, 0, 1.0)).flatten()
+    counts = two_tokens("ratio", (1.0, 0, 1.0, 0.0), fault=fault)
+    wanted = exact(world(3)[0], (1.0, 0, 1.0, 0.0)).flatten()
     share = counts.flatten().double() / DRAWS
     assert p_value(counts.flatten(), wanted) < 1e-6
     if fault == "wrong q":

@@ -44,10 +44,8 @@ class Asked:
     @classmethod
     def of(cls, sequences: list[Sequence], device: torch.device, state: torch.Tensor | None = None) -> Asked:
         """What these requests ask for."""
-        sampling = Sampling.of(
-            [(s.request.temperature, s.request.top_k, s.request.top_p, s.request.seed) for s in sequences],
-            device=device,
-        )
+        wanted = (s.request for s in sequences)
+        sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in wanted], device)
         anchors = on_device([len(s.tokens) - 1 for s in sequences], device)
         return cls(anchors, on_device([s.tokens[-1] for s in sequences], device), sampling, state)
 
@@ -73,19 +71,16 @@ class Asked:
             mine[len(new) :].zero_()
 
     def _sampling(self, batch: int) -> Sampling:
-        wider = Sampling(*(_wider(getattr(self.sampling, f.name), batch) for f in _fields()))
-        # Both are worked out when first asked for, by a look at the values: now, as a recording may not.
-        if (wider.greedy, wider.truncated) != self.kind:
-            raise RuntimeError(f"room for {batch} requests is of another kind than the {len(self.anchors)} it is for")
-        return wider
+        temperature, top_k, top_p, seed, min_p = (_wider(t, batch) for t in _tensors(self.sampling))
+        return Sampling(temperature, top_k, top_p, seed, min_p, decided=self.kind)
 
     def _tensors(self) -> list[torch.Tensor]:
-        own = [self.anchors, self.previous, *(getattr(self.sampling, f.name) for f in _fields())]
+        own = [self.anchors, self.previous, *_tensors(self.sampling)]
         return own if self.state is None else [*own, self.state]
 
 
-def _fields() -> list[dataclasses.Field[torch.Tensor]]:
-    return [f for f in dataclasses.fields(Sampling) if f.init]
+def _tensors(sampling: Sampling) -> tuple[torch.Tensor, ...]:
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p
 
 
 def _wider(rows: torch.Tensor, count: int) -> torch.Tensor:

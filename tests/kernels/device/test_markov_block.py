@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftline_kernels import BLOCK, Block, Sampling, markov_block, markov_block_triton, proposal_stream
-from tests.kernels.device.test_verify import ASKS
+from tests.kernels.device.test_verify import ASKS, moved, sampling_of
 
 K, RANK = 3, 24
 
@@ -27,7 +27,7 @@ def case(asks: str, *, whole: bool = False, head: bool = True, dtype: torch.dtyp
         "w2": (torch.randn(width, RANK, generator=g) * 0.4).to(dtype) if head else None,
         "anchor_tokens": torch.randint(0, vocabulary, (batch,), generator=g),
         "anchors": torch.randint(0, 4000, (batch,), generator=g),
-        "sampling": Sampling.of([(*ASKS[asks][b % len(ASKS[asks])], 7 * b + 1) for b in range(batch)]),
+        "sampling": sampling_of(ASKS[asks], [7 * b + 1 for b in range(batch)]),
         "vocabulary": vocabulary,
         "d2t": d2t,
     }
@@ -42,11 +42,11 @@ def both(device: torch.device, inputs: dict[str, Any], rule: str, logits: bool) 
         return w1.to(previous.device)[previous] * (1 + k)
 
     wanted = markov_block(code=None if w1 is None else code, rule=rule, logits=logits, **rest)
-    moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in rest.items()}
-    moved["sampling"] = Sampling(*(getattr(s, f).to(device) for f in ("temperature", "top_k", "top_p", "seed")))
-    own = moved["anchors"] if rule == "ratio" else None
+    there = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in rest.items()}
+    there["sampling"] = moved(s, device)
+    own = there["anchors"] if rule == "ratio" else None
     got = markov_block_triton.markov_block(
-        code=None if w1 is None else code, stream=proposal_stream(rule), own_anchor=own, logits=logits, **moved
+        code=None if w1 is None else code, stream=proposal_stream(rule), own_anchor=own, logits=logits, **there
     )
     return wanted, got
 
@@ -120,8 +120,7 @@ def test_on_the_gpu_as_on_the_cpu() -> None:
     inputs = case("mixed", whole=True)
     w1 = inputs.pop("w1")
     wanted = markov_block(code=lambda k, previous: w1[previous], **inputs)
-    s = inputs["sampling"]
-    moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    moved["sampling"] = Sampling(*(getattr(s, f).cuda() for f in ("temperature", "top_k", "top_p", "seed")))
-    got = markov_block(code=lambda k, previous: w1.cuda()[previous], **moved)
+    there = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    there["sampling"] = moved(inputs["sampling"], "cuda")
+    got = markov_block(code=lambda k, previous: w1.cuda()[previous], **there)
     assert got.tokens.tolist() == wanted.tokens.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,19 +10,34 @@ import torch
 
 from draftline_kernels import BLOCK, Sampling, VerifyResult, draw, proposal_stream, transform, verify, verify_triton
 
+Ask = tuple[float, int, float] | tuple[float, int, float, float]
+"""Temperature, top_k, top_p and, where it is on, min_p."""
+
 GREEDY = (0.0, 0, 1.0)
 PLAIN = (1.0, 0, 1.0)
-ASKS = {
+ASKS: dict[str, list[Ask]] = {
     "greedy": [GREEDY],
     "plain": [PLAIN, (0.7, 0, 1.0)],
     "top-k": [(1.0, 5, 1.0), (0.8, 300, 1.0)],
     "top-p": [(1.0, 0, 0.9), (1.3, 0, 0.5), (1.0, 0, 0.0)],
-    "mixed": [GREEDY, PLAIN, (0.8, 40, 0.95), (1.0, 0, 0.8), (2.0, 1, 1.0), (0.6, 10**6, 1.0)],
+    "min-p": [(1.0, 0, 1.0, 0.05), (1.5, 6, 1.0, 0.02), (1.5, 0, 0.8, 0.02), (1.3, 30, 0.9, 0.2), (1.0, 0, 1.0, 1.0)],
+    "mixed": [GREEDY, PLAIN, (0.8, 40, 0.95), (1.0, 0, 0.8), (2.0, 1, 1.0), (0.6, 10**6, 1.0), (0.9, 0, 0.9, 0.1)],
 }
 
 
+def sampling_of(asks: Sequence[Ask], seeds: Sequence[int]) -> Sampling:
+    """Of as many requests as seeds, which ask in turn."""
+    turns = (asks[b % len(asks)] for b in range(len(seeds)))
+    return Sampling.of([(*ask[:3], seed, *ask[3:]) for ask, seed in zip(turns, seeds, strict=True)])
+
+
+def moved(sampling: Sampling, device: torch.device | str) -> Sampling:
+    """Elsewhere."""
+    return Sampling(*(getattr(sampling, f).to(device) for f in ("temperature", "top_k", "top_p", "seed", "min_p")))
+
+
 def batch_of(
-    rule: str, asks: list[tuple[float, int, float]], width: int, d2t: torch.Tensor | None = None, block: int = 3
+    rule: str, asks: Sequence[Ask], width: int, d2t: torch.Tensor | None = None, block: int = 3
 ) -> dict[str, Any]:
     """A ragged batch whose proposals a draft near the target drew, so that every accepted count occurs."""
     g = torch.Generator().manual_seed(width + len(asks))
@@ -29,7 +45,7 @@ def batch_of(
     lengths = torch.arange(requests, 0, -1) % (block + 1)
     cumulative = torch.cat((torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)))
     target = torch.randn(int(cumulative[-1]), width, generator=g) * 5
-    sampling = Sampling.of([(*asks[b % len(asks)], 31 * b) for b in range(requests)])
+    sampling = sampling_of(asks, [31 * b for b in range(requests)])
     positions = torch.randint(0, 5000, (requests,), generator=g)
     columns = torch.arange(width) if d2t is None else d2t
     if d2t is not None:
@@ -42,7 +58,7 @@ def batch_of(
                 1, len(columns), generator=g
             )
             one = sampling.select(torch.tensor([b]))
-            q[b, k] = transform(near, one.temperature, one.top_k, one.top_p)
+            q[b, k] = transform(near, one.temperature, one.top_k, one.top_p, one.min_p)
             at = positions[b : b + 1]
             anchor = at if rule == "ratio" else None
             stream = proposal_stream(rule)
@@ -63,7 +79,7 @@ def batch_of(
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if isinstance(value, Sampling):
-            return Sampling(*(getattr(value, f).to(device) for f in ("temperature", "top_k", "top_p", "seed")))
+            return moved(value, device)
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     return {name: move(value) for name, value in batch.items()}
@@ -71,14 +87,14 @@ def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 def compare(device: torch.device, batch: dict[str, Any]) -> VerifyResult:
     wanted = verify(**batch)
-    got = verify_triton.verify(**on(device, batch))
+    got = verify_triton.verify(**{"overrides": None, **on(device, batch)})
     for name in ("finite", "accepted", "next_token"):
         assert getattr(got, name).tolist() == getattr(wanted, name).tolist(), name
     return wanted
 
 
 @pytest.mark.parametrize(
-    ("asks", "width"), [*((a, 50) for a in ASKS), ("plain", 2 * BLOCK + 77), ("mixed", 2 * BLOCK + 77)]
+    ("asks", "width"), [*((a, 50) for a in ASKS), *((a, 2 * BLOCK + 77) for a in ("plain", "min-p", "mixed"))]
 )
 def test_coupled_tokens_are_the_references(device: torch.device, asks: str, width: int) -> None:
     batch = batch_of("coupled", ASKS[asks], width)
@@ -101,7 +117,7 @@ def test_ratio_tokens_are_the_references(device: torch.device, asks: str, vocabu
 
 def test_ties_and_minus_infinity(device: torch.device) -> None:
     """Logits on a coarse grid: edges of top-k and top-p fall into ties, and half of the vocabulary is impossible."""
-    batch = batch_of("coupled", [(1.0, 7, 1.0), (1.0, 0, 0.7), (1.0, 30, 0.5), GREEDY, PLAIN], 700)
+    batch = batch_of("coupled", [(1.0, 7, 1.0), (1.0, 0, 0.7), (1.0, 30, 0.5), (1.0, 0, 0.6, 0.3), GREEDY, PLAIN], 700)
     coarse = batch["target_logits"].div(2).round()
     coarse[:, 1::2] = float("-inf")
     coarse[coarse == 0] *= -1.0  # -0 and 0 are one value
