@@ -112,7 +112,7 @@ def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def _above_floor(logits: Tensor, min_p: Tensor) -> Tensor:
     """`logits` float32 [N, V] with -inf where a probability is below `min_p` [N] of its row's largest."""
-    # The floor of a row that is not finite leaves nothing out that would make it so.
+    # A row that is not finite stays so, whatever its floor leaves out.
     rows = (min_p > 0).nonzero().squeeze(-1)
     every = rows.numel() == logits.shape[0]
     chosen = logits if every else logits[rows]
