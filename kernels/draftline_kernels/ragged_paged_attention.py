@@ -89,6 +89,7 @@ def ragged_paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     causal: bool = True,
+    few: bool = False,
 ) -> Tensor:
     """Attention of every query over the positions of its own request.
 
@@ -110,6 +111,8 @@ def ragged_paged_attention(
         causal: True: query j of request b sees the positions up to context_b + j (a target). False: it sees the whole
             context and all new tokens, those after it too (a draft's block); the window, counted from the query's own
             position, then limits what it sees of the context, never of the block.
+        few: most of the B requests may have no queries, as in a step that was recorded for more of them than there are:
+            work is parted as for the fewest that so many queries can be of.
 
     Returns:
         [T, H, dv] of q's dtype, contiguous.
@@ -124,7 +127,7 @@ def ragged_paged_attention(
     if q.device.type == "cuda":
         from . import ragged_paged_attention_triton
 
-        return ragged_paged_attention_triton.ragged_paged_attention(*arguments)
+        return ragged_paged_attention_triton.ragged_paged_attention(*arguments, few=few)
     _check_values(q, page_table, cu_q, context, page_size)
     return reference(*arguments)
 

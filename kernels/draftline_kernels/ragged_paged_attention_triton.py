@@ -245,6 +245,7 @@ def ragged_paged_attention(
     softcap: float,
     causal: bool,
     *,
+    few: bool = False,
     splits: int | None = None,
     span: int = _SPAN,
 ) -> Tensor:
@@ -264,7 +265,8 @@ def ragged_paged_attention(
     sizes = shapes(groups, dim, value_dim, q.element_size(), triton.cdiv(tokens, batch))
     queries = sizes["ROWS"] // groups
     if splits is None:
-        splits = _splits(max(batch, triton.cdiv(tokens, queries)) * kv_heads, pages * page_size, q.device)
+        tiles = triton.cdiv(tokens, queries)
+        splits = _splits((tiles if few else max(batch, tiles)) * kv_heads, pages * page_size, q.device)
     partials, sums = out, out
     if splits > 1:
         partials = torch.empty(tokens, heads, splits, value_dim, device=q.device)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from pipeline.decoding.cache import PagedKV, on_device
 from pipeline.decoding.geometry import LayerAttention, Probe
-from pipeline.decoding.table_layout import Segment, TableLayout, by_table, page_table
+from pipeline.decoding.table_layout import Segment, TableLayout, by_table
 
 NAME = "draftline_ragged"
 ALONE = 128
@@ -258,12 +258,20 @@ class StepLayout:
         """Page tables int32[segments, most pages], first rows int32[segments + 1] and contexts int32[segments], made
         once."""
         if self._table is None:
-            self._table = page_table(self._segments).to(device, non_blocking=True)
+            self._table = _page_table(self._segments).to(device, non_blocking=True)
         if self._bounds is None:
             starts = [0, *itertools.accumulate(self._counts)]
             context = [s.start for s in self._segments]
             self._bounds = (on_device(starts, device, torch.int32), on_device(context, device, torch.int32))
         return (self._table, *self._bounds)
+
+
+def _page_table(segments: list[Segment]) -> torch.Tensor:
+    """int32[segments, most pages]; what is behind a segment's last page is never read."""
+    table = np.zeros((len(segments), max(len(s.pages) for s in segments)), dtype=np.int32)
+    for row, s in zip(table, segments, strict=True):
+        row[: len(s.pages)] = s.pages
+    return torch.from_numpy(table)
 
 
 def _attend(

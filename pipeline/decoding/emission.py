@@ -72,15 +72,51 @@ def emissions(plan: StepPlan, step: Verification) -> tuple[list[Emission], list[
         what each request of `plan.verifying` emits; the positions of blocks that became part of a text, in order; and
         the accepted draft tokens of each.
     """
-    result = step.result
-    # One read: each would wait for the device.
-    accepted, following, finite = torch.stack((result.accepted, result.next_token, result.finite.long())).tolist()
+    accepted, following, finite = _read(plan, step)
     commits: list[Commit] = []
     emitted = [
         _emit(plan, step, i, accepted[i], following[i] if finite[i] else None, commits)
         for i in range(len(plan.verifying))
     ]
     return emitted, commits, accepted
+
+
+def unsound_prompts(plan: StepPlan, unsound: set[int]) -> list[Sequence]:
+    """Requests whose prompts became NaN before their last chunk, which is the first that is verified, with their
+    `failure` set: until then their pages would make others' steps run twice, and their taps others' drafts worthless.
+
+    Args:
+        unsound: segments of the step whose hidden states are not finite.
+    """
+    verified = {id(s) for s, _ in plan.verifying}
+    found = []
+    for i, c in enumerate(plan.chunks, len(plan.decoding)):
+        if i in unsound and id(c.sequence) not in verified:
+            last = c.start + c.rows.stop - c.rows.start - 1
+            c.sequence.failure = (
+                f"the target's hidden states at positions {c.start} to {last} of its prompt are not finite. Check the "
+                "target's weights and dtype."
+            )
+            found.append(c.sequence)
+    return found
+
+
+def _read(plan: StepPlan, step: Verification) -> tuple[list[int], list[int], list[int]]:
+    """accepted, next_token and finite of the step; of one that ran ahead what was drafted and verified too, which the
+    plan then knows. One read: each would wait for the device."""
+    result = step.result
+    decided = torch.stack((result.accepted, result.next_token, result.finite.long()), 1)
+    if plan.ahead is not None and plan.proposal is not None:
+        packed = plan.proposal.packed()
+        packed = torch.nn.functional.pad(packed, (0, 0, 0, len(decided) - len(packed)))
+        rows = torch.cat((packed, plan.ahead.lengths[:, None], decided), 1).tolist()
+        plan.proposal.read([row[:-4] for row in rows[: plan.drafted]])
+        plan.known([row[-4] for row in rows])
+        decided_rows = [row[-3:] for row in rows]
+    else:
+        decided_rows = decided.tolist()
+    accepted, following, finite = (list(column) for column in zip(*decided_rows, strict=True))
+    return accepted, following, finite
 
 
 def _emit(

@@ -16,21 +16,22 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from pipeline.config import EngineConfig
 from pipeline.decoding.batch import Batch
-from pipeline.decoding.emission import Emission, RoundTrace, emissions
+from pipeline.decoding.emission import Emission, RoundTrace, emissions, unsound_prompts
 from pipeline.decoding.held import HeldCommits
-from pipeline.decoding.plan import StepPlan, plan_step
+from pipeline.decoding.plan import StepPlan, confidences, foresee, limits_of, mean_context, plan_ahead, plan_step
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
 from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.request import Completion, Request, RequestRefused, Sequence, StepEvent
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
-from pipeline.decoding.step_cost import StepCost
+from pipeline.decoding.step_cost import PaddedCost, StepCost, StepTimer
 from pipeline.decoding.text import TextStream
 from pipeline.decoding.trace import StepRecord, StepTrace
 from pipeline.decoding.verification import Verification
@@ -73,7 +74,8 @@ class Engine:
             atexit.register(self.trace.write)
         draft_bytes = proposer.page_bytes(config.page_size)
         self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes, proposer.block_size)
-        proposer.attach(self.runner.pool, self.runner.recording)
+        proposer.attach(self.runner.pool, self.runner.terms)
+        self._draft_timer = StepTimer([target.device])
         self._held = HeldCommits()
         self.batch = Batch(self.runner.pool, self.runner.cache, config, proposer, self._held)
         if self.most_tokens < config.max_context:
@@ -126,7 +128,7 @@ class Engine:
         """
         if self.has_work:
             raise DraftlineError("The draft can't be changed while requests run; finish or cancel them first.")
-        proposer.attach(self.runner.pool, self.runner.recording)
+        proposer.attach(self.runner.pool, self.runner.terms)
         if proposer is not self.proposer:
             self.proposer.detach(self.runner.pool)
         self.runner.layer_ids = list(proposer.layer_ids)
@@ -270,7 +272,8 @@ class Engine:
     def step(self) -> list[StepEvent]:
         """Advances every running request by one target step; returns what was emitted."""
         events, batch = self._reap(), self.batch
-        if batch.waiting and not batch.running and self._cost_is_missing:
+        weighs = self.scheduler.weighs_cost and self.proposer.block_size > 0
+        if batch.waiting and not batch.running and weighs and self.step_cost is None:
             self.profile()
         batch.admit()
         if (overlong := batch.reserve()) is not None:
@@ -278,35 +281,42 @@ class Engine:
         if not batch.running:
             return events
         drafting, plain = self._whom_to_draft_for([s for s in batch.running if s.prefilled])
-        for s in plain:
-            s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
+        for s in plain if self.proposer.block_size else []:
+            s.metrics.skipped += s.draft_limit > 0
         decoding = drafting + plain
         if drafting:
             self._held.hand_over(self.proposer, drafting)
-        began = time.perf_counter()
+        began, recordings = time.perf_counter(), self.runner.recordings
+        self._draft_timer.start()
         proposal = self.proposer.propose(drafting) if drafting else None
-        proposed = time.perf_counter()
-        lengths = self._schedule(decoding, proposal)
-        # Choosing lengths reads the confidences, so that on a GPU the draft has finished here.
-        drafted = time.perf_counter()
-        plan = plan_step(decoding, batch.running, proposal, lengths, self.config.prefill_chunk)
-        taps, logits = self.runner.step(plan.segments, plan.tokens, plan.logit_rows)
-        ended, context = time.perf_counter(), self._mean_context(decoding) if decoding else 0
+        self._draft_timer.stop()
+        proposed = drafted = time.perf_counter()
+        if (ahead := self._run_ahead(decoding, proposal)) is not None:
+            plan, taps, logits = ahead
+        else:
+            lengths = self._schedule(decoding, proposal)
+            # Choosing lengths reads the confidences, so that on a GPU the draft has finished here.
+            drafted = time.perf_counter()
+            plan = plan_step(decoding, batch.running, proposal, lengths, self.config.prefill_chunk)
+            taps, logits = self.runner.step(plan.segments, plan.tokens, plan.logit_rows)
+        ended = time.perf_counter()
         events += self._postprocess(plan, taps, logits)
         # What was emitted has been read by now, so that asking for the time makes nobody wait for the device.
-        target = self.runner.seconds()
-        if decoding and self.proposer.block_size and self.step_cost is not None:
+        target = self.runner.seconds() if decoding or self.trace is not None else 0.0
+        if ahead is not None:
+            drafted = began + self._draft_timer.seconds()
+        usual = self.runner.recordings == recordings  # one in which something is recorded takes longer
+        if usual and decoding and self.proposer.block_size and self.step_cost is not None:
             if proposal is not None:
                 self.step_cost.observe_draft(len(drafting), drafted - began)
             if not plan.chunks:  # reading prompts costs otherwise
-                self.step_cost.observe(len(plan.tokens), context, target)
+                self.step_cost.observe(self.runner.padded(len(plan.tokens)), plan.context, target)
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += target
         if self.trace is not None:
             times = (began, proposed, drafted, max(ended, drafted + target), time.perf_counter())
-            prefill = sum(c.rows.stop - c.rows.start for c in plan.chunks)
-            self.trace.add(StepRecord(times, len(plan.tokens), prefill, plan.outcome))
+            self.trace.add(StepRecord(times, len(plan.tokens), plan.prefill, plan.outcome))
         return events
 
     def _reap(self) -> list[StepEvent]:
@@ -323,7 +333,7 @@ class Engine:
 
     def _whom_to_draft_for(self, decoding: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
         if self._skips_drafts and decoding and self.step_cost is not None:
-            return self._worth.choose(decoding, self.step_cost, self._mean_context(decoding))
+            return self._worth.choose(decoding, self.step_cost, mean_context(decoding))
         drafted = [s for s in decoding if self.proposer.block_size and s.draft_limit > 0]
         return drafted, [s for s in decoding if not self.proposer.block_size or s.draft_limit <= 0]
 
@@ -331,24 +341,30 @@ class Engine:
         """Lengths of all that decode; of those without a proposal, which come last, 0."""
         if proposal is None:
             return [0] * len(decoding)
-        drafted, block = proposal.tokens.shape
-        confidence, limits = torch.zeros(len(decoding), block), torch.zeros(len(decoding), dtype=torch.int64)
-        confidence[:drafted] = proposal.on_host[1]
-        limits[:drafted] = torch.minimum(proposal.counts, torch.tensor([s.draft_limit for s in decoding[:drafted]]))
-        cost = None
-        if self.step_cost is not None and self.scheduler.weighs_cost:
-            cost = self.step_cost.drafting_for(0 if self._worth.trying else drafted)
         # A step that reads prompts too is of any size and no graph's.
         buckets = self.runner.buckets if len(decoding) == len(self.batch.running) else ()
-        return self.scheduler.lengths(confidence, cost, self._mean_context(decoding), limits, buckets).tolist()  # type: ignore[arg-type]
+        limits = torch.tensor(limits_of(decoding, proposal))
+        confidence = confidences(decoding, proposal)
+        return self.scheduler.lengths(
+            confidence, self._cost(proposal), mean_context(decoding), limits, buckets
+        ).tolist()
 
-    @property
-    def _cost_is_missing(self) -> bool:
-        return self.step_cost is None and self.scheduler.weighs_cost and self.proposer.block_size > 0
+    def _cost(self, proposal: Proposal) -> Any:
+        """What the scheduler weighs; None where it weighs nothing."""
+        if self.step_cost is None or not self.scheduler.weighs_cost:
+            return None
+        cost = self.step_cost.drafting_for(0 if self._worth.trying else len(proposal.tokens))
+        return PaddedCost(cost, self.runner.padded) if self.runner.buckets else cost
 
-    @staticmethod
-    def _mean_context(decoding: list[Sequence]) -> int:
-        return sum(len(s.tokens) for s in decoding) // len(decoding)
+    def _run_ahead(
+        self, decoding: list[Sequence], proposal: Proposal | None
+    ) -> tuple[StepPlan, torch.Tensor | None, torch.Tensor] | None:
+        """Runs the step before the host has seen what was drafted, where its size is foreseen and it is recorded."""
+        if proposal is None or len(decoding) < len(self.batch.running) or proposal.tokens.device != self.target.device:
+            return None
+        ahead = foresee(decoding, proposal, self.scheduler, self.runner.buckets)
+        done = None if ahead is None else self.runner.step_ahead(decoding, proposal.tokens, ahead)
+        return None if ahead is None or done is None else (plan_ahead(decoding, proposal, ahead), *done)
 
     def _postprocess(self, plan: StepPlan, taps: torch.Tensor | None, logits: torch.Tensor) -> list[StepEvent]:
         for c in plan.chunks:
@@ -359,6 +375,9 @@ class Engine:
             return self._end_unsound(plan)
         step = Verification(plan, logits, self.rule)
         emitted, commits, accepted = emissions(plan, step)
+        if proposal is not None and plan.ahead is not None:
+            heard = confidences(plan.decoding, proposal)
+            self.scheduler.learn(heard, self._cost(proposal), plan.context, torch.tensor(plan.ahead.limits))
         self._commit(plan.chunks, commits, taps, hold=proposal is None)
         if proposal is not None:
             if self._skips_drafts:
@@ -373,26 +392,9 @@ class Engine:
         return events + self._end_unsound(plan)
 
     def _end_unsound(self, plan: StepPlan) -> list[StepEvent]:
-        """Ends requests whose prompts became NaN before their last chunk, which is the first that is verified: until
-        then their pages would make others' steps run twice, and their taps others' drafts worthless."""
-        verified = {id(s) for s, _ in plan.verifying}
-        events = []
-        for i, c in enumerate(plan.chunks, len(plan.decoding)):
-            if i in self.runner.unsound and id(c.sequence) not in verified:
-                last = c.start + c.rows.stop - c.rows.start - 1
-                c.sequence.failure = (
-                    f"the target's hidden states at positions {c.start} to {last} of its prompt are not finite. Check "
-                    "the target's weights and dtype."
-                )
-                events.append(self._end(Emission(c.sequence, reason="error")))
-        return events
+        return [self._end(Emission(s, reason="error")) for s in unsound_prompts(plan, self.runner.unsound)]
 
     def _commit(self, chunks: list[Commit], blocks: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
-        """Tells the draft what became part of texts, of those that decode later where it may be held back. Prompts it
-        is told at once where others may look for their pages, which bear its tag then only."""
-        if not hold or not self._skips_drafts:
-            self._held.tell([*chunks, *blocks], taps, self.proposer)
-            return
-        if self.config.prefix_cache:
-            self._held.tell(chunks, taps, self.proposer)
-        self._held.add(blocks if self.config.prefix_cache else [*chunks, *blocks], taps, self.proposer)
+        """Tells the draft what became part of texts, of those that decode later where it may be held back."""
+        hold = hold and self._skips_drafts
+        self._held.take(chunks, blocks, taps, self.proposer, hold=hold, shown=self.config.prefix_cache)

@@ -39,6 +39,29 @@ class HeldCommits:
         self._commits: dict[Sequence, list[tuple[_Step, Commit]]] = {}
         self._steps = self._rows = self._bytes = 0
 
+    def take(
+        self,
+        chunks: list[Commit],
+        blocks: list[Commit],
+        taps: torch.Tensor | None,
+        proposer: Proposer,
+        *,
+        hold: bool,
+        shown: bool,
+    ) -> None:
+        """What became part of texts in a step: chunks of prompts, and blocks.
+
+        Args:
+            hold: whether it may be told later. shown: whether others may look for the pages of prompts, which bear the
+                draft's tag only when it has been told.
+        """
+        if not hold:
+            self.tell([*chunks, *blocks], taps, proposer)
+            return
+        if shown:
+            self.tell(chunks, taps, proposer)
+        self.add(blocks if shown else [*chunks, *blocks], taps, proposer)
+
     def add(self, commits: list[Commit], taps: torch.Tensor | None, proposer: Proposer) -> None:
         """Keeps a step's commits (taps [T, L*D]); hands all over where they have become many."""
         if not commits:

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
+from pipeline.decoding.cache import on_device
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.scheduler import PrefixScheduler, spread
 from pipeline.decoding.table_layout import Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What is known of blocks that only the device has.
+
+    Attributes:
+        lengths: int64[B] there. tokens: T, those of all blocks with their anchors. limits: most lengths.
+    """
+
+    lengths: torch.Tensor
+    tokens: int
+    limits: list[int]
 
 
 @dataclasses.dataclass
@@ -21,6 +38,9 @@ class StepPlan:
             whose prompt ends in this step with -1.
         chunks: positions of prompts in this step.
         outcome: filled by verification: per decoding request id, verified length, accepted and emitted tokens.
+        context: mean tokens of the texts that decode, before the step.
+        ahead: of a step that runs before the host knows its blocks; until it does (`known`) there are only `decoding`,
+            `proposal` and `verifying`.
     """
 
     decoding: list[Sequence]
@@ -32,11 +52,77 @@ class StepPlan:
     verifying: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
     chunks: list[Commit] = dataclasses.field(default_factory=list)
     outcome: list[tuple[str, int, int, int]] = dataclasses.field(default_factory=list)
+    ahead: Ahead | None = None
+    context: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context = mean_context(self.decoding)
 
     @property
     def drafted(self) -> int:
         """How many requests were drafted for."""
         return 0 if self.proposal is None else len(self.proposal.tokens)
+
+    @property
+    def prefill(self) -> int:
+        """Tokens of prompts."""
+        return sum(c.rows.stop - c.rows.start for c in self.chunks)
+
+    def known(self, lengths: list[int]) -> None:
+        """Fills in the blocks: the requests' lengths, and what was drafted for them."""
+        self.lengths = lengths
+        self.verifying.clear()
+        drafts: list[list[int]] = [] if self.proposal is None else list(self.proposal.on_host[0])
+        drafts += [[]] * (len(self.decoding) - len(drafts))
+        for s, draft, length in zip(self.decoding, drafts, lengths, strict=True):
+            first = len(self.tokens)
+            self.segments.append(Segment(s.pages, s.computed, length + 1))
+            self.tokens += [s.tokens[-1], *draft[:length]]
+            self.logit_rows += range(first, first + length + 1)
+            self.verifying.append((s, first))
+
+
+def foresee(
+    decoding: list[Sequence], proposal: Proposal, scheduler: PrefixScheduler, buckets: tuple[int, ...]
+) -> Ahead | None:
+    """What a step over B requests and the blocks of the first ones will be; None where that can't be told yet.
+
+    Args:
+        buckets: sizes of recorded steps; none: nothing runs ahead.
+    """
+    if not buckets or any(s.adjustment is not None for s in decoding):
+        return None  # what penalties count in a block is counted on the host
+    limits, device = limits_of(decoding, proposal), proposal.tokens.device
+    foreseen = scheduler.foreseen(limits, buckets)
+    if foreseen is None:
+        return None
+    if not isinstance(foreseen, int):
+        return Ahead(on_device(foreseen, device), sum(foreseen) + len(limits), limits)
+    confidence = torch.nn.functional.pad(proposal.confidence.float(), (0, 0, 0, len(limits) - len(proposal.tokens)))
+    return Ahead(spread(confidence, on_device(limits, device), foreseen), foreseen + len(limits), limits)
+
+
+def plan_ahead(decoding: list[Sequence], proposal: Proposal, ahead: Ahead) -> StepPlan:
+    """A step of blocks alone that the host doesn't know yet."""
+    return StepPlan(decoding, proposal, [], verifying=[(s, -1) for s in decoding], ahead=ahead)
+
+
+def mean_context(decoding: list[Sequence]) -> int:
+    """Tokens of a text, on average; 0 of none."""
+    return sum(len(s.tokens) for s in decoding) // max(len(decoding), 1)
+
+
+def confidences(decoding: list[Sequence], proposal: Proposal) -> torch.Tensor:
+    """float32[B, K] of all; 0 of those without a proposal, which come last."""
+    known = proposal.on_host[1]
+    return torch.nn.functional.pad(known, (0, 0, 0, len(decoding) - len(known)))
+
+
+def limits_of(decoding: list[Sequence], proposal: Proposal) -> list[int]:
+    """How many draft tokens of each request may be verified; none of those without a proposal, which come last."""
+    counts = proposal.counts.tolist()
+    limits = [min(n, s.draft_limit) for n, s in zip(counts, decoding, strict=False)]
+    return limits + [0] * (len(decoding) - len(limits))
 
 
 def plan_step(
@@ -48,15 +134,8 @@ def plan_step(
         running: all requests, of which those with unread prompt get chunks, first come first served. prefill: most
             prompt tokens of a step.
     """
-    plan = StepPlan(decoding, proposal, lengths)
-    drafts: list[list[int]] = [] if proposal is None else list(proposal.on_host[0])
-    drafts += [[]] * (len(decoding) - len(drafts))
-    for s, draft, length in zip(decoding, drafts, lengths, strict=True):
-        first = len(plan.tokens)
-        plan.segments.append(Segment(s.pages, s.computed, length + 1))
-        plan.tokens += [s.tokens[-1], *draft[:length]]
-        plan.logit_rows += range(first, first + length + 1)
-        plan.verifying.append((s, first))
+    plan = StepPlan(decoding, proposal, [])
+    plan.known(lengths)
     for s in running:
         if s.prefilled or prefill <= 0:
             continue

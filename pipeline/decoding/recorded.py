@@ -29,10 +29,9 @@ log = logging.getLogger(__name__)
 
 Out = TypeVar("Out")
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Of recorded target steps, in tokens; step costs are measured at the same ones, which records them before any request
-comes."""
-WARM_UPS = 2
-"""Runs before a step is recorded: kernels are compiled and libraries take their workspaces, which a graph can't do."""
+"""Of recorded steps, in tokens of a target's or requests of a draft's; step costs are measured at the same ones."""
+_ALIGNED = 4
+"""int32s: Triton compiles a kernel anew where a pointer is a multiple of 16 bytes in one call and not in another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,43 +44,58 @@ class Recorded(Generic[Out]):
 
 
 class Recorder(Protocol):
-    """Records what a function does on the device."""
+    """Records what functions do on the device. What one of its recordings left may be overwritten by a replay of any
+    other of them, as they share working memory; never by another recorder's."""
 
     def __call__(self, body: Callable[[], Out]) -> Recorded[Out]: ...
 
 
 class CudaGraphs:
-    """Records CUDA graphs, which share their working memory, as one runs at a time."""
+    """Records CUDA graphs."""
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
+        # One, as libraries keep a workspace for each that they ever ran on.
+        self._aside = torch.cuda.Stream()
 
     def __call__(self, body: Callable[[], Out]) -> Recorded[Out]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                body()
-        torch.cuda.current_stream().wait_stream(aside)
+        before, watched = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+        self._aside.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            out = body()
+        try:
+            with torch.cuda.stream(self._aside):
+                # Kernels are compiled and libraries take their workspaces here, which a graph can't hold.
+                body()
+                # A capture that fails leaves the process the worse for it: most of what would fail is refused here.
+                torch.cuda.set_sync_debug_mode("error")
+                body()
+            torch.cuda.set_sync_debug_mode(watched)
+            # Other threads go on allocating: that is no fault of this one's.
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._aside, capture_error_mode="thread_local"):
+                out = body()
+        finally:
+            torch.cuda.set_sync_debug_mode(watched)
+            torch.cuda.set_stream(before)
+            before.wait_stream(self._aside)
         return Recorded(out, graph.replay)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What an engine gives its target and drafts to record their steps with.
+@dataclasses.dataclass
+class RecordingTerms:
+    """How an engine's target and drafts record their steps.
 
     Attributes:
-        record: how. scratch: the page that places left free write to; it is no request's.
+        recorder: makes one for each of them, as what a draft left is read after the target's replay.
+        scratch: the page that places left free write to; it is no request's.
         pages: P, most pages of a request. requests: most requests of a step.
+        made: how many recordings were made; a step in which one was made took longer than it will.
     """
 
-    record: Recorder
+    recorder: Callable[[], Recorder]
     scratch: int
     pages: int
     requests: int
+    made: int = 0
 
 
 class StepInput:
@@ -89,21 +103,25 @@ class StepInput:
 
     Attributes:
         ids: int32[T] token ids, 0 behind the step's. starts: int32[R + 2] first rows. context: int32[R + 1] positions
-            before them. table: int32[R + 1, P].
+            before them. anchors: int32[R + 1] last tokens, of steps that run ahead. table: int32[R + 1, P].
     """
 
-    def __init__(self, tokens: int, requests: int, recording: Recording, device: torch.device) -> None:
+    def __init__(self, tokens: int, requests: int, terms: RecordingTerms, device: torch.device) -> None:
         self.tokens, self.requests = tokens, requests
-        sizes = [tokens, requests + 2, requests + 1, (requests + 1) * recording.pages]
+        wanted = [tokens, requests + 2, requests + 1, requests + 1, (requests + 1) * terms.pages]
+        sizes = [-(-n // _ALIGNED) * _ALIGNED for n in wanted]
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.ids, self.starts, self.context, table = self._device.split(sizes)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        there = (part[:n] for part, n in zip(self._device.split(sizes), wanted, strict=True))
+        self.ids, self.starts, self.context, self.anchors, table = there
         self.table = table.view(requests + 1, -1)
-        self._ids, self._starts, self._context, host_table = (part.numpy() for part in self._host.split(sizes))
+        here = (part[:n].numpy() for part, n in zip(self._host.split(sizes), wanted, strict=True))
+        self._ids, self._starts, self._context, self._anchors, host_table = here
         self._table = host_table.reshape(requests + 1, -1)
-        self._table[-1] = recording.scratch
+        self._table[-1] = terms.scratch
 
-    def load(self, segments: Sequence[Segment], ids: Sequence[int] = ()) -> bool:
+    def load(self, segments: Sequence[Segment], ids: Sequence[int] = (), anchors: Sequence[int] = ()) -> bool:
         """Fills in a step, in one copy that nobody waits for; False where it has more than T tokens or R segments, or a
         segment more than P pages."""
         counts = np.fromiter((s.count for s in segments), dtype=np.int32, count=len(segments))
@@ -112,8 +130,11 @@ class StepInput:
             return False
         if any(len(s.pages) > self._table.shape[1] for s in segments):
             return False
+        if self._copied is not None:
+            self._copied.synchronize()  # done long ago, unless somebody asks twice without reading
         self._ids[: len(ids)] = ids
         self._ids[len(ids) :] = 0
+        self._anchors[: len(anchors)] = anchors
         self._starts[1 : len(segments) + 1] = counts.cumsum()
         self._starts[len(segments) + 1 : -1] = total
         self._starts[-1] = self.tokens
@@ -122,6 +143,8 @@ class StepInput:
             self._context[row] = s.start
             self._table[row, : len(s.pages)] = s.pages
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         return True
 
     def layout(self, cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool) -> TableLayout:
@@ -134,35 +157,94 @@ class StepInput:
         )
 
 
+class AheadInput:
+    """What a recorded step reads whose blocks and lengths the host doesn't know: those lie on the device already, and
+    ids and first rows are worked out there too.
+
+    Args:
+        block: K, most draft tokens of a request.
+    """
+
+    def __init__(self, tokens: int, requests: int, block: int, terms: RecordingTerms, device: torch.device) -> None:
+        self.step = StepInput(tokens, requests, terms, device)
+        self._lengths = torch.zeros(requests, dtype=torch.int64, device=device)
+        self._drafts = torch.zeros(requests, block, dtype=torch.int64, device=device)
+
+    def load(
+        self, segments: Sequence[Segment], anchors: Sequence[int], drafts: torch.Tensor, lengths: torch.Tensor
+    ) -> bool:
+        """Fills in a step.
+
+        Args:
+            segments: of B requests, with no tokens yet. anchors: their last tokens. lengths: int64[B], 1 less than
+                their tokens. drafts: int64[<= B, K], of the first ones.
+        Returns:
+            whether there is room for it.
+        """
+        if not self.step.load(segments, anchors=anchors):
+            return False
+        self._lengths.fill_(-1)  # nobody there, not even an anchor
+        self._lengths[: len(lengths)].copy_(lengths, non_blocking=True)
+        self._drafts[: len(drafts)].copy_(drafts, non_blocking=True)
+        return True
+
+    def layout(self, cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool) -> TableLayout:
+        """As StepInput.layout, which it fills in the rest for."""
+        step, block = self.step, self._drafts.shape[1]
+        step.starts[1:-1].copy_((self._lengths + 1).cumsum(0))
+        row = torch.arange(step.tokens, dtype=torch.int32, device=step.starts.device)
+        owner = torch.searchsorted(step.starts, row, right=True) - 1
+        slot = row - step.starts[owner] - 1
+        drafted = self._drafts[owner.clamp(max=step.requests - 1), slot.clamp(0, block - 1).long()]
+        ids = torch.where(slot < 0, step.anchors[owner].long(), drafted)
+        step.ids.copy_(ids.masked_fill(owner == step.requests, 0))
+        return step.layout(cache, geometry, causal=causal)
+
+
 class Replays(Generic[Out]):
     """Recorded steps by size (and whatever else tells them apart), recorded when first asked for.
 
     Args:
         what: whose steps they are, for the log.
+    Attributes:
+        possible: false once a step turned out to hold what can't be recorded.
     """
 
-    def __init__(self, recording: Recording, what: str) -> None:
-        self.recording, self._what = recording, what
+    def __init__(self, terms: RecordingTerms, what: str) -> None:
+        self.terms, self._what = terms, what
+        self._record = terms.recorder()
         self._recorded: dict[Hashable, Recorded[Any]] = {}
+        self._refused: set[Hashable] = set()
         self.possible = True
 
-    def run(self, key: Hashable, body: Callable[[], Out]) -> Out | None:
-        """Does a step whose input is filled in; None where steps can't be recorded, which is said once.
+    def clear(self) -> None:
+        """Forgets all: what they recorded has changed."""
+        self._recorded.clear()
+        self._refused.clear()
 
-        What it returns is overwritten by the next step of the same key.
+    def run(self, key: Hashable, body: Callable[[], Out]) -> Out | None:
+        """Does a step whose input is filled in; None where it can't be recorded, which is said once.
+
+        What it returns is overwritten by the next run of whatever key.
         """
-        if not self.possible:
+        if not self.possible or key in self._refused:
             return None
         if key not in self._recorded:
+            self.terms.made += 1
             try:
-                self._recorded[key] = self.recording.record(body)
+                self._recorded[key] = self._record(body)
             except RuntimeError as e:
-                self.possible = False
-                self._recorded.clear()
+                if isinstance(e, torch.OutOfMemoryError):
+                    self._refused.add(key)
+                else:
+                    self.possible = False
+                    self.clear()
                 log.warning(
-                    "The steps of %s can't be recorded in CUDA graphs and are launched operation by operation, which "
-                    "is slower where few requests run: %s. engine.cuda_graphs=false says so from the start.",
+                    "%s of %s can't be recorded in CUDA graphs and %s launched operation by operation, which is slower "
+                    "where few requests run: %s. engine.cuda_graphs=false says so from the start.",
+                    "The steps" if not self.possible else f"A step of size {key}",
                     self._what,
+                    "are" if not self.possible else "is",
                     e,
                 )
                 return None

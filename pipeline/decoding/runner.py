@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,19 @@ from pipeline.decoding.attention import NAME, StepLayout
 from pipeline.decoding.cache import PagedKV, on_device, page_bytes, pool_pages
 from pipeline.decoding.geometry import attention_geometry
 from pipeline.decoding.pages import PagePool
+from pipeline.decoding.plan import Ahead
 from pipeline.decoding.prepack import PackedLinear, available, prepack
-from pipeline.decoding.recorded import SIZES, CudaGraphs, Recorder, Recording, Replays, StepInput, size_for
+from pipeline.decoding.recorded import (
+    SIZES,
+    AheadInput,
+    CudaGraphs,
+    Recorder,
+    RecordingTerms,
+    Replays,
+    StepInput,
+    size_for,
+)
+from pipeline.decoding.request import Sequence
 from pipeline.decoding.step_cost import StepCost, StepTimer, device_name, kept, measure
 from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.errors import DraftlineError
@@ -31,13 +43,14 @@ class TargetRunner:
     Args:
         config: sizes, and whether linears are prepacked (CPU, fp32).
         layer_ids: tapped decoder layers (empty: no taps).
-        record: how steps that read no prompts are recorded. None: in CUDA graphs where the target is on a GPU, and else
-            not at all.
+        recorder: makes what steps that read no prompts are recorded with. None: CUDA graphs where the target is on a
+            GPU, and else nothing.
         draft_page_bytes, block_size: what a page takes in the drafts beside the target, and how many tokens of theirs
             stand behind a text, to size the pool.
     Attributes:
         pool: of the pages, for the drafts' keys and values too.
-        recording: what steps are recorded with, the drafts' too; None: they are launched operation by operation.
+        terms: how steps are recorded, the drafts' too; None: they are launched operation by operation.
+        layer_ids: tapped decoder layers.
         buckets: sizes in tokens that recorded steps are padded to; none without recording.
         unsound: which segments of the last step have hidden states that are not finite; looked at on CPU only.
     Raises:
@@ -51,7 +64,7 @@ class TargetRunner:
         layer_ids: list[int] | None = None,
         draft_page_bytes: int = 0,
         block_size: int = 0,
-        record: Recorder | None = None,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         limit = getattr(target.config, "max_position_embeddings", None)
         if limit is not None and config.max_context > limit:
@@ -60,33 +73,35 @@ class TargetRunner:
                 "or less."
             )
         self.target = target
-        self.layer_ids = list(layer_ids or [])
+        self._layer_ids = list(layer_ids or [])
         self.family = target.family
         self.geometry = attention_geometry(target, NAME)
         shapes = [
             (g.kv_heads, g.key_dim, g.value_dim) if g.source == layer else None for layer, g in enumerate(self.geometry)
         ]
         each = page_bytes(shapes, config.page_size, target.dtype) + draft_page_bytes
-        if record is None and config.cuda_graphs and target.device.type == "cuda":
-            if len({p.device for p in target.model.parameters()}) == 1:
-                record = CudaGraphs()
+        devices = {p.device for p in target.model.parameters()} | {target.device}
+        if recorder is None and config.cuda_graphs and target.device.type == "cuda":
+            if len(devices) == 1:
+                recorder = CudaGraphs
             else:
                 log.info("The target lies on several devices: its steps are not recorded in CUDA graphs.")
         pages = pool_pages(config, each, target.device, block_size)
-        self.pool = PagePool(pages, config.page_size, scratch=record is not None)
+        self.pool = PagePool(pages, config.page_size, scratch=recorder is not None)
         self.cache = PagedKV(shapes, self.pool.total, self.pool.size, target.dtype, target.device)
-        self.recording: Recording | None = None
+        self.terms: RecordingTerms | None = None
         self.buckets: tuple[int, ...] = ()
         self._replays: Replays[tuple[torch.Tensor | None, torch.Tensor]] | None = None
         self._inputs: dict[int, StepInput] = {}
-        if record is not None:
+        self._ahead: dict[tuple[int, int], AheadInput] = {}
+        if recorder is not None:
             behind = max(block_size, 7) + 1
             widest = min(self.pool.needed(config.max_context + behind), self.pool.pages)
-            self.recording = Recording(record, self.pool.pages, widest, config.max_requests)
-            most = config.max_requests * behind
-            self.buckets = tuple(t for t in SIZES if t <= most)
-            self._replays = Replays(self.recording, f"the target ({self.family.name})")
-        self._timer = StepTimer(target.device)
+            self.terms = RecordingTerms(recorder, self.pool.pages, widest, config.max_requests)
+            most = min(config.max_requests * behind, SIZES[-1])
+            self.buckets = tuple(sorted({most, *(t for t in SIZES if t <= most)}))
+            self._replays = Replays(self.terms, f"the target ({self.family.name})")
+        self._timer = StepTimer(devices)
         self.unsound: set[int] = set()
         self.packed = 0
         if config.prepack and target.device.type == "cpu" and target.dtype == torch.float32 and available():
@@ -95,6 +110,26 @@ class TargetRunner:
             if type(head) is torch.nn.Linear:
                 target.model.set_output_embeddings(PackedLinear(head.weight, head.bias))
                 self.packed += 1
+
+    @property
+    def layer_ids(self) -> list[int]:
+        return self._layer_ids
+
+    @layer_ids.setter
+    def layer_ids(self, layer_ids: Iterable[int]) -> None:
+        """Taps other layers from now on; steps are recorded anew."""
+        if list(layer_ids) != self._layer_ids and self._replays is not None:
+            self._replays.clear()
+        self._layer_ids = list(layer_ids)
+
+    @property
+    def recordings(self) -> int:
+        """How many were made so far, of the drafts' steps too."""
+        return 0 if self.terms is None else self.terms.made
+
+    def padded(self, tokens: int) -> int:
+        """Tokens of the step that one of so many is run as."""
+        return size_for(tokens, self.buckets) or tokens
 
     @torch.inference_mode()
     def step(
@@ -120,28 +155,61 @@ class TargetRunner:
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
         """A step that reads no prompts, from its recording; None where there is none of its size."""
         size = size_for(len(token_ids), self.buckets)
-        if self._replays is None or self.recording is None or size is None:
+        if self.terms is None or size is None:
             return None
         if size not in self._inputs:
-            requests = min(size, self.recording.requests)
-            self._inputs[size] = StepInput(size, requests, self.recording, self.target.device)
+            self._inputs[size] = StepInput(size, min(size, self.terms.requests), self.terms, self.target.device)
         given = self._inputs[size]
         if not given.load(segments, token_ids):
             return None
+        return self._replay((size, 0), given, given, len(token_ids))
+
+    def _replay(
+        self, key: tuple[int, int], given: StepInput | AheadInput, step: StepInput, tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """The first `tokens` rows of taps and logits of a step that is filled in."""
+        assert self._replays is not None
 
         def body() -> tuple[torch.Tensor | None, torch.Tensor]:
             layout = given.layout(self.cache, self.geometry, causal=True)
-            hidden, taps = self._forward(given.ids.long()[None], layout)
+            hidden, taps = self._forward(step.ids.long()[None], layout)
             return taps, self._logits(hidden)
 
-        done = self._replays.run((size, tuple(self.layer_ids)), body)
+        done = self._replays.run(key, body)
         if done is None:
-            self.buckets = ()
+            # Larger ones would find no memory either.
+            self.buckets = tuple(b for b in self.buckets if b < key[0]) if self._replays.possible else ()
             return None
         self.unsound = set()
         taps, logits = done
         # Taps may be held for a draft beyond the next replay, logits are not.
-        return None if taps is None else taps[: len(token_ids)].clone(), logits[: len(token_ids)]
+        return None if taps is None else taps[:tokens].clone(), logits[:tokens]
+
+    @torch.inference_mode()
+    def step_ahead(
+        self, decoding: list[Sequence], drafts: torch.Tensor, ahead: Ahead
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """A step over blocks that only the device knows yet, from a recording.
+
+        Args:
+            decoding: B requests. drafts: int64[<= B, K], of the first ones.
+        Returns:
+            as `step` for all rows; None, and nothing done, where there is no recording of its size.
+        """
+        size, block = size_for(ahead.tokens, self.buckets), drafts.shape[1]
+        if self.terms is None or size is None:
+            return None
+        if (size, block) not in self._ahead:
+            requests = min(size, self.terms.requests)
+            self._ahead[size, block] = AheadInput(size, requests, block, self.terms, self.target.device)
+        given = self._ahead[size, block]
+        segments = [Segment(s.pages, s.computed, 0) for s in decoding]
+        if not given.load(segments, [s.tokens[-1] for s in decoding], drafts, ahead.lengths):
+            return None
+        self._timer.start()
+        done = self._replay((size, block), given, given.step, ahead.tokens)
+        self._timer.stop()
+        return done
 
     def _launched(
         self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
@@ -184,7 +252,7 @@ class TargetRunner:
         """Seconds of steps of up to `per_request` tokens of each of config.max_requests: those kept in the file
         config.step_cost where they fit, else measured now. For while no request runs."""
         most = config.max_requests * per_request
-        grid = [t for t in SIZES if t <= most]
+        grid = sorted({*(t for t in SIZES if t <= most), *self.buckets})
         room = max(config.max_context - per_request, 1)
         contexts = sorted({min(64, room), min(512, room)})
         # Beyond its last context a table stays as it is there, and long texts would seem as cheap as short ones.
@@ -195,6 +263,8 @@ class TargetRunner:
             cost.hardware = device_name(self.target.device)
             return cost
 
+        for size in reversed(self.buckets):  # the largest first, whose memory serves the others
+            self.time_step(size, 1, per_request)
         if not config.step_cost:
             return measured()
         identity = self.target.identity
@@ -206,7 +276,7 @@ class TargetRunner:
             "packed_linears": sum(isinstance(m, PackedLinear) for m in self.target.model.modules()),
             "target": identity.id,
             "target_config": identity.config_digest,
-            "recorded": self.recording is not None,
+            "recorded": bool(self.buckets),
         }
         cost = kept(Path(config.step_cost), made_for, (grid[-1], [*contexts, *far][-1]), measured)
         cost.hardware = str(made_for["hardware"])

@@ -73,6 +73,36 @@ class PrefixScheduler(Protocol):
         buckets: Sequence[int] = (),
     ) -> torch.Tensor: ...
 
+    def foreseen(self, limits: Sequence[int], buckets: Sequence[int] = ()) -> int | list[int] | None:
+        """What is known of the next lengths before the host has seen its confidences: how many draft tokens are
+        verified in all (`spread` then says whose), or every length; None: nothing. limits: most of each request."""
+        ...
+
+    def learn(self, confidence: torch.Tensor, cost: Cost, context: int, limits: torch.Tensor) -> None:
+        """Hears the confidences of a step whose lengths were foreseen, as `lengths` would have."""
+        ...
+
+
+class _FromConfidences:
+    """Of schedules that foresee nothing."""
+
+    def foreseen(self, limits: Sequence[int], buckets: Sequence[int] = ()) -> None:
+        return None
+
+    def learn(self, confidence: torch.Tensor, cost: Cost, context: int, limits: torch.Tensor) -> None: ...
+
+
+def spread(confidence: torch.Tensor, limits: torch.Tensor, count: int) -> torch.Tensor:
+    """The lengths int64[B] that `count` tokens of highest survival make, ties by (position, request), worked out on the
+    device that confidence float[B, K] and limits int64[B] are on; nobody waits for it."""
+    requests, block = confidence.shape
+    survival = confidence.double().nan_to_num(0.0).cumprod(1)
+    slot = torch.arange(block, device=confidence.device)
+    offered = torch.where(slot < limits[:, None], survival, -1.0)
+    first = offered.T.flatten().sort(descending=True, stable=True).indices[:count]
+    lengths = torch.zeros(requests, dtype=torch.int64, device=confidence.device)
+    return lengths.index_add_(0, first % requests, torch.ones_like(first))
+
 
 def ranked(confidence: torch.Tensor, limits: torch.Tensor | None = None) -> Ranked:
     """Tokens by falling survival; ties by (position, request), which keeps prefixes whole.
@@ -125,7 +155,7 @@ def _lengths(order: Ranked, count: int, requests: int, buckets: Sequence[int]) -
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-class _Search:
+class _Search(_FromConfidences):
     """The best budget by this step's confidences: among all, or up to the first token that does not pay."""
 
     weighs_cost = True
@@ -179,8 +209,18 @@ class _Asynchronous:
         self._budgets.append(best(rated) / requests)
         return _lengths(order, count, requests, buckets)
 
+    def foreseen(self, limits: Sequence[int], buckets: Sequence[int] = ()) -> int | None:
+        if len(self._budgets) < 2:
+            return None
+        requests, available = len(limits), sum(limits)
+        return filled(min(round(self._budgets[0] * requests), available), available, requests, buckets)
 
-class _Threshold:
+    def learn(self, confidence: torch.Tensor, cost: Cost, context: int, limits: torch.Tensor) -> None:
+        requests = confidence.shape[0]
+        self._budgets.append(best(rates(ranked(confidence, limits), requests, cost, context)) / requests)
+
+
+class _Threshold(_FromConfidences):
     """Tokens that are emitted with at least a given probability."""
 
     name, causal, weighs_cost = "threshold", True, False
@@ -223,6 +263,11 @@ class _Fixed:
         length = block if self.length is None else min(self.length, block)
         out = torch.full((requests,), length, dtype=torch.int64)
         return out if limits is None else torch.minimum(out, limits.clamp(min=0))
+
+    def foreseen(self, limits: Sequence[int], buckets: Sequence[int] = ()) -> list[int]:
+        return [max(n, 0) if self.length is None else max(min(self.length, n), 0) for n in limits]
+
+    def learn(self, confidence: torch.Tensor, cost: Cost, context: int, limits: torch.Tensor) -> None: ...
 
 
 def make_scheduler(name: str, length: int | None = None, threshold: float = 0.5) -> PrefixScheduler:

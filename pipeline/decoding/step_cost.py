@@ -14,7 +14,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,19 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 
 class StepTimer:
-    """Times one step after the other; on CUDA by events on the stream, so that nobody waits before `seconds`."""
+    """Times one step after the other; on CUDA by events on the stream, so that nobody waits before `seconds`. Where a
+    step runs on several devices, `stop` waits for them all: events of one would tell nothing of the others.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._events = None
+    Args:
+        devices: that steps run on.
+    """
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self._several = [d for d in devices if d.type == "cuda"] if len(devices) > 1 else []
+        self._device = next(iter(devices))
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._times = (0.0, 0.0)
-        if device.type == "cuda":
+        if self._device.type == "cuda" and not self._several:
             self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
 
     def start(self) -> None:
@@ -58,8 +64,10 @@ class StepTimer:
         """All of it was asked of the device."""
         if self._events is not None:
             self._events[1].record(torch.cuda.current_stream(self._device))
-        else:
-            self._times = (self._times[0], time.perf_counter())
+            return
+        for device in self._several:
+            torch.cuda.synchronize(device)
+        self._times = (self._times[0], time.perf_counter())
 
     def seconds(self) -> float:
         """Of the last step, when the device is done with it."""
@@ -67,6 +75,21 @@ class StepTimer:
             return self._times[1] - self._times[0]
         self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class PaddedCost:
+    """A step cost where steps are padded: each size costs what it is run as.
+
+    Args:
+        padded: tokens of the step that one of so many is run as.
+    """
+
+    def __init__(self, cost: StepCost, padded: Callable[[int], int]) -> None:
+        self._cost, self._padded = cost, padded
+
+    def rounds(self, tokens: np.ndarray, context: int) -> np.ndarray:
+        """As StepCost.rounds."""
+        return self._cost.rounds(np.array([self._padded(int(t)) for t in tokens]), context)
 
 
 @dataclasses.dataclass

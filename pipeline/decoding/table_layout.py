@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from draftline_kernels import ragged_paged_attention
@@ -73,7 +72,7 @@ class TableLayout:
         shape = self.geometry[layer]
         if shape.source == layer:
             self.cache.write(layer, self.cells, k, v)
-        return by_table(q, self.cache, shape, (self._table, self._starts, self._context), self._causal)
+        return by_table(q, self.cache, shape, (self._table, self._starts, self._context), self._causal, few=True)
 
 
 def by_table(
@@ -82,8 +81,11 @@ def by_table(
     shape: LayerAttention,
     where: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     causal: bool,
+    *,
+    few: bool = False,
 ) -> torch.Tensor:
-    """[T, H, d of v] of q [H, T, d] by the paged kernel; `where`: page tables, first rows, contexts."""
+    """[T, H, d of v] of q [H, T, d] by the paged kernel; `where`: page tables, first rows, contexts; `few`: most of
+    these requests may have no tokens."""
     return ragged_paged_attention(
         q.transpose(0, 1),
         cache.k[shape.source],
@@ -94,12 +96,5 @@ def by_table(
         window=shape.window,
         softcap=shape.softcap,
         causal=causal,
+        few=few,
     )
-
-
-def page_table(segments: list[Segment]) -> torch.Tensor:
-    """int32[segments, most pages]; what is behind a segment's last page is never read."""
-    table = np.zeros((len(segments), max(len(s.pages) for s in segments)), dtype=np.int32)
-    for row, s in zip(table, segments, strict=True):
-        row[: len(s.pages)] = s.pages
-    return torch.from_numpy(table)

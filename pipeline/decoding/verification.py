@@ -33,10 +33,8 @@ class Verification:
 
     def __init__(self, plan: StepPlan, logits: Tensor, rule: str) -> None:
         device, proposal = logits.device, plan.proposal
-        self._logits = logits
+        self._plan, self._logits = plan, logits
         self._sequences = sequences = [s for s, _ in plan.verifying]
-        rows = [n + 1 for n in plan.lengths] + [1] * (len(sequences) - len(plan.lengths))
-        self._starts = [0, *itertools.accumulate(rows)]
         asked = (s.request for s in sequences)
         sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in asked], device)
         block = 0 if proposal is None else proposal.tokens.shape[1]
@@ -47,21 +45,44 @@ class Verification:
             tokens[:drafted] = proposal.tokens
             if proposal.logits is not None and rule == "ratio":
                 draft_logits = _of_all(proposal.logits, len(sequences), device)
-        adjusted = [self._touched(plan, i, logits.shape[1]) for i in range(len(sequences))]
-        counted = ([n - 1 for n in rows], [len(s.tokens) - 1 for s in sequences], self._starts)
-        lengths, positions, starts = at_once([torch.tensor(c, dtype=torch.int64) for c in counted], device)
+        positions = [len(s.tokens) - 1 for s in sequences]
+        overrides = None
+        if plan.ahead is None:
+            rows = self._rows
+            counted = [positions, [n - 1 for n in rows], self._starts]
+            adjusted = [self._touched(plan, i, logits.shape[1]) for i in range(len(sequences))]
+            overrides = Overrides.of(adjusted, rows, logits.shape[1], device)
+        else:
+            counted = [positions]
+        at, *there = at_once([torch.tensor(c, dtype=torch.int64) for c in counted], device)
+        if plan.ahead is None:
+            lengths, starts = there
+        else:
+            lengths = plan.ahead.lengths
+            starts = torch.nn.functional.pad((lengths + 1).cumsum(0), (1, 0))
         self.result = verify(
             logits,
             tokens,
             lengths,
             starts,
             sampling,
-            positions,
+            at,
             rule=rule,
             draft_logits=draft_logits,
             d2t=None if proposal is None else proposal.d2t,
-            overrides=Overrides.of(adjusted, rows, logits.shape[1], device),
+            overrides=overrides,
         )
+
+    @property
+    def _rows(self) -> list[int]:
+        """Of each request."""
+        lengths = self._plan.lengths
+        return [n + 1 for n in lengths] + [1] * (len(self._sequences) - len(lengths))
+
+    @property
+    def _starts(self) -> list[int]:
+        """First row of each request, and T."""
+        return [0, *itertools.accumulate(self._rows)]
 
     def logprobs(self, index: int, emitted: list[int]) -> list[TokenLogprob] | None:
         """Of the tokens that request `index` emitted; None where it did not ask."""

@@ -167,7 +167,10 @@ def decode(
 
     def watched(sequences: list[Any]) -> Proposal:
         proposal = propose(sequences)
-        kept.append(([len(s.tokens) - 1 for s in sequences], proposal))
+        # Copies: the next block may be written over this one.
+        logits = None if proposal.logits is None else proposal.logits.clone()
+        copied = dataclasses.replace(proposal, tokens=proposal.tokens.clone(), logits=logits)
+        kept.append(([len(s.tokens) - 1 for s in sequences], copied))
         return proposal
 
     proposer.propose = watched

@@ -9,6 +9,7 @@ Operations that would wait for the device, or copy from the host, are refused, a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
@@ -31,14 +32,15 @@ from pipeline.decoding.recorded import SIZES, Recorded, size_for
 from pipeline.target import Target, load_target
 from tests.decoding.samples import KINDS, prompt_ids, proposer_for
 from tests.decoding.test_families import NEW, expected, prompts
+from tests.decoding.test_worth import Oracle
 from tests.drafts.samples import small_draft
 from tests.target.tiny_families import ENGINE, tiny_target
 
-WAITING = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "unique", "_to_copy_host")
+WAITING = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "unique")
 
 
 class _Tape(TorchDispatchMode):
-    """Notes operations; `inside` is set while a kernel's reference runs, which is one operation by itself."""
+    """Notes operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,22 +62,37 @@ class _Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """A Recorder."""
+    """Makes recorders: one for the target, one for every draft."""
 
     def __init__(self) -> None:
         self.made = self.replayed = 0
 
-    def __call__(self, body: Callable[[], Any]) -> Recorded[Any]:
-        tape = _Tape()
-        with tape:
-            out = body()
-        self.made += 1
+    def __call__(self) -> Callable[[Callable[[], Any]], Recorded[Any]]:
+        outs: list[Any] = []
 
-        def replay() -> None:
-            self.replayed += 1
-            tape.replay()
+        def record(body: Callable[[], Any]) -> Recorded[Any]:
+            tape = _Tape()
+            with tape:
+                out = body()
+            self.made += 1
+            outs.append(out)
 
-        return Recorded(out, replay)
+            def replay() -> None:
+                self.replayed += 1
+                # Graphs of one recorder share memory: what another left is gone.
+                for other in outs:
+                    for lost in _tensors(other) if other is not out else []:
+                        lost.fill_(float("nan") if lost.is_floating_point() else -1)
+                tape.replay()
+
+            return Recorded(out, replay)
+
+        return record
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    parts = vars(out).values() if dataclasses.is_dataclass(out) else out
+    return [t for t in parts if isinstance(t, torch.Tensor)]
 
 
 @torch.library.custom_op("draftline_tests::attend", mutates_args=())
@@ -91,6 +108,7 @@ def _attend(
     window: int,
     softcap: float,
     causal: bool,
+    few: bool,
 ) -> torch.Tensor:
     """Attention over pages by its definition."""
     return draftline_kernels.ragged_paged_attention(
@@ -123,12 +141,30 @@ def _slot(
     return block.tokens, block.logits
 
 
-def _slots(base: torch.Tensor, code: None, w2: None, previous: torch.Tensor, anchors: torch.Tensor, sampling: Sampling,
-           **options: Any) -> draftline_kernels.Block:  # fmt: skip
+def _slots(
+    base: torch.Tensor,
+    code: Any,
+    w2: Any,
+    previous: torch.Tensor,
+    anchors: torch.Tensor,
+    sampling: Sampling,
+    **options: Any,
+) -> draftline_kernels.Block:
+    """`markov_block`, slot by slot."""
     asked = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p)
-    wanted = options.pop("logits")
-    tokens, logits = _slot(base, previous, anchors, *asked, **options)
-    return draftline_kernels.Block(tokens, tokens, logits if wanted else None)
+    wanted, first = options.pop("logits"), options.pop("first")
+    tokens, seen, kept = [], [], []
+    for k in range(base.shape[1]):
+        z = base[:, k].float()
+        if code is not None:
+            z = z + torch.nn.functional.linear(code(k, previous).to(w2.dtype), w2).float()
+        seen.append(previous)
+        drawn, logits = _slot(z[:, None], previous, anchors, *asked, first=first + k, **options)
+        previous = drawn[:, 0]
+        tokens.append(previous)
+        kept.append(logits[:, 0])
+    logits = torch.stack(kept, 1) if wanted else None
+    return draftline_kernels.Block(torch.stack(tokens, 1), torch.stack(seen, 1), logits)
 
 
 @pytest.fixture
@@ -136,7 +172,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Tapes:
     """Engines made meanwhile record their steps on tapes."""
     made = Tapes()
     init = runner.TargetRunner.__init__
-    monkeypatch.setattr(runner.TargetRunner, "__init__", lambda self, *args: init(self, *args, record=made))
+    monkeypatch.setattr(runner.TargetRunner, "__init__", lambda self, *args: init(self, *args, recorder=made))
     monkeypatch.setattr(table_layout, "ragged_paged_attention", _attend)
     monkeypatch.setattr(drawing, "markov_block", _slots)
     return made
@@ -159,7 +195,7 @@ def requests(target: Target, **asked: Any) -> list[Request]:
 
 def launched(engine: Engine, proposer: Any) -> Engine:
     """The same engine, whose steps are launched operation by operation; it fills the same sizes of step."""
-    engine.runner._replays = engine.runner.recording = None
+    engine.runner._replays = engine.runner.terms = None
     engine.set_proposer(proposer)
     return engine
 
@@ -191,7 +227,11 @@ def test_replayed_steps_say_what_launched_ones_do(
 ) -> None:
     settings = {"rule": rule, "scheduler": "early_stop" if rule == "ratio" else "global", "skip_drafts": False}
     asked = {"temperature": temperature, "top_p": 0.95}
-    engine = engine_of(tiny, proposer_for(tiny, name, rule), **settings)
+    proposer = proposer_for(tiny, name, rule)
+    if name == "dspark":  # all slots in one, as on a GPU
+        proposer = make_proposer("dspark", small_draft(tiny), rule=rule, pack=False)
+        proposer._fused = True  # type: ignore[attr-defined]
+    engine = engine_of(tiny, proposer, **settings)
     assert engine.runner.buckets
     given = rounds_of(engine, requests(tiny, **asked))
     made = tapes.made
@@ -263,26 +303,100 @@ def test_what_can_not_be_recorded_is_said_once_and_launched(
     assert_same(given, rounds_of(other, requests(tiny)))
 
 
+@pytest.mark.parametrize(("rule", "scheduler"), [("coupled", "fixed"), ("ratio", "asynchronous")])
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_that_run_ahead_say_what_others_do(
+    tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, name: str, rule: str, scheduler: str
+) -> None:
+    """Where a schedule foresees how much it verifies, the target runs before the host has seen what was drafted."""
+    settings = {"rule": rule, "scheduler": scheduler, "skip_drafts": False}
+    asked = {"temperature": 0.9, "top_p": 0.95, "logprobs": 2}
+    engine = engine_of(tiny, proposer_for(tiny, name, rule), **settings)
+    before: list[bool] = []
+    inner = engine.runner.step_ahead
+
+    def watch(*args: Any) -> Any:
+        before.append("on_host" not in vars(proposals[-1]))
+        return inner(*args)
+
+    proposals: list[Any] = []
+    propose = engine.proposer.propose
+    monkeypatch.setattr(engine.proposer, "propose", lambda s: proposals.append(propose(s)) or proposals[-1])
+    monkeypatch.setattr(engine.runner, "step_ahead", watch)
+    given = rounds_of(engine, requests(tiny, **asked))
+    assert len(before) > 0.5 * len(proposals) and all(before)
+    other = engine_of(tiny, proposer_for(tiny, name, rule), **settings)
+    monkeypatch.setattr(other, "_run_ahead", lambda *_: None)
+    assert_same(given, rounds_of(other, requests(tiny, **asked)))
+
+
+@pytest.mark.parametrize("scheduler", ["fixed", "asynchronous"])
+def test_what_is_right_is_accepted_from_a_step_that_ran_ahead(tiny: Target, tapes: Tapes, scheduler: str) -> None:
+    """Of a draft that knows the text, wrong now and then: every token stands in its own place."""
+    ids = prompt_ids(tiny)[:3]
+    texts = [d.token_ids for d in engine_of(tiny).generate([Request(p, 60, ignore_eos=True) for p in ids])]
+    draft = Oracle(texts, ids, lambda at: at % 7 != 0)
+    engine = engine_of(tiny, draft, scheduler=scheduler, skip_drafts=False)
+    ran = len(engine.runner._ahead)
+    done = engine.generate([Request(p, 60, ignore_eos=True) for p in ids])
+    assert [d.token_ids for d in done] == texts
+    assert all(d.metrics.tau > 2.5 for d in done) and len(engine.runner._ahead) > ran
+
+
+def test_what_runs_ahead_and_what_can_not(tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties count on the host what was proposed; prompts are read by steps that are not recorded."""
+    engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
+    ran: list[int] = []
+    inner = engine.runner.step_ahead
+    monkeypatch.setattr(engine.runner, "step_ahead", lambda s, *rest: ran.append(len(s)) or inner(s, *rest))
+    ids = prompt_ids(tiny)
+    plain = engine_of(tiny).generate([Request(p, 12) for p in ids[:2]])
+    assert [d.token_ids for d in engine.generate([Request(p, 12) for p in ids[:2]])] == [d.token_ids for d in plain]
+    assert ran and max(ran) == 2
+    ran.clear()
+    engine.generate([Request(ids[0], 12, presence_penalty=0.5), Request(ids[1], 12)])
+    assert not ran or max(ran) == 1, "not while one with a penalty decodes"
+    # One that is not drafted for goes along.
+    ran.clear()
+    done = engine.generate([Request(ids[0], 12, max_draft=0), Request(ids[1], 12)])
+    assert [d.token_ids for d in done] == [d.token_ids for d in plain] and max(ran) == 2
+
+
 def test_drafts_are_swapped_under_recorded_steps(cache_dir: Path, tapes: Tapes) -> None:
-    """Other layers are tapped, other weights draft, and the former draft's tensors are let go."""
-    target = load_target(TargetConfig(path="tiny"), cache_dir)
-    drafts = {n: proposer_for(target, n) for n in ("dspark", "eagle3")}
-    engine = engine_of(target, SeveralDrafts(drafts, "dspark", target.vocab_size), skip_drafts=False)
-    asked = requests(target)
-    texts: dict[str, list[int]] = {}
-    for r in asked[:3]:
-        engine.submit(r)
-    for step in itertools.count():
-        if step == 8:
-            changed = proposer_for(target, "dspark", target_layer_ids=[1])
-            engine.change_drafts({"new": changed}, default="new", remove=["dspark", "eagle3"])
-            for r in asked[3:]:
-                engine.submit(r)
-        texts |= {e.request_id: e.finished.token_ids for e in engine.step() if e.finished}
-        if not engine.has_work:
-            break
-    plain = engine_of(load_target(TargetConfig(path="tiny"), cache_dir)).generate(requests(target))
-    assert [texts[r.id] for r in asked] == [d.token_ids for d in plain]
+    """Other layers are tapped, other weights draft, a draft comes back to other pages: nothing of a former recording is
+    left."""
+    rounds, texts = [], []
+    for recorded in (True, False):
+        target = load_target(TargetConfig(path="tiny"), cache_dir)
+        drafts = {n: proposer_for(target, n) for n in ("dspark", "eagle3")}
+        several = SeveralDrafts(drafts, "dspark", target.vocab_size)
+        if recorded:
+            engine = engine_of(target, several, skip_drafts=False)
+        else:
+            engine = launched(engine_of(target, skip_drafts=False), several)
+        seen: list[Any] = []
+        engine.on_round = seen.append
+        asked, said = requests(target), {}
+        for r in asked[:3]:
+            engine.submit(r)
+        for step in itertools.count():
+            if step == 8:
+                engine.change_drafts({}, default="eagle3", remove=["dspark"])
+            if step == 9:
+                changed = proposer_for(target, "dspark", target_layer_ids=[1])
+                engine.change_drafts({"new": changed}, default="new", remove=["eagle3"])
+                for r in asked[3:]:
+                    engine.submit(r)
+            said |= {e.request_id: e.finished.token_ids for e in engine.step() if e.finished}
+            if not engine.has_work:
+                break
+        # A draft that was let go, in tensors made anew.
+        engine.set_proposer(make_proposer("none"))
+        engine.set_proposer(drafts["dspark"])
+        again = [d.token_ids for d in engine.generate(requests(target)[:2])]
+        rounds.append(seen)
+        texts.append([*(said[r.id] for r in asked), *again])
+    assert_same((texts[0], rounds[0]), (texts[1], rounds[1]))
 
 
 def test_the_scratch_page_is_nobodys() -> None:
@@ -294,6 +408,7 @@ def test_a_step_that_is_too_large_is_launched(tiny: Target, tapes: Tapes) -> Non
     engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
     engine.runner.buckets = (1, 2)
     given = rounds_of(engine, requests(tiny))
+    assert set(engine.runner._inputs) <= {1, 2}
     other = launched(engine_of(tiny, scheduler="fixed"), proposer_for(tiny, "dspark"))
     assert_same(given, rounds_of(other, requests(tiny)))
     assert [size_for(n, SIZES) for n in (1, 9, 256, 257)] == [1, 12, 256, None]

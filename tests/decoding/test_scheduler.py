@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.decoding.scheduler import best, filled, make_scheduler, ranked, rates
+from pipeline.decoding.scheduler import best, filled, make_scheduler, ranked, rates, spread
 from pipeline.decoding.step_cost import StepCost, kept, measure
 from pipeline.errors import ConfigError
 
@@ -297,3 +297,39 @@ def test_a_file_of_step_costs_that_does_not_fit_is_said_and_replaced(
     assert kept(path, made_for, reach, lambda: other) is other
     assert says in caplog.text and str(path) in caplog.text
     assert kept(path, made_for, reach, lambda: pytest.fail("it was measured again")) == other
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_tokens_are_spread_on_the_device_as_on_the_host(data: st.DataObject) -> None:
+    """The same prefixes, ties and NaN included."""
+    requests, block = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    known = st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.9, 1.0, float("nan")])
+    confidence = torch.tensor([[data.draw(known) for _ in range(block)] for _ in range(requests)])
+    limits = torch.tensor([data.draw(st.integers(0, block)) for _ in range(requests)])
+    count = data.draw(st.integers(0, int(limits.sum())))
+    order = ranked(confidence.nan_to_num(0.0), limits)
+    expected = [0] * requests
+    for _, k, b in order[:count]:
+        expected[b] = k + 1
+    assert spread(confidence, limits, count).tolist() == expected
+
+
+def test_what_is_foreseen_is_what_is_chosen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cost = StepCost([1, 4, 8, 16], [0], [[1.0], [1.1], [1.5], [2.0]])
+    one, two = make_scheduler("asynchronous"), make_scheduler("asynchronous")
+    for step in range(20):
+        confidence = torch.rand(3, 5, generator=generator)
+        limits = torch.tensor([5, 2, 4])
+        foreseen = one.foreseen(limits.tolist(), (4, 9))
+        lengths = two.lengths(confidence, cost, 0, limits, (4, 9))
+        if step < 2:
+            assert foreseen is None
+            one.lengths(confidence, cost, 0, limits, (4, 9))
+        else:
+            assert isinstance(foreseen, int) and foreseen == int(lengths.sum())
+            assert spread(confidence, limits, foreseen).tolist() == lengths.tolist()
+            one.learn(confidence, cost, 0, limits)
+    assert make_scheduler("fixed", 3).foreseen([5, 2, 0]) == [3, 2, 0]
+    assert [make_scheduler(n).foreseen([5, 2]) for n in ("global", "early_stop", "threshold")] == [None] * 3

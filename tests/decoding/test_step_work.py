@@ -99,10 +99,10 @@ def test_an_eagle3_block_has_one_page_table(tiny: Target, monkeypatch: pytest.Mo
         return [c.token_ids for c in done]
 
     wanted = texts()
-    watch(attention, "page_table")
+    watch(attention, "_page_table")
     watch(engine.runner, "step")
     watch(engine.proposer, "propose")
     monkeypatch.setattr(StepLayout, "attend", attend)
     assert texts() == wanted
     assert made.count("propose") > 3 and engine.proposer.block_size > 2
-    assert made.count("page_table") == made.count("step") + made.count("propose")
+    assert made.count("_page_table") == made.count("step") + made.count("propose")

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from pipeline.decoding.pages import PagePool
-from pipeline.decoding.recorded import Recording
+from pipeline.decoding.recorded import RecordingTerms
 from pipeline.decoding.request import Sequence
 
 
 @dataclasses.dataclass
 class Proposal:
-    """One block per running request.
+    """One block per running request. Its tensors are good until the proposer's next one: keep copies.
 
     Attributes:
         tokens: int64[B, K], target token ids; column k is drawn for position anchor + 1 + k.
@@ -39,9 +39,19 @@ class Proposal:
     def on_host(self) -> tuple[list[list[int]], torch.Tensor]:
         """tokens, and confidence float32[B, K] with 0 for NaN (a draft whose numbers fail is not worth verifying): read
         from the device in one copy, once."""
-        block = self.tokens.shape[1]
+        return self._unpacked(self.packed().tolist())
+
+    def packed(self) -> torch.Tensor:
+        """int64[B, 2 K]: tokens, and the bits of their confidences."""
         bits = self.confidence.float().contiguous().view(torch.int32)
-        rows = torch.cat((self.tokens, bits.long()), 1).tolist()
+        return torch.cat((self.tokens, bits.long()), 1)
+
+    def read(self, rows: list[list[int]]) -> None:
+        """Takes what somebody else read of `packed`, so that `on_host` reads nothing."""
+        self.__dict__["on_host"] = self._unpacked(rows)
+
+    def _unpacked(self, rows: list[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
+        block = self.tokens.shape[1]
         confidence = torch.tensor([row[block:] for row in rows], dtype=torch.int32).view(torch.float32)
         return [row[:block] for row in rows], confidence.nan_to_num(0.0)
 
@@ -78,10 +88,10 @@ class Proposer(Protocol):
         """What a page of `size` positions takes of the draft's own memory."""
         ...
 
-    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
+    def attach(self, pool: PagePool, terms: RecordingTerms | None = None) -> None:
         """Makes room for keys and values in an engine's pages; leaves the pool of another, if it was in one.
 
-        recording: what its steps are to be recorded with, if they are.
+        terms: how its steps are recorded; None: they are not.
 
         Raises DraftlineError: not enough memory.
         """
@@ -119,7 +129,7 @@ class WithoutContext:
     def page_bytes(self, size: int) -> int:
         return 0
 
-    def attach(self, pool: PagePool, recording: Recording | None = None) -> None: ...
+    def attach(self, pool: PagePool, terms: RecordingTerms | None = None) -> None: ...
 
     def detach(self, pool: PagePool) -> None: ...
 

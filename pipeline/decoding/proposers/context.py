@@ -20,8 +20,8 @@ from pipeline.decoding.cache import PagedKV, Shape, on_device, page_bytes
 from pipeline.decoding.geometry import LayerAttention
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal
-from pipeline.decoding.proposers.drawing import Asked, Drawn
-from pipeline.decoding.recorded import SIZES, Recording, Replays, StepInput, size_for
+from pipeline.decoding.proposers.drawing import Asked, Drawn, Room
+from pipeline.decoding.recorded import SIZES, RecordingTerms, Replays, StepInput, size_for
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.drafts.base import Draft
@@ -157,17 +157,17 @@ class WithContext:
     _replays: Replays[Drawn] | None = None
 
     def __init__(self) -> None:
-        self._rooms: dict[Hashable, tuple[StepInput, Asked]] = {}
+        self._rooms: dict[Hashable, tuple[StepInput, Room]] = {}
 
     def page_bytes(self, size: int) -> int:
         return self.context.page_bytes(size)
 
-    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
+    def attach(self, pool: PagePool, terms: RecordingTerms | None = None) -> None:
         before = self.context.pool
         self.context.attach(pool)
         if before is not pool:
             self._rooms.clear()  # recorded over tensors that are gone
-            self._replays = None if recording is None else Replays(recording, f"the draft ({self.name})")
+            self._replays = None if terms is None else Replays(terms, f"the draft ({self.name})")
 
     def detach(self, pool: PagePool) -> None:
         if pool is self.context.pool:
@@ -180,29 +180,35 @@ class WithContext:
         raise NotImplementedError
 
     def _proposal(self, asked: Asked, segments: list[Segment], *, causal: bool) -> Proposal:
-        """Blocks of B requests whose next positions are these segments, from a recording where there is one."""
+        """Blocks of B requests whose next positions are these segments, from a recording where there is one.
+
+        Args:
+            asked: on the CPU but for its state.
+        """
         drawn = self._replayed(asked, segments, causal)
         if drawn is None:
-            drawn = self._draw(asked, StepLayout(segments, self.context.cache, self.context.layers, causal=causal))
+            layout = StepLayout(segments, self.context.cache, self.context.layers, causal=causal)
+            drawn = self._draw(asked.on(self.device), layout)
         return drawn.proposal(len(segments), self.draft.d2t)
 
     def _replayed(self, asked: Asked, segments: list[Segment], causal: bool) -> Drawn | None:
-        if self._replays is None:
+        if self._replays is None or not self._replays.possible:
+            self._rooms.clear()
             return None
-        recording, each = self._replays.recording, segments[0].count
-        batch = size_for(len(segments), [*(s for s in SIZES if s < recording.requests), recording.requests])
+        terms, each = self._replays.terms, segments[0].count
+        batch = size_for(len(segments), [*(s for s in SIZES if s < terms.requests), terms.requests])
         if batch is None:
             return None
         key = (batch, *asked.kind)
         if key not in self._rooms:
-            self._rooms[key] = (StepInput(batch * each, batch, recording, self.device), asked.room(batch))
+            self._rooms[key] = (StepInput(batch * each, batch, terms, self.device), Room(asked, batch, self.device))
         given, room = self._rooms[key]
         if not given.load(segments):
             return None
         room.fill(asked)
 
         def body() -> Drawn:
-            return self._draw(room, given.layout(self.context.cache, self.context.layers, causal=causal))
+            return self._draw(room.asked, given.layout(self.context.cache, self.context.layers, causal=causal))
 
         return self._replays.run(key, body)
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from draftline_kernels import Block, Code, Sampling, markov_block
-from pipeline.decoding.cache import on_device
+from draftline_kernels import Block, Code, Sampling, at_once, markov_block
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.base import Draft
@@ -42,51 +41,68 @@ class Asked:
     state: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, sequences: list[Sequence], device: torch.device, state: torch.Tensor | None = None) -> Asked:
-        """What these requests ask for."""
+    def of(cls, sequences: list[Sequence], state: torch.Tensor | None = None) -> Asked:
+        """What these requests ask for, on the CPU; the state stays where it is."""
         wanted = (s.request for s in sequences)
-        sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in wanted], device)
-        anchors = on_device([len(s.tokens) - 1 for s in sequences], device)
-        return cls(anchors, on_device([s.tokens[-1] for s in sequences], device), sampling, state)
+        sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in wanted])
+        anchors = torch.tensor([len(s.tokens) - 1 for s in sequences])
+        return cls(anchors, torch.tensor([s.tokens[-1] for s in sequences]), sampling, state)
 
     @property
     def kind(self) -> tuple[bool, bool]:
         """What decides which operations a block is drawn by."""
         return self.sampling.greedy, self.sampling.truncated
 
-    def room(self, batch: int) -> Asked:
-        """A copy with rows for `batch` requests, which are greedy behind its own; `fill` writes others over it."""
-        return dataclasses.replace(
-            self,
-            anchors=_wider(self.anchors, batch),
-            previous=_wider(self.previous, batch),
-            sampling=self._sampling(batch),
-            state=None if self.state is None else _wider(self.state, batch),
-        )
+    def on(self, device: torch.device) -> Asked:
+        """The same on a device, in one copy that nobody waits for."""
+        return self if device.type == "cpu" else self._with(at_once(self.tensors, device), self.state)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All but the state, [B] each."""
+        s = self.sampling
+        return [self.anchors, self.previous, s.temperature, s.top_k, s.top_p, s.seed, s.min_p]
+
+    def _with(self, tensors: list[torch.Tensor], state: torch.Tensor | None) -> Asked:
+        """Of the same kind, made of others."""
+        anchors, previous, temperature, top_k, top_p, seed, min_p = tensors
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, decided=self.kind)
+        return Asked(anchors, previous, sampling, state)
+
+
+class Room:
+    """What a recorded block reads of the requests, for up to `batch` of them, at addresses that stay: the values of the
+    last `fill`, and greedy ones behind them.
+
+    Args:
+        asked: of the kind, dtypes and state that it will be filled with.
+    Attributes:
+        asked: on the device.
+    """
+
+    def __init__(self, asked: Asked, batch: int, device: torch.device) -> None:
+        empty = [t.new_zeros(batch) for t in asked.tensors]
+        # One buffer of 64-bit places: any dtype fits, and any start is aligned.
+        self._host = torch.zeros(len(empty), batch + batch % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(self._host.shape, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._rows = [row.view(t.dtype)[:batch] for row, t in zip(self._host, empty, strict=True)]
+        there = [row.view(t.dtype)[:batch] for row, t in zip(self._device, empty, strict=True)]
+        state = None if asked.state is None else asked.state.new_zeros(batch, *asked.state.shape[1:])
+        self.asked = asked._with(there, state)
 
     def fill(self, asked: Asked) -> None:
         """Takes over the values of a smaller or equally large one of the same kind."""
-        for mine, new in zip(self._tensors(), asked._tensors(), strict=True):
-            mine[: len(new)].copy_(new, non_blocking=True)
-            mine[len(new) :].zero_()
-
-    def _sampling(self, batch: int) -> Sampling:
-        temperature, top_k, top_p, seed, min_p = (_wider(t, batch) for t in _tensors(self.sampling))
-        return Sampling(temperature, top_k, top_p, seed, min_p, decided=self.kind)
-
-    def _tensors(self) -> list[torch.Tensor]:
-        own = [self.anchors, self.previous, *_tensors(self.sampling)]
-        return own if self.state is None else [*own, self.state]
-
-
-def _tensors(sampling: Sampling) -> tuple[torch.Tensor, ...]:
-    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p
-
-
-def _wider(rows: torch.Tensor, count: int) -> torch.Tensor:
-    out = rows.new_zeros(count, *rows.shape[1:])
-    out[: len(rows)] = rows
-    return out
+        if self._copied is not None:
+            self._copied.synchronize()  # done long ago, unless somebody asks twice without reading
+        for mine, new in zip(self._rows, asked.tensors, strict=True):
+            mine[: len(new)] = new
+            mine[len(new) :] = 0
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if self.asked.state is not None and asked.state is not None:
+            self.asked.state[: len(asked.state)].copy_(asked.state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class DSparkProposer(WithContext):
     def propose(self, sequences: list[Sequence]) -> Proposal:
         # Slots of a block lie behind the context, in cells that the next commit overwrites.
         segments = [Segment(s.pages, self.context.length(s), self.config.block_size) for s in sequences]
-        return self._proposal(Asked.of(sequences, self.device), segments, causal=False)
+        return self._proposal(Asked.of(sequences), segments, causal=False)
 
     def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
         batch, block = len(asked.anchors), self.block_size

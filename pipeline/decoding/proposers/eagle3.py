@@ -88,7 +88,7 @@ class Eagle3Proposer(WithContext):
     def propose(self, sequences: list[Sequence]) -> Proposal:
         segments = [Segment(s.pages, len(s.tokens) - 2, 1) for s in sequences]
         state = torch.stack([self._last[s] for s in sequences])
-        return self._proposal(Asked.of(sequences, self.device, state), segments, causal=True)
+        return self._proposal(Asked.of(sequences, state), segments, causal=True)
 
     def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
         assert asked.state is not None

@@ -15,7 +15,7 @@ import torch
 from pipeline.decoding.cache import on_device
 from pipeline.decoding.pages import PagePool
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
-from pipeline.decoding.recorded import Recording
+from pipeline.decoding.recorded import RecordingTerms
 from pipeline.decoding.request import Request, RequestRefused, Sequence
 from pipeline.errors import ConfigError, DraftlineError, nearest
 
@@ -39,7 +39,7 @@ class SeveralDrafts:
         self._pinned: dict[str, tuple[str, Proposer]] = {}
         self._vocabulary = vocabulary
         self._pool: PagePool | None = None
-        self._recording: Recording | None = None
+        self._terms: RecordingTerms | None = None
         self.default = default
         self.change(drafts, default)
 
@@ -84,7 +84,7 @@ class SeveralDrafts:
             raise ConfigError(f"These drafts draw for different rules ({', '.join(sorted(rules))}); make all for one.")
         used = {name for name, _ in self._pinned.values()}
         if self._pool is not None:
-            _attach_all(list(add.values()), self._pool, self._recording)
+            _attach_all(list(add.values()), self._pool, self._terms)
             for name in remove - used:
                 self._drafts[name].detach(self._pool)
         self._leaving |= {n: p for n, p in self._drafts.items() if n in remove and n in used}
@@ -102,9 +102,9 @@ class SeveralDrafts:
     def page_bytes(self, size: int) -> int:
         return sum(p.page_bytes(size) for p in self.resident)
 
-    def attach(self, pool: PagePool, recording: Recording | None = None) -> None:
-        _attach_all(self.resident, pool, recording)
-        self._pool, self._recording = pool, recording
+    def attach(self, pool: PagePool, terms: RecordingTerms | None = None) -> None:
+        _attach_all(self.resident, pool, terms)
+        self._pool, self._terms = pool, terms
 
     def detach(self, pool: PagePool) -> None:
         for p in self.resident:
@@ -154,10 +154,10 @@ class SeveralDrafts:
         return parts[0][1] if len(parts) == 1 else _together(parts, len(sequences), self._vocabulary)
 
 
-def _attach_all(drafts: list[Proposer], pool: PagePool, recording: Recording | None) -> None:
+def _attach_all(drafts: list[Proposer], pool: PagePool, terms: RecordingTerms | None) -> None:
     try:
         for p in drafts:
-            p.attach(pool, recording)
+            p.attach(pool, terms)
     except DraftlineError:
         for p in drafts:
             p.detach(pool)
