@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,22 +118,22 @@ def steps(engine: Engine, args: argparse.Namespace) -> Results:
     }
 
 
-def graphs(engine: Engine, args: argparse.Namespace) -> Results:
-    """Steps of the engine's sizes, recorded and launched."""
-    runner, sizes = engine.runner, engine.runner.buckets
-    times: dict[tuple[int, bool], list[float]] = {}
-    try:
-        for _ in range(args.repeats + 2):
-            for n in sizes:
-                for recorded in (True, False):
-                    runner.buckets = sizes if recorded else ()
-                    times.setdefault((n, recorded), []).append(runner.time_step(n, 512, 8))
-    finally:
-        runner.buckets = sizes
+def graphs(target: Target, args: argparse.Namespace) -> Results:
+    """Steps of one request's sizes behind short and long contexts, recorded and launched."""
+    runner = make_engine(target, args.context + 64, args).runner
+    sizes, contexts = runner.buckets, sorted({min(512, args.context), args.context})
+    times: dict[tuple[int, int, bool], list[float]] = {}
+    for _ in range(args.repeats + 2):
+        for case in itertools.product(sizes, contexts, (True, False)):
+            runner.buckets = sizes if case[2] else ()
+            times.setdefault(case, []).append(runner.time_step(case[0], case[1], sizes[-1]))
     out: Results = {}
-    for n in sizes:
-        recorded, launched = times[n, True][2:], times[n, False][2:]
-        out[f"{n} tokens"] = {"milliseconds": 1000 * float(np.median(recorded)), **ratio(launched, recorded, args)}
+    for n, context in itertools.product(sizes, contexts):
+        recorded, launched = times[n, context, True][2:], times[n, context, False][2:]
+        out[f"{n} tokens behind {context}"] = {
+            "milliseconds": 1000 * float(np.median(recorded)),
+            **ratio(launched, recorded, args),
+        }
     return out
 
 
@@ -327,7 +328,7 @@ def main() -> None:
     run: dict[str, Callable[[], Results]] = {
         "generate": lambda: generate(load(args), engine, prompts, args),
         "steps": lambda: steps(engine, args),
-        "graphs": lambda: graphs(engine, args),
+        "graphs": lambda: graphs(target, args),
         "draft": lambda: drafted(engine, drafts, prompts, args),
         "context": lambda: context(target, prompts[0], args),
         "overhead": lambda: overhead(engine, drafts, prompts, args),
