@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Mapping
 
-from draftline_kernels import COLDEST, Adjustment
+from draftline_kernels import COLDEST, Adjustment, Said
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 
@@ -266,6 +266,7 @@ class Sequence:
     pages: its table, of the target's keys and the draft's. keys: of its whole pages (see pages.py). listed: how many of
     them others may find (see tables.py).
     text: watches for stop strings, where the request has some. failure: why it can't go on, if it can't.
+    said: its tokens listed for bias and penalties, from the first step that asks; it grows with `tokens`.
     """
 
     request: Request
@@ -282,6 +283,7 @@ class Sequence:
     logprobs: list[TokenLogprob] | None = None
     text: TextStream | None = None
     failure: str = ""
+    said: Said | None = None
 
     def __post_init__(self) -> None:
         self.adjustment = None if self.request.adjustment.neutral else self.request.adjustment
