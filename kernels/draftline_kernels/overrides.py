@@ -109,10 +109,11 @@ class Said:
         return self._with(proposed) if proposed and self._now.adjustment.penalises else self._now
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
-        for token in tokens:
-            if not 0 <= token < self._vocabulary:
-                raise ValueError(f"token {token} is outside the target vocabulary of {self._vocabulary}")
-        return torch.tensor(tokens, dtype=torch.int64)
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        outside = (ids < 0) | (ids >= self._vocabulary)
+        if bool(outside.any()):
+            raise ValueError(f"token {int(ids[outside][0])} is outside the target vocabulary of {self._vocabulary}")
+        return ids
 
     def _with(self, tokens: Sequence[int]) -> Touched:
         """What is touched so far and `tokens`, whose places are its `proposed`."""
@@ -127,11 +128,10 @@ class Said:
         at = torch.searchsorted(now.columns, fresh) + torch.arange(len(fresh))
         kept = torch.ones(len(now.columns) + len(fresh), dtype=torch.bool)
         kept[at] = False
-        old = kept.nonzero().squeeze(-1)
 
         def among(values: Tensor) -> Tensor:
             """Of the old columns, 0 of the fresh ones."""
-            return values.new_zeros(len(kept)).index_copy_(0, old, values)
+            return values.new_zeros(len(kept)).masked_scatter_(kept, values)
 
         columns = among(now.columns).index_copy_(0, at, fresh)
         rest = (among(now.bias), among(now.counts), among(now.prompted))

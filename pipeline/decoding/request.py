@@ -46,7 +46,8 @@ class Request:
         temperature: 0 decodes greedily (ties: lowest token id); so does what is below COLDEST, which may not go with
             top_k, top_p or min_p.
         top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all). min_p: keep what
-            has this share of the likeliest token's probability (0: all); it comes first, then top_k, then top_p.
+            has this share of the likeliest token's probability (0: all); it comes first, then top_k, then top_p (in
+            transformers' generate it is last).
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
         logprobs: with every token its log-probability under the target (temperature 1, nothing adjusted or left out)
             and the most likely so many beside it; None: no log-probabilities.
