@@ -161,18 +161,17 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return out
 
 
-def overrides_of(tokens: torch.Tensor, device: str) -> Overrides | None:
-    """Bias and all penalties of requests with these proposed tokens [B, K] and 500 touched tokens each, as common as
-    those of texts: most ids are low."""
+def overrides_of(tokens: torch.Tensor, touching: int, device: str) -> Overrides | None:
+    """Bias and all penalties of requests with these proposed tokens [B, K] and about as many touched tokens each, as
+    common as those of texts: most ids are low."""
     g = torch.Generator().manual_seed(1)
     adjustment = Adjustment(1.1, 0.2, 0.3, {token: 1.0 for token in range(0, 50_000, 1000)})
     parts = []
     for proposed in tokens.tolist():
-        ids = (torch.rand(2000, generator=g) ** 3 * VOCABULARY).long().unique()
-        text = ids[torch.randperm(len(ids), generator=g)][:450].tolist()
-        parts.append(
-            touched(adjustment, prompt=text[:300], answer=text[300:], proposed=proposed, vocabulary=VOCABULARY)
-        )
+        ids = (torch.rand(4 * touching, generator=g) ** 3 * VOCABULARY).long().unique()
+        text = ids[torch.randperm(len(ids), generator=g)][: touching - 50].tolist()
+        prompt, answer = text[: 2 * touching // 3], text[2 * touching // 3 :]
+        parts.append(touched(adjustment, prompt=prompt, answer=answer, proposed=proposed, vocabulary=VOCABULARY))
     return Overrides.of(parts, [SLOTS + 1] * len(parts), VOCABULARY, device)
 
 
@@ -197,10 +196,15 @@ def verify_cases(dtype: torch.dtype, rows: int, device: str) -> dict[str, tuple[
     for name, ask in asks.items():
         sampling = Sampling.of([(*ask, b) for b in range(batch)], device)
         cases[f"coupled {name}"] = ({**common, "sampling": sampling, "rule": "coupled"}, size)
-    sampling = Sampling.of([(0.8, 0, 1.0, b, 0.05) for b in range(batch)], device)
-    overrides = overrides_of(best, device)
-    adjusted = {**common, "sampling": sampling, "rule": "coupled", "overrides": overrides}
-    cases["coupled min-p and penalties"] = (adjusted, size)
+    # A long chat's many touched tokens are read anew by every sweep of top-k and top-p.
+    for name, ask, touching in (
+        ("min-p and penalties", (0.8, 0, 1.0, 0.05), 500),
+        ("top-k, top-p and 4,000 penalties", (0.8, 50, 0.95, 0.0), 4000),
+    ):
+        sampling = Sampling.of([(*ask[:3], b, ask[3]) for b in range(batch)], device)
+        overrides = overrides_of(best, touching, device)
+        adjusted = {**common, "sampling": sampling, "rule": "coupled", "overrides": overrides}
+        cases[f"coupled {name}"] = (adjusted, size)
     sampling = Sampling.of([(1.0, 0, 1.0, b) for b in range(batch)], device)
     ratio = {**common, "sampling": sampling, "rule": "ratio", "draft_logits": q}
     cases["ratio sampled"] = (ratio, size + q.numel() * q.element_size())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .markov_block import Block, Code, markov_block
 from .noise import gumbel, uniform
-from .overrides import Adjustment, Overrides, Touched, touched
+from .overrides import Adjustment, Overrides, Said, Touched, touched
 from .ragged_paged_attention import ragged_paged_attention
 from .sampling import BLOCK, COLDEST, STREAMS, Sampling, draw, proposal_stream
 from .transfer import at_once
@@ -22,6 +22,7 @@ __all__ = [
     "Code",
     "Overrides",
     "RowStats",
+    "Said",
     "Sampling",
     "Touched",
     "VerifyResult",

@@ -39,7 +39,8 @@ def _correction(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -73,8 +74,10 @@ def _correction(
     """Of one block of a row: p, and the mass that the ratio rule draws from, p itself unless a token was rejected."""
     column = block * SPAN + tl.arange(0, SPAN)
     peak, _, total = row_total(peaks + row * blocks, sums + row * blocks, blocks, PADDED)
-    own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
-    x = scaled(logits + row * stride, column, block, width, temperature, columns, own_bounds, own_values, OVERRIDES)
+    own_entries, own_bounds, own_values = overridden(
+        owners, lines, entries, bounds, starts, values, row, width, blocks, OVERRIDES
+    )
+    x = scaled(logits + row * stride, column, block, width, temperature, own_entries, own_bounds, own_values, OVERRIDES)
     p = tl.where(is_kept(x, column, tl.load(edges + row), tl.load(last_ties + row)), tl.exp(x - peak) / total, 0.0)
     mass = p
     if rejected:
@@ -103,7 +106,8 @@ def residual(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -145,7 +149,8 @@ def residual(
             logits,
             stride,
             owners,
-            columns,
+            lines,
+            entries,
             bounds,
             starts,
             values,
@@ -185,7 +190,8 @@ def pick(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -238,7 +244,8 @@ def pick(
             logits,
             stride,
             owners,
-            columns,
+            lines,
+            entries,
             bounds,
             starts,
             values,

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .sampling import largest
+from .truncation import largest
 
 _CACHE_BYTES = 2 << 20
 ETA = 3.0

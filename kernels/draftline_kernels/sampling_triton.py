@@ -5,8 +5,9 @@ reads every logit of its rows once. The draws are those of `sampling.draw_mass`:
 same noise; only the rounding of sums may differ.
 
 Where a request overrides logits (see `overrides`; OVERRIDES, compiled away where nobody does), every read of a row
-takes the new values: `columns` int32 [E] are the ids, `bounds` and `values` the row's own pointers (`overridden`):
-entries bounds[block] to bounds[block + 1] are the block's, and values[entry] their new logits.
+takes the new values. `entries`, `bounds` and `values` are then the row's own pointers (`overridden`): the values from
+bounds[block] to bounds[block + 1] are the block's new logits, and entries[id], int16, says which of them is an id's,
+counted from 1; 0: none. Of a block without any, `entries` is not read: a request that overrides nothing has no line.
 
 Blocks: peaks float32 [N, C] are the blocks' maxima (NaN where a block holds one), sums float32 [N, C] their sum-exps
 relative to those, places int32 [N, C] the ids of the maxima, lowest on ties. SPAN is the block's width, PADDED the next
@@ -28,37 +29,26 @@ WARPS = {"stats": 8}
 
 
 @triton.jit
-def overridden(owners, bounds, starts, values, row, blocks, OVERRIDES: tl.constexpr):
-    """A row's own `bounds` and `values`, the latter to be read at its request's entries."""
+def overridden(owners, lines, entries, bounds, starts, values, row, width, blocks, OVERRIDES: tl.constexpr):
+    """A row's own `entries`, `bounds` and `values`, the latter to be read at its request's bounds."""
     if OVERRIDES:
-        own = bounds + tl.load(owners + row) * (blocks + 1)
-        return own, values + tl.load(starts + row) - tl.load(own)
+        owner = tl.load(owners + row)
+        own = bounds + owner * (blocks + 1)
+        return entries + tl.load(lines + owner) * width, own, values + tl.load(starts + row) - tl.load(own)
     else:
-        return bounds, values
+        return entries, bounds, values
 
 
 @triton.jit
-def scaled(row, column, block, width, temperature, columns, bounds, values, OVERRIDES: tl.constexpr):
-    """float32 logits of a row at `column`, ids of one block, after temperature; -inf beyond the row; rounded as torch's
-    division is."""
+def scaled(row, column, block, width, temperature, entries, bounds, values, OVERRIDES: tl.constexpr):
+    """float32 logits of a row at `column`, an id or several of one block, after temperature; -inf beyond the row;
+    rounded as torch's division is."""
     x = tl.load(row + column, mask=column < width, other=float("-inf")).to(tl.float32)
     if OVERRIDES:
-        for entry in range(tl.load(bounds + block), tl.load(bounds + block + 1)):
-            x = tl.where(column == tl.load(columns + entry), tl.load(values + entry), x)
-    return tl.div_rn(x, tl.where(temperature > 0, temperature, 1.0) + tl.zeros_like(x))
-
-
-@triton.jit
-def scaled_token(row, token, width, temperature, columns, bounds, values, OVERRIDES: tl.constexpr, SPAN: tl.constexpr):
-    """`scaled` of one token: the entries of its block, of which there are SPAN at most, are looked at side by side."""
-    x = tl.load(row + token, mask=token < width, other=float("-inf")).to(tl.float32)
-    if OVERRIDES:
-        first = tl.load(bounds + token // SPAN)
-        entry = tl.arange(0, SPAN)
-        here = entry < tl.load(bounds + token // SPAN + 1) - first
-        own = tl.load(columns + first + entry, mask=here, other=-1) == token
-        value = tl.sum(tl.load(values + first + entry, mask=own, other=0.0), 0)
-        x = tl.where(tl.max(own.to(tl.int32), 0) > 0, value, x)
+        first = tl.load(bounds + block)
+        end = tl.where(tl.load(bounds + block + 1) > first, width, 0)
+        entry = tl.load(entries + column, mask=column < end, other=0).to(tl.int32)
+        x = tl.where(entry > 0, tl.load(values + first + entry - 1, mask=entry > 0, other=0.0), x)
     return tl.div_rn(x, tl.where(temperature > 0, temperature, 1.0) + tl.zeros_like(x))
 
 
@@ -91,7 +81,8 @@ def stats(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -111,8 +102,10 @@ def stats(
     if temperature < 0:  # nobody will ask
         return
     column = block * SPAN + tl.arange(0, SPAN)
-    own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
-    x = scaled(logits + row * stride, column, block, width, temperature, columns, own_bounds, own_values, OVERRIDES)
+    own_entries, own_bounds, own_values = overridden(
+        owners, lines, entries, bounds, starts, values, row, width, blocks, OVERRIDES
+    )
+    x = scaled(logits + row * stride, column, block, width, temperature, own_entries, own_bounds, own_values, OVERRIDES)
     broken = tl.max((x != x).to(tl.int32), 0) > 0
     peak, place = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     out = row * blocks + block
@@ -139,13 +132,13 @@ def pick_token(mass, column, stream, seed, position):
     return tl.sum(tl.where(tl.arange(0, mass.shape[0]) == best, column, 0), 0)
 
 
-Entries = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""owners, columns, bounds, starts and values of the rows' overrides, as the kernels take them."""
+Entries = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""owners, lines, entries, bounds, starts and values of the rows' overrides, as the kernels take them."""
 
 
 def no_entries(owner: Tensor) -> Entries:
     """Of rows [N] that nobody overrides: never read, but by their owners."""
-    return owner, owner, owner, owner, owner
+    return owner, owner, owner, owner, owner, owner
 
 
 def block_statistics(

@@ -112,7 +112,8 @@ def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def _above_floor(logits: Tensor, min_p: Tensor) -> Tensor:
     """`logits` float32 [N, V] with -inf where a probability is below `min_p` [N] of its row's largest."""
-    # A row that is not finite stays so, whatever its floor leaves out.
+    # Rows that are not finite need no care: one with NaN or +inf still holds it afterwards, and one of nothing but -inf
+    # is left as it is, so that `verify` flags all of them.
     rows = (min_p > 0).nonzero().squeeze(-1)
     every = rows.numel() == logits.shape[0]
     chosen = logits if every else logits[rows]
@@ -125,10 +126,11 @@ def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
     """Logits of the distribution that a request samples from: temperature, then min-p, then top-k, then top-p, each on
     what is left.
 
-    Order and sets are those of transformers' warpers (min-p keeps every token of at least that share of the likeliest
-    one's probability; top-k every token tied with the k-th; top-p a token while the mass ranked above it is below
-    top_p, at least one). Among tokens tied at the edge of the nucleus the lowest ids stay. A greedy row (temperature 0)
-    becomes one-hot at its largest logit, lowest id on ties.
+    Sets are those of transformers' warpers (min-p keeps every token of at least that share of the likeliest one's
+    probability; top-k every token tied with the k-th; top-p a token while the mass ranked above it is below top_p, at
+    least one). The order is not: transformers' `generate` puts min-p last, so that its top-p also counts the mass of
+    what min-p leaves out here, and may keep more where both are asked for. Among tokens tied at the edge of the nucleus
+    the lowest ids stay. A greedy row (temperature 0) becomes one-hot at its largest logit, lowest id on ties.
 
     Args:
         logits: [N, V], any floating dtype; -inf is legal. Not modified.
@@ -160,7 +162,7 @@ def transform(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
         best, _ = largest(logits[rows])
         one_hot = torch.full((rows.shape[0], out.shape[1]), float("-inf"), device=out.device)
         one_hot[torch.arange(rows.shape[0], device=out.device), best] = 0.0
-        # A greedy row that is not finite keeps what it holds, so that it can still be told.
+        # A greedy row that is not finite keeps what it holds, so that `verify` still finds it not finite.
         usable = out[rows].amax(dim=-1).isfinite().unsqueeze(-1)
         out = out.index_copy(0, rows, torch.where(usable, one_hot, out[rows]))
     return out

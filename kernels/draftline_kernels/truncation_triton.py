@@ -34,7 +34,7 @@ def _search(
     width,
     blocks,
     temperature,
-    columns,
+    entries,
     bounds,
     values,
     peak,
@@ -57,7 +57,7 @@ def _search(
         for block in range(0, blocks):
             if order(tl.load(peaks + block)).to(tl.int64) > low:
                 column = block * SPAN + lane
-                x = scaled(row, column, block, width, temperature, columns, bounds, values, OVERRIDES)
+                x = scaled(row, column, block, width, temperature, entries, bounds, values, OVERRIDES)
                 weight = tl.where(column < width, 1.0, 0.0)
                 if not COUNT:
                     weight *= tl.exp(x - peak)
@@ -76,7 +76,7 @@ def _around(
     width,
     blocks,
     temperature,
-    columns,
+    entries,
     bounds,
     values,
     peak,
@@ -91,7 +91,7 @@ def _around(
     for block in range(0, blocks):
         if order(tl.load(peaks + block)) >= key:
             column = block * SPAN + lane
-            x = scaled(row, column, block, width, temperature, columns, bounds, values, OVERRIDES)
+            x = scaled(row, column, block, width, temperature, entries, bounds, values, OVERRIDES)
             own = order(x)
             above += tl.sum(tl.where(own > key, tl.exp(x - peak), 0.0), 0)
             equal += tl.sum(((own == key) & (column < width)).to(tl.int32), 0)
@@ -106,7 +106,7 @@ def select_row(
     width,
     blocks,
     temperature,
-    columns,
+    entries,
     bounds,
     values,
     k,
@@ -135,7 +135,7 @@ def select_row(
             width,
             blocks,
             temperature,
-            columns,
+            entries,
             bounds,
             values,
             peak,
@@ -151,7 +151,7 @@ def select_row(
         if limited | (floor > float("-inf")):
             least = key.to(tl.int32)
             above, equal = _around(
-                row, peaks, width, blocks, temperature, columns, bounds, values, peak, least, OVERRIDES, SPAN
+                row, peaks, width, blocks, temperature, entries, bounds, values, peak, least, OVERRIDES, SPAN
             )
             total = above + equal * tl.exp(_value(least) - peak)
             low = key - 1
@@ -161,7 +161,7 @@ def select_row(
             width,
             blocks,
             temperature,
-            columns,
+            entries,
             bounds,
             values,
             peak,
@@ -175,7 +175,7 @@ def select_row(
     edge_key = key.to(tl.int32)
     edge = _value(edge_key)
     above, equal = _around(
-        row, peaks, width, blocks, temperature, columns, bounds, values, peak, edge_key, OVERRIDES, SPAN
+        row, peaks, width, blocks, temperature, entries, bounds, values, peak, edge_key, OVERRIDES, SPAN
     )
     ties = equal
     if p < 1:
@@ -190,7 +190,7 @@ def select_row(
         mass = tl.full((), 0.0, tl.float32)
         if order(own_peak) >= edge_key:
             column = block * SPAN + lane
-            x = scaled(row, column, block, width, temperature, columns, bounds, values, OVERRIDES)
+            x = scaled(row, column, block, width, temperature, entries, bounds, values, OVERRIDES)
             own = order(x)
             tied = ((own == edge_key) & (column < width)).to(tl.int32)
             first = (tied > 0) & (seen + tl.cumsum(tied, 0) <= ties)
@@ -206,7 +206,8 @@ def select(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -234,7 +235,9 @@ def select(
     last_tie = tl.full((), 0, tl.int32) + width
     peak, _, _ = row_total(peaks + row * blocks, sums + row * blocks, blocks, PADDED)
     if (temperature > 0) & (((k > 0) & (k < width)) | (p < 1) | (floor > float("-inf"))) & finite(peak):
-        own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
+        own_entries, own_bounds, own_values = overridden(
+            owners, lines, entries, bounds, starts, values, row, width, blocks, OVERRIDES
+        )
         edge, last_tie = select_row(
             logits + row * stride,
             peaks + row * blocks,
@@ -242,7 +245,7 @@ def select(
             width,
             blocks,
             temperature,
-            columns,
+            own_entries,
             own_bounds,
             own_values,
             k,

@@ -104,7 +104,8 @@ def _check_values(
     if bool((((tokens < 0) | (tokens >= vocabulary)) & offered).any()):
         raise ValueError(f"an offered token is outside the target vocabulary of {vocabulary}: {tokens.tolist()}")
     if overrides is not None and not torch.equal(overrides.owner, _owners(lengths)):
-        raise ValueError(f"overrides are of rows {overrides.owner.bincount().tolist()}; lengths are {lengths.tolist()}")
+        rows_of = overrides.owner.bincount(minlength=len(lengths)).tolist()
+        raise ValueError(f"overrides have {rows_of} rows per request; lengths + 1 are {(lengths + 1).tolist()}")
 
 
 def _owners(lengths: Tensor) -> Tensor:
@@ -282,54 +283,10 @@ def reference(
     overrides: Overrides | None,
 ) -> VerifyResult:
     """`verify` in torch, on any device, arguments unchecked: what the kernels are held and timed against."""
-    if overrides is None:
-        return _verify(target_logits, tokens, lengths, cu_lengths, sampling, positions, rule, draft_logits, d2t)
-
-    def of(index: Tensor, logits: Tensor) -> VerifyResult:
-        """Of some requests, whose rows `logits` are."""
-        counts = lengths[index]
-        return _verify(
-            logits,
-            tokens[index],
-            counts,
-            torch.cat((counts.new_zeros(1), (counts + 1).cumsum(0))),
-            sampling.select(index),
-            positions[index],
-            rule,
-            None if draft_logits is None else draft_logits[index],
-            d2t,
-        )
-
-    values, row, column = overrides.values(target_logits)
-    asks = overrides.bounds[:, 0] < overrides.bounds[:, -1]
-    asking = asks[overrides.owner]
-    adjusted = target_logits[asking].to(torch.float32)  # a copy, of these rows only
-    adjusted[(asking.cumsum(0) - 1)[row], column] = values
-    others = (~asks).nonzero().squeeze(-1)
-    parts = [(asks.nonzero().squeeze(-1), adjusted)]
-    if others.numel():
-        parts.append((others, target_logits[~asking]))
-    whole = torch.cat([index for index, _ in parts]).argsort()
-    decided = [of(index, logits) for index, logits in parts]
-    return VerifyResult(
-        torch.cat([r.accepted for r in decided])[whole],
-        torch.cat([r.next_token for r in decided])[whole],
-        torch.cat([r.finite for r in decided])[whole],
-    )
-
-
-def _verify(
-    target_logits: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    cu_lengths: Tensor,
-    sampling: Sampling,
-    positions: Tensor,
-    rule: str,
-    draft_logits: Tensor | None,
-    d2t: Tensor | None,
-) -> VerifyResult:
-    """`reference` of requests without overrides."""
+    if overrides is not None:
+        values, row, column = overrides.values(target_logits)
+        target_logits = target_logits.to(torch.float32, copy=True)
+        target_logits[row, column] = values
     batch = tokens.shape[0]
     device = tokens.device
     owner = _owners(lengths)

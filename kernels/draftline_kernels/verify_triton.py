@@ -10,7 +10,8 @@
 4. `residual_triton`: the ratio rule's correction or bonus token.
 
 Where requests have bias or penalties, the new logits of their touched tokens (`overrides`) are worked out before 1, and
-all four read those in place of the target's.
+one map per such request, which says where each token's is; all four read those in place of the target's. The map is
+int16 [V], shared by the request's rows.
 
 Letters as in `verify`; C blocks of the target's vocabulary.
 """
@@ -36,7 +37,6 @@ from .sampling_triton import (
     pick_token,
     row_total,
     scaled,
-    scaled_token,
 )
 from .truncation_triton import WARPS as SELECTING
 from .truncation_triton import select
@@ -53,7 +53,8 @@ def _accept(
     logits,
     stride,
     owners,
-    columns,
+    lines,
+    entries,
     bounds,
     starts,
     values,
@@ -114,19 +115,21 @@ def _accept(
             proposed = tl.load(tokens + request * slots + i, mask=offered, other=-1)
             proposed = tl.where(proposed < width, proposed, -1)
             same = tl.full((), 0, tl.int32)
-            own_bounds, own_values = overridden(owners, bounds, starts, values, row, blocks, OVERRIDES)
+            own_entries, own_bounds, own_values = overridden(
+                owners, lines, entries, bounds, starts, values, row, width, blocks, OVERRIDES
+            )
             if tested:
                 if proposed >= 0:
-                    x = scaled_token(
+                    x = scaled(
                         logits + row * stride,
                         proposed,
+                        proposed // SPAN,
                         width,
                         temperature,
-                        columns,
+                        own_entries,
                         own_bounds,
                         own_values,
                         OVERRIDES,
-                        SPAN,
                     )
                     kept = is_kept(x, proposed, tl.load(edges + row), tl.load(last_ties + row))
                     log_ratio = tl.where(kept, tl.log(tl.exp(x - peak) / total), float("-inf"))
@@ -162,7 +165,7 @@ def _accept(
                             block,
                             width,
                             temperature,
-                            columns,
+                            own_entries,
                             own_bounds,
                             own_values,
                             OVERRIDES,
@@ -206,7 +209,8 @@ def verify(
         entries = no_entries(owner)
     else:
         owner = overrides.owner
-        entries = (owner, overrides.columns, overrides.bounds, overrides.at, overrides.values(target_logits)[0])
+        new = overrides.values(target_logits)[0]
+        entries = (owner, overrides.lines, overrides.entries(width), overrides.bounds, overrides.at, new)
     temperatures = sampling.temperature[owner]
     peaks, places, sums = block_statistics(
         target_logits, temperatures, sampling.greedy, None if overrides is None else entries

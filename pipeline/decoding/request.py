@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Mapping
 
-from draftline_kernels import COLDEST, Adjustment
+from draftline_kernels import COLDEST, Adjustment, Said
 from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 
@@ -46,7 +46,8 @@ class Request:
         temperature: 0 decodes greedily (ties: lowest token id); so does what is below COLDEST, which may not go with
             top_k, top_p or min_p.
         top_k: keep the k most likely tokens (0: all). top_p: keep the nucleus of this mass (1: all). min_p: keep what
-            has this share of the likeliest token's probability (0: all); it comes first, then top_k, then top_p.
+            has this share of the likeliest token's probability (0: all); it comes first, then top_k, then top_p (in
+            transformers' generate it is last).
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see `draftline_kernels.Adjustment`.
         logprobs: with every token its log-probability under the target (temperature 1, nothing adjusted or left out)
             and the most likely so many beside it; None: no log-probabilities.
@@ -266,6 +267,7 @@ class Sequence:
     pages: its table, of the target's keys and the draft's. keys: of its whole pages (see pages.py). listed: how many of
     them others may find (see tables.py).
     text: watches for stop strings, where the request has some. failure: why it can't go on, if it can't.
+    said: its tokens listed for bias and penalties, from the first step that asks; it grows with `tokens`.
     """
 
     request: Request
@@ -282,6 +284,7 @@ class Sequence:
     logprobs: list[TokenLogprob] | None = None
     text: TextStream | None = None
     failure: str = ""
+    said: Said | None = None
 
     def __post_init__(self) -> None:
         self.adjustment = None if self.request.adjustment.neutral else self.request.adjustment

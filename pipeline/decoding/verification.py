@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from draftline_kernels import Overrides, Sampling, Touched, at_once, touched, verify
+from draftline_kernels import Overrides, Said, Sampling, Touched, at_once, verify
 from pipeline.decoding.plan import StepPlan
 from pipeline.decoding.request import TokenLogprob
 
@@ -89,13 +89,17 @@ class Verification:
         wanted = self._sequences[index].request.logprobs
         if wanted is None:
             return None
-        out = []
         first = self._starts[index]
         logs = self._logits[first : first + len(emitted)].float().log_softmax(-1)
-        for row, token in zip(logs, emitted, strict=True):
-            best = row.topk(wanted)
-            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            out.append(TokenLogprob(token, float(row[token]), top))
+        (tokens,) = at_once([torch.tensor(emitted, dtype=torch.int64)], logs.device)
+        best = logs.topk(wanted)
+        # One read for all of it: float64 holds ids and float32 alike.
+        own = logs.gather(-1, tokens[:, None])
+        rows = torch.cat((own.double(), best.values.double(), best.indices.double()), -1).tolist()
+        out = []
+        for token, (said, *rest) in zip(emitted, rows, strict=True):
+            ids = [int(i) for i in rest[wanted:]]
+            out.append(TokenLogprob(token, said, list(zip(ids, rest[:wanted], strict=True))))
         return out
 
     def _touched(self, plan: StepPlan, index: int, vocabulary: int) -> Touched | None:
@@ -105,14 +109,11 @@ class Verification:
             return None
         rows = self._starts[index + 1] - self._starts[index]
         try:
-            return touched(
-                s.adjustment,
-                prompt=s.request.prompt_ids,
-                answer=s.output,
-                # From the plan: the proposal's own tokens are on the device.
-                proposed=plan.tokens[first + 1 : first + rows],
-                vocabulary=vocabulary,
-            )
+            if s.said is None:
+                s.said = Said(s.adjustment, s.request.prompt_ids, vocabulary)
+            s.said.add(s.tokens[s.prompt_length + s.said.answered :])
+            # From the plan: the proposal's own tokens are on the device.
+            return s.said.touched(plan.tokens[first + 1 : first + rows])
         except Exception as e:  # what one request asks for must not end the others'
             log.exception("The logits of request %s could not be adjusted", s.request.id)
             s.failure = f"its logits could not be adjusted: {type(e).__name__} after {len(s.output)} tokens: {e}"

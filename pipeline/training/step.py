@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftline_kernels.sampling import largest
+from draftline_kernels.truncation import largest
 from pipeline.drafts.base import Draft
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.eagle3 import Eagle3Draft

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from draftline_kernels import Adjustment, Overrides, Touched, touched
+from draftline_kernels import Adjustment, Overrides, Said, Touched, touched
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost, verification
 from pipeline.decoding.plan import plan_step
@@ -168,12 +168,17 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
     asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ASKED)) for i, p in enumerate(prompts)]
     wanted = engine_of(tiny, name).generate(asked)
 
-    def broken(adjustment: Adjustment, **text: Any) -> Touched:
-        if text["prompt"] == prompts[1] and len(text["answer"]) >= tokens:
-            raise IndexError("index 5 is out of bounds")
-        return touched(adjustment, **text)
+    class Broken(Said):
+        def __init__(self, adjustment: Adjustment, prompt: list[int], vocabulary: int) -> None:
+            super().__init__(adjustment, prompt, vocabulary)
+            self.breaks = prompt == prompts[1]
 
-    monkeypatch.setattr(verification, "touched", broken)
+        def touched(self, proposed: Any) -> Touched:
+            if self.breaks and self.answered >= tokens:
+                raise IndexError("index 5 is out of bounds")
+            return super().touched(proposed)
+
+    monkeypatch.setattr(verification, "Said", Broken)
     engine = engine_of(tiny, name)
     done = engine.generate(asked)
     failed = done.pop(1)

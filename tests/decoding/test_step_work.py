@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from draftline_kernels import markov_block
-from pipeline.decoding import Request, attention, make_proposer
+from draftline_kernels import Adjustment, Said, markov_block
+from pipeline.decoding import Request, attention, make_proposer, verification
 from pipeline.decoding.attention import StepLayout
+from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers import drawing
+from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
+from pipeline.decoding.verification import Verification
 from pipeline.target import Target
 from tests.decoding.samples import prompt_ids
 from tests.decoding.test_adjustments import ASKED, engine_of
@@ -27,7 +30,7 @@ class Watched(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in ("tolist", "item", "__int__", "__index__", "numpy", "cpu"):
+        if func.__name__ in ("tolist", "item", "__int__", "__index__", "numpy", "cpu", "__float__", "__bool__"):
             cls.reads += 1
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -51,6 +54,51 @@ def test_drafted_tokens_are_read_once_a_step(
     done = engine.generate([Request(p, max_new_tokens=12, **asked) for p in prompt_ids(tiny)[:3]])
     assert len(rounds) > 3 and max(rounds) == 3 and all(d.metrics.drafted for d in done)
     assert Watched.reads == len(rounds)
+
+
+@pytest.mark.parametrize("name", ["none", "dspark"])
+def test_a_text_under_penalties_is_listed_once(
+    tiny: Target,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """A step lists what was emitted since the one before, and its own proposal."""
+    made, added = [], []
+
+    class Counted(Said):
+        def __init__(self, adjustment: Adjustment, prompt: list[int], vocabulary: int) -> None:
+            super().__init__(adjustment, prompt, vocabulary)
+            made.append(len(prompt))
+
+        def add(self, answer: list[int]) -> None:  # type: ignore[override]
+            super().add(answer)
+            added.append(len(answer))
+
+    monkeypatch.setattr(verification, "Said", Counted)
+    prompts = prompt_ids(tiny)[:3]
+    silent = Request(prompts[0], max_new_tokens=20)
+    done = engine_of(tiny, name).generate([silent, *(Request(p, max_new_tokens=20, **ASKED) for p in prompts)])
+    assert sorted(made) == sorted(len(p) for p in prompts), "nothing of whoever asks for nothing"
+    assert 0 < sum(added) < sum(len(d.token_ids) for d in done[1:])
+
+
+def test_log_probabilities_are_read_once_for_all_tokens_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(6, 90_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sequences = [Sequence(Request([1, 2], logprobs=n), frozenset(), [1, 2, 3]) for n in (5, 0)]
+    for s in sequences:
+        s.computed = 2
+    proposal = Proposal(torch.tensor([[4, 5], [6, 7]]), torch.tensor([2, 2]), torch.full((2, 2), 0.5))
+    step = Verification(plan_step(sequences, sequences, proposal, [2, 2], prefill=0), logits, "coupled")
+    monkeypatch.setattr(step, "_logits", logits.as_subclass(Watched))
+    for index, tokens in enumerate(([4, 89_999, 7], [6, 9])):
+        monkeypatch.setattr(Watched, "reads", 0)
+        said = step.logprobs(index, tokens)
+        assert said is not None and Watched.reads == 1
+        rows = logits[3 * index : 3 * index + len(tokens)].float().log_softmax(-1)
+        for row, token, entry in zip(rows, tokens, said, strict=True):
+            best = row.topk((5, 0)[index])
+            assert (entry.token_id, entry.logprob) == (token, float(row[token]))
+            assert entry.top == list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def test_a_block_s_logits_are_handed_on_as_the_kernel_wrote_them(

@@ -46,8 +46,8 @@ def _vocab_loss(dtype: str, softcap: bool, bias: bool, gradient: bool, more: boo
 
 
 _INT64 = ("tokens", "lengths", "cu_lengths", "positions", "seeds", "top_k", "accepted_in", "accepted_out")
-_INT64 += ("owners", "starts")
-_INT32 = ("places", "last_ties", "t2d", "columns", "bounds")
+_INT64 += ("owners", "lines", "starts")
+_INT32 = ("places", "last_ties", "t2d", "bounds")
 _INT8 = ("finite_in", "finite_out")
 _SIZES = ("slots", "width", "blocks", "draft_width", "draft_blocks")
 
@@ -56,7 +56,7 @@ def _verify(kernel: Any, dtype: str, **constants: Any) -> Case:
     """A kernel of verification; every argument's type goes by its name."""
     types = dict.fromkeys(("logits", "draft"), f"*{dtype}") | dict.fromkeys((*_INT64, "next_out"), "*i64")
     types |= dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT8, "*i8") | dict.fromkeys(_SIZES, "i32")
-    types |= {"stride": "i64"}
+    types |= {"stride": "i64", "entries": "*i16"}
     return _case(kernel, types, {**_WIDTHS, "DRAFT_PADDED": 8, "OVERRIDES": False, **constants})
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from draftline_kernels import BLOCK, Adjustment, Overrides, Sampling, Touched, touched, verify
+from draftline_kernels import BLOCK, Adjustment, Overrides, Said, Sampling, Touched, touched, verify
 from tests.kernels.override_cases import ASKS, HOT, LENGTHS, WIDTH, Case, same
 
 
@@ -110,9 +112,83 @@ def test_entries_of_a_block_of_ids_lie_together() -> None:
     assert made.columns.tolist() == [0, BLOCK - 1, BLOCK, width - 1] * 2
     assert made.bounds.tolist() == [[0] * 4, [0, 2, 3, 4], [4] * 4, [4, 6, 7, 8]]
     assert made.size == 16 and made.at.tolist() == [0, 0, 4, 4, 4, 8, 12]
+    assert made.lines.tolist() == [-1, 0, -1, 1]
+    found = made.entries(width)
+    assert found.shape == (2, width) and found.dtype == torch.int16, "a line for each request that asks"
+    line, column = found.nonzero(as_tuple=True)
+    assert column.tolist() == made.columns.tolist() and line.tolist() == [0] * 4 + [1] * 4
+    assert found[line, column].tolist() == [1, 2, 1, 1] * 2
+
+
+def test_a_block_of_which_every_id_is_touched_fits_its_line() -> None:
+    part = touched(Adjustment(frequency=1.0), prompt=[], answer=range(2 * BLOCK), proposed=[], vocabulary=2 * BLOCK)
+    made = Overrides.of([part], [1], 2 * BLOCK)
+    assert made is not None
+    assert torch.equal(made.entries(2 * BLOCK), torch.arange(1, BLOCK + 1).repeat(2)[None].to(torch.int16))
+
+
+def test_again_names_every_later_row_of_a_proposed_token() -> None:
+    presence = Adjustment(presence=0.5)
+    parts = [
+        touched(presence, prompt=[], answer=[4], proposed=said, vocabulary=10) if said is not None else None
+        for said in ([6, 5, 6], None, [], [4])
+    ]
+    made = Overrides.of(parts, [4, 2, 1, 2], 10)
+    assert made is not None
+    counted = torch.zeros(made.size).index_add(0, made.again, torch.ones(len(made.again)))
+    first = counted[:12].view(4, 3)  # of tokens 4, 5 and 6
+    assert first.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 2]]
+    assert counted[12:].tolist() == [0, 0, 1]
+
+
+LISTED = ("columns", "bias", "counts", "prompted", "proposed")
+IDS = st.lists(st.integers(0, 11), max_size=6)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    prompt=IDS,
+    steps=st.lists(st.tuples(IDS, IDS), max_size=5),
+    bias=st.dictionaries(st.integers(0, 11), st.integers(-3, 3).map(float), max_size=4),
+    penalties=st.tuples(st.sampled_from((1.0, 1.5)), st.sampled_from((0.0, 0.5)), st.sampled_from((0.0, 0.5))),
+)
+def test_what_was_said_grows_as_it_would_be_listed_anew(
+    prompt: list[int],
+    steps: list[tuple[list[int], list[int]]],
+    bias: dict[int, float],
+    penalties: tuple[float, float, float],
+) -> None:
+    """Proposals leave no trace, and what a step was given stays as it was."""
+    adjustment = Adjustment(*penalties, bias)
+    said = Said(adjustment, prompt, 12)
+    answer: list[int] = []
+    given_out = []
+    for emitted, proposed in steps:
+        said.add(emitted)
+        answer += emitted
+        part = said.touched(proposed)
+        given_out.append((part, [getattr(part, name).tolist() for name in LISTED]))
+        anew = touched(adjustment, prompt=prompt, answer=answer, proposed=proposed, vocabulary=12)
+        for name in LISTED:
+            mine, theirs = getattr(part, name), getattr(anew, name)
+            assert mine.dtype == theirs.dtype and mine.tolist() == theirs.tolist(), name
+        before = set(prompt) if adjustment.repetition != 1.0 else set()
+        counted, block = (answer, proposed) if adjustment.penalises else ([], [])
+        ids = sorted({*bias, *before, *counted, *block})
+        assert part.columns.tolist() == ids and said.answered == len(answer)
+        assert part.bias.tolist() == [bias.get(i, 0.0) for i in ids]
+        assert part.counts.tolist() == [counted.count(i) for i in ids]
+        assert part.prompted.tolist() == [i in before for i in ids]
+        assert part.columns[part.proposed].tolist() == block
+    assert all([getattr(part, name).tolist() for name in LISTED] == kept for part, kept in given_out)
 
 
 def test_tokens_and_rows_that_do_not_fit_are_named() -> None:
+    said = Said(Adjustment(1.2), [3], 10)
+    with pytest.raises(ValueError, match="token -1 is outside the target vocabulary of 10"):
+        said.add([4, -1])
+    with pytest.raises(ValueError, match="token 11 is outside the target vocabulary of 10"):
+        said.touched([11])
     with pytest.raises(ValueError, match="token 10 is outside the target vocabulary of 10"):
         touched(Adjustment(1.2), prompt=[3, 10], answer=[], proposed=[], vocabulary=10)
     part = touched(Adjustment(1.2), prompt=[3], answer=[], proposed=[4], vocabulary=10)
@@ -125,6 +201,7 @@ def test_tokens_and_rows_that_do_not_fit_are_named() -> None:
     [
         ("columns", lambda t: t.long(), r"overrides.columns is torch.int64 \[1\] on cpu; expected torch.int32 \[1\]"),
         ("bounds", lambda t: t[:1], r"overrides.bounds is torch.int32 \[1, 2\] on cpu; expected torch.int32 \[2, 2\]"),
+        ("lines", lambda t: t.int(), r"overrides.lines is torch.int32 \[2\] on cpu; expected torch.int64 \[2\]"),
         ("bias", lambda t: t.double(), "overrides.bias is torch.float64"),
         ("counts", lambda t: t[:0], r"overrides.counts is torch.float32 \[0\]"),
         ("prompted", lambda t: t.float(), "overrides.prompted is torch.float32"),
@@ -133,14 +210,14 @@ def test_tokens_and_rows_that_do_not_fit_are_named() -> None:
         ("at", lambda t: t.int(), "overrides.at is torch.int32"),
         ("again", lambda t: t.int(), "overrides.again is torch.int32"),
         ("at", lambda t: t.to("meta"), "overrides.at is .* on meta; expected torch.int64 .* on cpu"),
-        ("owner", lambda t: t.flip(0), r"overrides are of rows \[1, 2\]; lengths are \[1, 0\]"),
+        ("owner", lambda t: t.flip(0), r"overrides have \[1, 2\] rows per request; lengths \+ 1 are \[2, 1\]"),
     ],
 )
 def test_overrides_that_do_not_fit_are_named(field: str, change: Any, message: str) -> None:
     part: Touched = touched(Adjustment(bias={3: 1.0}), prompt=[], answer=[], proposed=[], vocabulary=8)
     made = Overrides.of([part, None], [2, 1], 8)
     assert made is not None
-    if message.startswith("overrides are"):
+    if message.startswith("overrides have"):
         change = lambda t: torch.tensor([0, 1, 1])  # noqa: E731
     with pytest.raises(ValueError, match=message):
         verify(

@@ -52,6 +52,12 @@ def test_penalties_of_every_request(device: torch.device) -> None:
     decided(device, case)
 
 
+def test_a_block_of_which_every_token_is_touched(device: torch.device) -> None:
+    case = Case("coupled", "narrowed")
+    case.adjustments[4] = Adjustment(1.2, bias={token: token % 7 / 3 for token in range(BLOCK + 2)})
+    decided(device, case)
+
+
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 def test_rows_that_are_not_finite(device: torch.device, rule: str) -> None:
     """A NaN in a touched token, one in an untouched one, and a request of whose rows one is -inf throughout."""
@@ -84,7 +90,7 @@ def test_on_the_gpu_as_on_the_cpu(rule: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_many_entries_on_the_gpu() -> None:
-    """2,000 touched tokens of Qwen3's vocabulary in each request, most in its first blocks."""
+    """Some 4,000 touched tokens of Qwen3's vocabulary in each request, most in its first blocks."""
     g = torch.Generator().manual_seed(3)
     width, rows = 151_936, [4, 1, 3]
     logits = (torch.randn(sum(rows), width, generator=g) * 3).bfloat16()
@@ -92,7 +98,7 @@ def test_many_entries_on_the_gpu() -> None:
     parts = [
         touched(
             Adjustment(1.2, 0.3, 0.5, {width - 1: 5.0}),
-            prompt=(torch.rand(2000, generator=g) ** 3 * width).long().tolist(),
+            prompt=(torch.rand(4800, generator=g) ** 3 * width).long().tolist(),
             answer=tokens.flatten().tolist(),
             proposed=tokens[b, : n - 1].tolist(),
             vocabulary=width,
