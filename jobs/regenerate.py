@@ -37,20 +37,31 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 def warn(manifest: Manifest) -> None:
     """Says what is odd about the answers: those that had less room than they were to have, and those that failed."""
     counts, asked = manifest.counts, manifest.config
+    pool_cut = counts.get("pool_cut", 0)  # artifacts from before it was counted ask no answer again
     if counts["clipped"]:
-        print(
+        said = (
             f"regenerate: WARNING: {counts['clipped']} of {counts['rows']} prompts left their answers less room than "
             f"corpus.regenerate.max_new_tokens={asked['sampling']['max_new_tokens']} in engine.max_context="
             f"{asked['max_context']}, or in what the KV pool holds where that is less; {counts['clipped_cut']} answers "
-            "were cut by it. Raise engine.max_context, or engine.kv_gib, to have them whole.",
-            flush=True,
+            "were cut by it."
         )
+        if pool_cut:
+            said += (
+                f" The KV pool cut {pool_cut} of these, and the next run asks them again: raise engine.kv_gib, or free "
+                "memory where it is 0, to have them whole."
+            )
+        if counts["clipped_cut"] > pool_cut:
+            said += (
+                f" engine.max_context cut {counts['clipped_cut'] - pool_cut}: raise it to have them whole, and all "
+                "prompts are asked anew."
+            )
+        print(said, flush=True)
     if counts["failed"]:
-        first, again = manifest.info["failed"][0], counts["retry"]
+        first, again = manifest.info["failed"][0], counts["retry"] - pool_cut
         print(
             f"regenerate: WARNING: {counts['failed']} of {asked['prompts']} prompts have no answer (the first, row "
             f"{first['row']}: {first['error']})."
-            + (f" The engine failed at {again} of them, which the next run asks again." if again else ""),
+            + (f" The engine failed at {again}, or lacked pages: the next run asks them again." if again else ""),
             flush=True,
         )
 

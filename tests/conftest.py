@@ -1,14 +1,21 @@
-"""For all tests: each is in a group of `make test`; and an MLflow store that was made once and is copied, for MLflow
-takes seconds to migrate an empty one."""
+"""For all tests: each is in a group of `make test`; a tiny target, made once, and a random draft for it; and an MLflow
+store that was made once and is copied, for MLflow takes seconds to migrate an empty one.
+
+What takes long to import is imported where it is needed: most tests need neither.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pipeline.drafts.dspark import DSparkDraft
+    from pipeline.target import Target
 
 # What the Makefile looks for; in one word it would take this file for one of those.
 MARK = ".".join(("mark", "ray"))
@@ -23,6 +30,35 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
                 f"{test} has the marker ray, and no group of `make test` would run it: the Makefile looks for the text "
                 f"{MARK} in files of tests. Write it in {path.name}."
             )
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(cache_dir: Path) -> Target:
+    """Of the test's own: engines take it over."""
+    from pipeline.config import TargetConfig
+    from pipeline.target import load_target
+
+    return load_target(TargetConfig(path="tiny"), cache_dir)
+
+
+@pytest.fixture
+def draft(tiny: Target) -> DSparkDraft:
+    import torch
+
+    from pipeline.drafts.checkpoint import make_draft
+    from pipeline.drafts.config import DraftConfig, resolve
+
+    torch.manual_seed(0)
+    config = resolve(DraftConfig(block_size=4, markov_rank=8, target_layer_ids=[0, 2]), tiny.config, tiny.unused_token)
+    made = make_draft(config, tiny, torch.arange(0, tiny.vocab_size, 2))
+    assert made.markov_head is not None
+    torch.nn.init.normal_(made.markov_head.markov_w2.weight)
+    return made
 
 
 @pytest.fixture(scope="session")

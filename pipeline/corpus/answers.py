@@ -35,9 +35,10 @@ def write_answers(folder: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[dict
         rows: as `Regenerator` returns them, in any order; of each prompt one.
 
     Returns:
-        counts: rows (answered), failed, retry (those of them that the next run asks again), clipped (answers that had
-        less room than they were to have), clipped_cut (those of them that took it all), prompt_tokens,
-        response_tokens. info: finish_reasons, failed [{row, error}].
+        counts: rows (answered), failed, retry (those of both that the next run asks again), clipped (answers that had
+        less room than they were to have), clipped_cut (those of them that took it all), pool_cut (those of these that
+        are asked again: it was the KV pool that left less), prompt_tokens, response_tokens. info: finish_reasons,
+        failed [{row, error}].
 
     Raises:
         DraftlineError: no row was answered.
@@ -62,6 +63,7 @@ def write_answers(folder: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[dict
         "retry": sum(int(r["retry"]) for r in ordered),
         "clipped": len(clipped),
         "clipped_cut": sum(r["finish_reason"] == "length" for r in clipped),
+        "pool_cut": sum(int(r["retry"]) for r in answered),
         "prompt_tokens": sum(int(r["prompt_tokens"]) for r in answered),
         "response_tokens": sum(int(r["response_tokens"]) for r in answered),
     }

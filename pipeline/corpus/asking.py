@@ -106,11 +106,12 @@ class Regenerator:
         Returns:
             The same columns in the same order, messages with the response, and finish_reason ("stop", "length";
             "other_stop": an eos token that is not the template's end of turn), error ("" where there is a response),
-            retry int64[N] (1 where it was the engine that failed or that had too few pages: another time it may answer,
-            which a prompt that is too long or whose answer is empty never does), prompt_tokens and response_tokens
-            int64[N] (end-of-turn token included), clipped int64[N]: 1 where the engine (`most_tokens`: max_context, or
-            less where its pages hold less) left less room than max_new_tokens. A prompt that fails keeps its messages
-            and says why in `error`; the others are answered.
+            retry int64[N] (1 where it was the engine that failed or that had too few pages, for the prompt or for the
+            end of the answer, which is there as far as it goes: another time it may answer, which a prompt that is too
+            long or whose answer is empty never does), prompt_tokens and response_tokens int64[N] (end-of-turn token
+            included), clipped int64[N]: 1 where the engine (`most_tokens`: max_context, or less where its pages hold
+            less) left less room than max_new_tokens. A prompt that fails keeps its messages and says why in `error`;
+            the others are answered.
 
         Raises:
             TemplateError: the target's chat template cannot mark assistant turns (no prompt could be answered).
@@ -138,6 +139,9 @@ class Regenerator:
                 said = completion.error or f"decoding ended with {completion.finish_reason!r}"
                 rows[i].update(error=said, retry=1)
                 continue
+            # What max_context alone would have left; how many pages there are is no part of what the artifact is of.
+            room = min(self.settings.max_new_tokens, engine.config.max_context - len(request.prompt_ids))
+            rows[i]["retry"] = int(completion.finish_reason == "length" and request.max_new_tokens < room)
             try:
                 answer = _answer(chat, prompt, completion, self._stop_ids)
             except DraftlineError as e:

@@ -1,8 +1,8 @@
 """The regenerating stage: prompts through actors that hold the target and an engine, on Ray Data.
 
 Every chunk of prompts leaves its answers in the artifact's staging; whoever dies, what was answered is kept. Prompts
-that the engine failed at are asked again by the next run, once, whether this one ended or not: their cause may be
-mended.
+that the engine failed at, or had too few pages for, are asked again by the next run, once, whether this one ended or
+not: their cause may be mended.
 
 Ray itself is behind pipeline/actors.py: this room knows none of it (CONTRIBUTING.md).
 """
@@ -61,7 +61,8 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
     """Has the target answer `config.corpus.regenerate.prompts`, into a conversations artifact; Ray must be initialised.
 
     One that is there and was made from the same things is returned as it is, unless the engine failed at some of its
-    prompts: those are asked again. An interrupted one is gone on with. `begin` is called when there is work to do.
+    prompts or its KV pool cut their answers: those are asked again. An interrupted one is gone on with. `begin` is
+    called when there is work to do.
 
     Returns:
         Manifest of kind "conversations". counts: those of `write_answers`, and quarantined. info: likewise.
@@ -103,17 +104,18 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
         chunks.mkdir(exist_ok=True)
         former = read_answers(out) if done is not None and _whole(out) else []
         # Files beside the chunks: whoever wrote them was killed before the manifest was.
-        found = {r["row"]: r for r in [*former, *read_answers(staging.path), *_answered(chunks)]}
+        before = [*former, *read_answers(staging.path), *_answered(chunks)]
+        found = _to_keep(before)
         asked = [r for r in rows if r["row"] not in found or found[r["row"]]["retry"]]
         again = sum(r["row"] in found for r in asked)
         print(
             f"regenerate: {len(rows)} prompts, {len(rows) - len(asked)} done before"
-            + (f", {again} asked again that the engine failed at" if again else ""),
+            + (f", {again} asked again that the engine failed at or had too few pages for" if again else ""),
             flush=True,
         )
         if asked:
             _ask(asked, config, target, chunks)
-            found |= {r["row"]: r for r in _answered(chunks)}
+            found = _to_keep([*before, *_answered(chunks)])
         counts, info = write_answers(staging.path, (found[r["row"]] for r in rows))
         shutil.rmtree(chunks)
         staging.counts |= {**counts, "quarantined": len(quarantine)}
@@ -137,6 +139,20 @@ def _whole(out: Path) -> bool:
 def _answered(chunks: Path) -> list[dict[str, Any]]:
     """The rows of all chunks in the chunks' order: of a prompt that was asked twice, the later answer is last."""
     return [row for file in sorted(chunks.glob("*.json")) for row in json.loads(file.read_text())]
+
+
+def _to_keep(answers: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """By row, the last of a prompt's answers; but where it is to be asked again too, one before it that says more."""
+    kept: dict[int, dict[str, Any]] = {}
+    for answer in answers:
+        former = kept.get(answer["row"])
+        if former is None or not answer["retry"] or _said(answer) >= _said(former):
+            kept[answer["row"]] = answer
+    return kept
+
+
+def _said(answer: dict[str, Any]) -> int:
+    return 0 if answer["error"] else int(answer["response_tokens"])
 
 
 def _ask(rows: list[dict[str, Any]], config: PipelineConfig, target: TargetConfig, folder: Path) -> None:

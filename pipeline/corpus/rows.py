@@ -309,13 +309,13 @@ class ChatFormat:
             except _Unmarkable as e:
                 self._shapes[shape] = e
         if fault := self._shapes[shape]:
-            raise self._template_error(plain, fault) from None
+            raise self._template_error(messages, fault) from None
 
     def _template_error(self, messages: Sequence[Message], fault: _Unmarkable) -> TemplateError:
-        roles = ", ".join(m.role for m in messages)
+        roles = ", ".join(place_of(messages, i) if m.added else m.role for i, m in enumerate(messages))
         return TemplateError(
-            f"The chat template cannot mark what the assistant speaks in messages[{fault.turn}] of a conversation "
-            f"({roles}): {fault.why}. {_REMEDY}"
+            f"The chat template cannot mark what the assistant speaks in {place_of(messages, fault.turn)} of a "
+            f"conversation ({roles}): {fault.why}. {_REMEDY}"
         )
 
 

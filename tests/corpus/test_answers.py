@@ -51,8 +51,8 @@ def test_the_artifact_is_the_same_in_whatever_order_answers_came_and_says_what_i
     again = _made(tmp_path / "b", reversed(_rows(40, failed=(3,))), {"id": "tiny"})
     assert manifest.digest == again.digest
     assert manifest.counts == {
-        "rows": 39, "failed": 1, "retry": 1, "clipped": 0, "clipped_cut": 0, "prompt_tokens": 390,
-        "response_tokens": 273,
+        "rows": 39, "failed": 1, "retry": 1, "clipped": 0, "clipped_cut": 0, "pool_cut": 0,
+        "prompt_tokens": 390, "response_tokens": 273,
     }  # fmt: skip
     assert manifest.info["failed"] == [{"row": 3, "error": "it broke\u2028"}]
     assert manifest.info["finish_reasons"] == {"stop": 39}

@@ -40,10 +40,11 @@ class ScriptedEngine:
     tokenizer: Any
     say: Callable[[Request], list[int]]
     max_context: int = 512
+    pool: int = 512
 
     def __post_init__(self) -> None:
         self.config = SimpleNamespace(max_context=self.max_context, max_requests=4)
-        self.most_tokens = self.max_context
+        self.most_tokens = min(self.max_context, self.pool)
         self.target = SimpleNamespace(eos_ids=[2, 0], vocab_size=len(self.tokenizer))
         self.seen: list[Request] = []
 
@@ -192,14 +193,42 @@ def test_answers_with_less_room_than_asked_for_are_counted(tmp_path, chatml) -> 
     assert (counts["clipped"], counts["clipped_cut"]) == (2, 1)
 
 
+def test_an_answer_that_the_pool_cut_is_kept_and_asked_for_again_until_there_are_pages(tmp_path, chatml) -> None:
+    long = "word " * 10
+    path = write_lines(tmp_path / "ask.jsonl", [{"prompt": p} for p in ("Hi", long + "cut", long + "short", long)])
+    own = ChatFormat(chatml)
+    longest = max(len(own.prompt_ids([Message("user", p)])) for p in (long + "cut", long + "short"))
+
+    def say(request: Request) -> list[int]:
+        if _asked(chatml, request).endswith(" "):
+            return own.tokenizer(" " * 40)["input_ids"]  # nothing yet when it is cut
+        return chatml("Yes." + END if "short" in _asked(chatml, request) else "Yes, yes, yes. " * 30)["input_ids"]
+
+    def asked(**limits: int) -> list[tuple[Any, ...]]:
+        rows, _ = _regenerate(path, chatml, say, **limits)
+        assert all(r["response_tokens"] == 24 for r in rows if r["finish_reason"] == "length" and not r["clipped"])
+        return [(r["clipped"], r["finish_reason"], r["error"], r["retry"]) for r in rows]
+
+    empty = "the target's response is empty"
+    short = longest + SETTINGS.max_new_tokens - 12
+    assert asked(pool=short) == [(0, "length", "", 0), (1, "length", "", 1), (1, "stop", "", 0), (1, "", empty, 1)]
+    assert asked() == [(0, "length", "", 0), (0, "length", "", 0), (0, "stop", "", 0), (0, "", empty, 0)]
+    # Where max_context leaves no more than the pool does, no memory helps.
+    assert [r[3] for r in asked(pool=short, max_context=short)] == [0, 0, 0, 0]
+    assert [r[3] for r in asked(pool=short, max_context=short + 1)] == [0, 1, 0, 1]
+
+
 def test_prompt_and_answer_have_the_room_that_the_engine_says(tmp_path) -> None:
     """Four pages of 16 tokens, where engine.max_context is 512."""
     target = load_target(TARGET, tmp_path)
     made: list[Engine] = []
 
-    def load() -> tuple[Any, Engine]:
-        made.append(engine_of(target, make_proposer("none"), pages=4))
-        return target.tokenizer, made[-1]
+    def asked(pages: int) -> list[dict[str, Any]]:
+        def load() -> tuple[Any, Engine]:
+            made.append(engine_of(target, make_proposer("none"), pages=pages))
+            return target.tokenizer, made[-1]
+
+        return list(rows_of(Regenerator(TARGET, EngineConfig(), SETTINGS, tmp_path, load=load)(rows)))
 
     prompts = ["Hi", "word " * 10, "word " * 40, "word " * 400]
     rows = {
@@ -207,16 +236,21 @@ def test_prompt_and_answer_have_the_room_that_the_engine_says(tmp_path) -> None:
         "messages": np.array([json.dumps([{"role": "user", "content": p}]) for p in prompts], dtype=object),
         "source": np.array([""] * 4, dtype=object),
     }
-    answered = list(rows_of(Regenerator(TARGET, EngineConfig(), SETTINGS, tmp_path, load=load)(rows)))
+    answered = asked(pages=4)
     lengths = [len(ChatFormat(target.tokenizer).prompt_ids([Message("user", p)])) for p in prompts]
     assert lengths[0] + 24 < 64 < lengths[1] + 24 and lengths[1] < 64 < lengths[2] < 512 < lengths[3]
     assert [r["error"] == "" for r in answered] == [True, True, False, False]
     assert [r["clipped"] for r in answered] == [0, 1, 0, 0]
-    assert answered[1]["response_tokens"] <= 64 - lengths[1]
+    assert (answered[1]["response_tokens"], answered[1]["finish_reason"]) == (64 - lengths[1], "length")
     assert "no room for an answer in the 64 tokens that the KV pool holds: raise engine.kv_gib" in answered[2]["error"]
     assert "no room for an answer in engine.max_context=512" in answered[3]["error"]
-    assert [r["retry"] for r in answered] == [0, 0, 1, 0], "with more memory the third fits"
-    assert len(made) == 1, "no engine failed"
+    assert [r["retry"] for r in answered] == [0, 1, 1, 0], "with more memory these two fit"
+    roomy = asked(pages=30)
+    assert [r["error"] == "" for r in roomy] == [True, True, True, False]
+    assert [(r["clipped"], r["retry"]) for r in roomy] == [(0, 0)] * 4 and roomy[0] == answered[0]
+    cut, whole = (json.loads(r[1]["messages"])[-1]["content"] for r in (answered, roomy))
+    assert whole.startswith(cut) and roomy[1]["response_tokens"] > answered[1]["response_tokens"]
+    assert len(made) == 2, "no engine failed"
 
 
 def test_an_answer_that_the_engine_gave_up_may_be_asked_for_again(tmp_path, chatml, monkeypatch) -> None:

@@ -25,13 +25,17 @@ pytestmark = pytest.mark.usefixtures("migrated")
 
 
 class Asker:
-    """Stands where Ray's actors do: answers in chunks of two, fails at `bad`, and dies when it reaches `fatal`."""
+    """Stands where Ray's actors do: answers in chunks of two, fails at `bad`, and dies when it reaches `fatal`.
+
+    The answer to prompt n is n times as long as that to the first; the pool has room for `pool` times as much.
+    """
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
         self.bad: set[int] = set()
         self.refused: set[int] = set()
         self.fatal = 0
+        self.pool = 100
 
     def __call__(self, rows: list[dict[str, Any]], config: Any, target: Any, folder: Path) -> None:
         self.asked.append([r["row"] for r in rows])
@@ -44,10 +48,14 @@ class Asker:
     def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         n = row["row"]
         error = "CUDA error" if n in self.bad else "too long" if n in self.refused else ""
-        said = [] if error else [{"role": "assistant", "content": f"It is {n}."}]
-        numbers = {"prompt_tokens": 5, "response_tokens": 3, "clipped": 0, "retry": int(n in self.bad)}
+        cut = not error and n > self.pool
+        length, reason = min(n, self.pool), "" if error else "length" if cut else "stop"
+        answer = {"role": "assistant", "content": f"It is {n}." if not cut else f"It is {n}"[:length]}
+        said = [] if error else [answer | {"finish_reason": reason} if cut else answer]
+        numbers = {"prompt_tokens": 5, "response_tokens": 0 if error else length, "clipped": int(cut)}
         messages = json.dumps(json.loads(row["messages"]) + said)
-        return {**row, "messages": messages, "finish_reason": "" if error else "stop", "error": error, **numbers}
+        retry = int(cut or n in self.bad)
+        return {**row, "messages": messages, "finish_reason": reason, "error": error, "retry": retry, **numbers}
 
 
 @pytest.fixture
@@ -88,7 +96,7 @@ def test_prompts_that_the_engine_failed_at_are_asked_again_and_those_that_cannot
     manifest = stage.regenerate(config, tmp_path / "r")
     assert (manifest.counts["rows"], manifest.counts["failed"], manifest.counts["retry"]) == (3, 3, 2)
     job.warn(manifest)
-    assert "3 of 6 prompts have no answer (the first, row 2: CUDA error). The engine failed at 2" in (
+    assert "3 of 6 prompts have no answer (the first, row 2: CUDA error). The engine failed at 2," in (
         capsys.readouterr().out
     )
     asker.bad = {5}
@@ -99,6 +107,47 @@ def test_prompts_that_the_engine_failed_at_are_asked_again_and_those_that_cannot
     assert asker.asked == [[1, 2, 3, 4, 5, 6], [2, 5], [5]], "each once a run, and nothing that was answered"
     assert (manifest.counts["failed"], manifest.counts["retry"]) == (1, 0)
     assert said(tmp_path / "r") == ["It is 1.", "It is 2.", "It is 4.", "It is 5.", "It is 6."]
+
+
+def test_answers_that_the_pool_cut_are_kept_until_a_run_has_them_whole(config, asker, tmp_path, capsys) -> None:
+    asker.pool, asker.refused = 4, {1}
+    manifest = stage.regenerate(config, tmp_path / "r")
+    whole = ["It is 2.", "It is 3.", "It is 4."]
+    assert said(tmp_path / "r") == [*whole, "It i", "It i"]
+    assert manifest.info["finish_reasons"] == {"length": 2, "stop": 3}
+    assert {name: manifest.counts[name] for name in ("rows", "failed", "retry", "clipped_cut", "pool_cut")} == {
+        "rows": 5, "failed": 1, "retry": 2, "clipped_cut": 2, "pool_cut": 2,
+    }  # fmt: skip
+    job.warn(manifest)
+    told = capsys.readouterr().out
+    assert "The KV pool cut 2 of these, and the next run asks them again: raise engine.kv_gib" in told
+    assert "engine.max_context cut" not in told and "The engine failed" not in told
+    # Small again, smaller, and with an engine that fails: only these are asked, and what is there stays.
+    assert stage.regenerate(config, tmp_path / "r").digest == manifest.digest
+    asker.pool = 3
+    assert stage.regenerate(config, tmp_path / "r").digest == manifest.digest
+    asker.bad = {5, 6}
+    assert stage.regenerate(config, tmp_path / "r").digest == manifest.digest
+    asker.bad, asker.pool = {6}, 5
+    manifest = stage.regenerate(config, tmp_path / "r")
+    assert said(tmp_path / "r") == [*whole, "It is 5.", "It i"] and manifest.counts["pool_cut"] == 1
+    asker.bad, asker.pool = set(), 100
+    manifest = stage.regenerate(config, tmp_path / "r")
+    stage.regenerate(config, tmp_path / "r")
+    assert said(tmp_path / "r") == [*whole, "It is 5.", "It is 6."]
+    assert (manifest.counts["retry"], manifest.info["finish_reasons"]) == (0, {"stop": 5})
+    assert asker.asked == [[1, 2, 3, 4, 5, 6], [5, 6], [5, 6], [5, 6], [5, 6], [6]]
+
+
+def test_a_whole_answer_shorter_than_the_cut_one_replaces_it(config, asker, tmp_path, monkeypatch) -> None:
+    """Another machine rounds otherwise: what ended by itself is the answer, however long the cut one is."""
+    asker.pool = 5
+    stage.regenerate(config, tmp_path / "r")
+    asker.pool = 100
+    told = asker._answer
+    monkeypatch.setattr(asker, "_answer", lambda row: told(row) | {"response_tokens": 2})
+    manifest = stage.regenerate(config, tmp_path / "r")
+    assert said(tmp_path / "r")[-1] == "It is 6." and manifest.counts["retry"] == 0
 
 
 def test_where_everything_failed_the_next_run_asks_everything(config, asker, tmp_path) -> None:

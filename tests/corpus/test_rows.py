@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.corpus.conversations import Conversation, Message, parse_conversation
+from pipeline.corpus.conversations import Conversation, Message, parse_conversation, with_system_prompt
 from pipeline.corpus.rows import ChatFormat, RowError, TemplateError, TokenRow, tokenize
 from pipeline.errors import DraftlineError
 from pipeline.target import loading
@@ -212,6 +212,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_naming_the_turn(bpe) 
     chat_format.row(conversation("Hi", "Hello"))
     with pytest.raises(TemplateError, match=r"messages\[1\] of a conversation \(user, assistant, user, assistant\)"):
         chat_format.row(conversation("Hi", "Hello", "Hi", "Hello"))
+
+
+def test_the_turn_is_counted_as_in_the_file_where_a_system_prompt_was_put_in_front(bpe) -> None:
+    talk = conversation("Hi", "Hello", "Hi", "Hello")
+    behind = Conversation(with_system_prompt(talk.messages, "Be brief."))
+    own = Conversation((Message("system", "Be brief."), *talk.messages))
+    chat_format = ChatFormat(with_template(bpe, REWRITES_HISTORY))
+    added = r"messages\[1\] of a conversation \(target.system_prompt, user, assistant, user, assistant\)"
+    with pytest.raises(TemplateError, match=added):
+        chat_format.row(behind)
+    with pytest.raises(TemplateError, match=r"messages\[2\] of a conversation \(system, user, assistant, user,"):
+        chat_format.row(own)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""The tiny target, and what transformers' own generate says greedily to the prompts: made once for all files."""
+"""What transformers' own generate says greedily to the prompts: made once for all files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 from pipeline.config import TargetConfig
 from pipeline.target import load_target
 from tests.decoding.samples import LONG, NEW, greedy_texts, prompt_ids
-from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
 
 
 @pytest.fixture(scope="session")
-def expected(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+def expected(cache_dir: Path) -> list[list[int]]:
     """Texts of PROMPTS."""
     texts = greedy_texts(cache_dir, prompt_ids(load_target(TargetConfig(path="tiny"), cache_dir)), LONG)
     assert len(set(map(tuple, texts))) == len(texts)
@@ -21,7 +20,7 @@ def expected(cache_dir: Path) -> list[list[int]]:  # noqa: F811
 
 
 @pytest.fixture(scope="session")
-def alike(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+def alike(cache_dir: Path) -> list[list[int]]:
     """Some that begin alike for several pages, in the middle of one too, and one that is another's beginning."""
     ids = prompt_ids(load_target(TargetConfig(path="tiny"), cache_dir))
     common = (ids[2] * 3)[:50]
@@ -29,6 +28,6 @@ def alike(cache_dir: Path) -> list[list[int]]:  # noqa: F811
 
 
 @pytest.fixture(scope="session")
-def alike_expected(cache_dir: Path, alike: list[list[int]]) -> list[list[int]]:  # noqa: F811
+def alike_expected(cache_dir: Path, alike: list[list[int]]) -> list[list[int]]:
     """Texts of `alike`."""
     return greedy_texts(cache_dir, alike, NEW)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, StepCost, make_proposer
+from pipeline.decoding import Engine, Request, StepCost, make_proposer
 from pipeline.decoding.cache import page_bytes
+from pipeline.decoding.request import Sequence
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.target import Target, load_target
 from tests.drafts.samples import small_draft
@@ -34,6 +35,14 @@ KINDS = {
     },
 }
 NAMES = ["none", "ngram", *KINDS]
+ADJUSTED: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.6,
+    "logit_bias": {11: 1.5, 30: -100.0},
+    "min_p": 0.02,
+}
+"""What a request asks for whose logits are adjusted in every way."""
 
 
 def prompt_ids(target: Target) -> list[list[int]]:
@@ -63,17 +72,35 @@ def proposer_for(target: Target, name: str, rule: str = "coupled", **changes: An
     return make_proposer(name, small_draft(target, **{**KINDS[name], **changes}), rule=rule)
 
 
+class KnownCost(StepCost):
+    """Costs that no measured second moves, so that what is decided does not depend on the machine."""
+
+    def observe(self, *_: Any, **__: Any) -> None: ...
+
+    def observe_draft(self, *_: Any) -> None: ...
+
+
+IDLE = KnownCost([1, 8, 64], [0], [[1.0], [1.05], [1.4]], draft=0.3)
+"""Tokens to verify are nearly free, as at batch 1."""
+
+
+def made_up_cost() -> StepCost:
+    return StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]])
+
+
 def engine_for(target: Target, draft: DSparkDraft, name: str, rule: str = "coupled", **settings: Any) -> Engine:
     """An engine of three places whose step costs are made up, so that nothing is measured."""
     config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "prefill_chunk": 7, **settings})
-    engine = Engine(
-        target,
-        config,
-        step_cost=StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]]),
-    )
+    engine = Engine(target, config, step_cost=made_up_cost())
     options = {"rule": rule} if name == "dspark" else {}
     engine.set_proposer(make_proposer(name, draft, **options))
     return engine
+
+
+def engine_with(target: Target, name: str, rule: str = "coupled", **settings: Any) -> Engine:
+    """An engine with the proposer of that name (`proposer_for`), where nothing is measured either."""
+    config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "rule": rule, **settings})
+    return Engine(target, config, proposer_for(target, name, rule), made_up_cost())
 
 
 def engine_of(target: Target, drafts: Any, pages: int = 0, **changes: Any) -> Engine:
@@ -93,6 +120,11 @@ def engine_of(target: Target, drafts: Any, pages: int = 0, **changes: Any) -> En
     engine = Engine(target, EngineConfig(**{**options, **changes}), drafts)
     assert pages == 0 or engine.runner.pool.pages == pages
     return engine
+
+
+def sequences(count: int, prompt: int = 5) -> list[Sequence]:
+    """Of requests that don't end, with nothing decoded yet."""
+    return [Sequence(Request([1] * prompt, max_new_tokens=10**6), frozenset(), [1] * prompt) for _ in range(count)]
 
 
 def same_rounds(a: Any, b: Any) -> bool:

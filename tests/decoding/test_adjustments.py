@@ -10,8 +10,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from draftline_kernels import Adjustment, Overrides, Said, Touched, touched
-from pipeline.config import EngineConfig, TargetConfig
-from pipeline.decoding import Engine, Request, StepCost, verification
+from pipeline.config import TargetConfig
+from pipeline.decoding import Request, verification
 from pipeline.decoding.plan import plan_step
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.proposers.drawing import Asked, Drawing
@@ -19,22 +19,7 @@ from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
 from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
-from tests.decoding.samples import KINDS, prompt_ids, proposer_for
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
-
-ASKED: dict[str, Any] = {
-    "repetition_penalty": 1.3,
-    "presence_penalty": 0.4,
-    "frequency_penalty": 0.6,
-    "logit_bias": {11: 1.5, 30: -100.0},
-    "min_p": 0.02,
-}
-
-
-def engine_of(target: Target, name: str, rule: str = "coupled", **settings: Any) -> Engine:
-    config = EngineConfig(**{"max_requests": 3, "max_context": 512, "threads": 1, "rule": rule, **settings})
-    cost = StepCost([1, 8, 32], [0], [[1.0], [1.2], [2.0]])
-    return Engine(target, config, proposer_for(target, name, rule), cost)
+from tests.decoding.samples import ADJUSTED, KINDS, engine_with, prompt_ids, proposer_for
 
 
 def oracle(logits: torch.Tensor, request: Request, answer: list[int]) -> torch.Tensor:
@@ -89,12 +74,12 @@ def test_16_bit_logits_are_adjusted_as_in_float64() -> None:
 
 
 def plain(target: Target, prompt: list[int], count: int) -> list[int]:
-    """Greedy text under ASKED, one token at a time with transformers' forward and no code of the engine's."""
+    """Greedy text under ADJUSTED, one token at a time with transformers' forward and no code of the engine's."""
     text: list[int] = []
     for _ in range(count):
         with torch.no_grad():
             z = target.model(torch.tensor([prompt + text])).logits[0, -1].float()
-        for token, bias in ASKED["logit_bias"].items():
+        for token, bias in ADJUSTED["logit_bias"].items():
             z[token] += bias
         z = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + text]), z[None])[0]
         for token in set(text):
@@ -106,33 +91,33 @@ def plain(target: Target, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["none", "ngram", *KINDS])
-def test_penalised_greedy_text_is_plain_decodings(tiny: Target, name: str) -> None:  # noqa: F811
+def test_penalised_greedy_text_is_plain_decodings(tiny: Target, name: str) -> None:
     prompts = prompt_ids(tiny)
     wanted = [plain(tiny, p, 40) for p in prompts]
-    done = engine_of(tiny, name).generate([Request(p, max_new_tokens=40, **ASKED) for p in prompts])
+    done = engine_with(tiny, name).generate([Request(p, max_new_tokens=40, **ADJUSTED) for p in prompts])
     assert [d.token_ids for d in done] == wanted
-    unpenalised = engine_of(tiny, name).generate([Request(p, max_new_tokens=40) for p in prompts])
+    unpenalised = engine_with(tiny, name).generate([Request(p, max_new_tokens=40) for p in prompts])
     assert [d.token_ids for d in unpenalised] != wanted
 
 
-def test_a_seed_gives_one_text_under_penalties_whatever_drafts_and_beside_whom(tiny: Target) -> None:  # noqa: F811
+def test_a_seed_gives_one_text_under_penalties_whatever_drafts_and_beside_whom(tiny: Target) -> None:
     prompts = prompt_ids(tiny)
-    asked = [Request(p, max_new_tokens=30, temperature=0.9, seed=i, **ASKED) for i, p in enumerate(prompts)]
+    asked = [Request(p, max_new_tokens=30, temperature=0.9, seed=i, **ADJUSTED) for i, p in enumerate(prompts)]
     texts = []
     for name in ("none", *KINDS):
-        engine = engine_of(tiny, name)
+        engine = engine_with(tiny, name)
         texts.append(
             [c.token_ids for c in engine.generate([Request(**vars(r) | {"id": f"{name}{r.id}"}) for r in asked])]
         )
-    alone = engine_of(tiny, "dspark", max_requests=1)
+    alone = engine_with(tiny, "dspark", max_requests=1)
     texts.append([c.token_ids for r in asked for c in alone.generate([r])])
     assert all(t == texts[0] for t in texts)
 
 
 @pytest.mark.parametrize("name", ["none", "dspark"])
 def test_logprobs_are_the_targets_own_whatever_is_asked(
-    tiny: Target,  # noqa: F811
-    cache_dir: Path,  # noqa: F811
+    tiny: Target,
+    cache_dir: Path,
     name: str,
 ) -> None:
     fresh = load_target(TargetConfig(path="tiny"), cache_dir)  # the engine takes the other one over
@@ -142,9 +127,9 @@ def test_logprobs_are_the_targets_own_whatever_is_asked(
     def hear(event: Any) -> None:
         heard.setdefault(event.request_id, []).extend(event.logprobs or [])
 
-    asked = [Request(p, max_new_tokens=12, logprobs=3, **(ASKED if i else {})) for i, p in enumerate(prompts)]
+    asked = [Request(p, max_new_tokens=12, logprobs=3, **(ADJUSTED if i else {})) for i, p in enumerate(prompts)]
     silent = Request(prompts[0], max_new_tokens=5)
-    done = engine_of(tiny, name).generate([*asked, silent], hear)
+    done = engine_with(tiny, name).generate([*asked, silent], hear)
     assert done[-1].logprobs is None and not heard[silent.id]
     for request, completion in zip(asked, done, strict=False):
         assert completion.logprobs is not None and heard[request.id] == completion.logprobs
@@ -159,14 +144,14 @@ def test_logprobs_are_the_targets_own_whatever_is_asked(
 @pytest.mark.parametrize("tokens", [0, 5])
 @pytest.mark.parametrize("name", ["none", "dspark"])
 def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     tokens: int,
 ) -> None:
     prompts = prompt_ids(tiny)
-    asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ASKED)) for i, p in enumerate(prompts)]
-    wanted = engine_of(tiny, name).generate(asked)
+    asked = [Request(p, 24, id=f"{i}", logprobs=0, **({} if i == 2 else ADJUSTED)) for i, p in enumerate(prompts)]
+    wanted = engine_with(tiny, name).generate(asked)
 
     class Broken(Said):
         def __init__(self, adjustment: Adjustment, prompt: list[int], vocabulary: int) -> None:
@@ -179,7 +164,7 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
             return super().touched(proposed)
 
     monkeypatch.setattr(verification, "Said", Broken)
-    engine = engine_of(tiny, name)
+    engine = engine_with(tiny, name)
     done = engine.generate(asked)
     failed = done.pop(1)
     assert [(d.token_ids, d.finish_reason) for d in done] == [
@@ -192,7 +177,7 @@ def test_a_request_whose_logits_can_t_be_adjusted_ends_alone(
     assert not engine.has_work and engine.runner.pool.available == engine.runner.pool.pages
 
 
-def test_a_block_drawn_in_one_is_drawn_under_min_p(tiny: Target) -> None:  # noqa: F811
+def test_a_block_drawn_in_one_is_drawn_under_min_p(tiny: Target) -> None:
     draft = proposer_for(tiny, "dspark").draft
     base = torch.randn(2, len(draft.temperatures), len(draft.d2t), generator=torch.Generator().manual_seed(0))
     tokens = []
@@ -205,11 +190,11 @@ def test_a_block_drawn_in_one_is_drawn_under_min_p(tiny: Target) -> None:  # noq
     assert not torch.equal(tokens[0], tokens[1])
 
 
-def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:  # noqa: F811
+def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:
     request = Request(prompt_ids(tiny)[0], max_new_tokens=12, temperature=1.0, seed=5)
-    done = engine_of(tiny, "none").generate(request.samples(3))
+    done = engine_with(tiny, "none").generate(request.samples(3))
     assert len({tuple(d.token_ids) for d in done}) == 3
-    (second,) = engine_of(tiny, "dspark").generate([Request(request.prompt_ids, 12, temperature=1.0, seed=6)])
+    (second,) = engine_with(tiny, "dspark").generate([Request(request.prompt_ids, 12, temperature=1.0, seed=6)])
     assert done[1].token_ids == second.token_ids
 
 
@@ -225,6 +210,6 @@ def test_several_samples_of_one_request_are_several_seeds(tiny: Target) -> None:
         ("logprobs", 21, "logprobs is 21"),
     ],
 )
-def test_a_value_out_of_range_is_named(tiny: Target, field: str, value: Any, words: str) -> None:  # noqa: F811
+def test_a_value_out_of_range_is_named(tiny: Target, field: str, value: Any, words: str) -> None:
     with pytest.raises(DraftlineError, match=words):
-        engine_of(tiny, "none").submit(Request([5, 6], **{field: value}))
+        engine_with(tiny, "none").submit(Request([5, 6], **{field: value}))

@@ -12,8 +12,7 @@ from pipeline.decoding import Request, SeveralDrafts
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.worth import DraftWorth
 from pipeline.target import Target, load_target
-from tests.decoding.samples import KINDS, NAMES, NEW, engine_of, proposer_for, same_rounds
-from tests.decoding.test_worth import IDLE
+from tests.decoding.samples import IDLE, KINDS, NAMES, NEW, engine_of, proposer_for, same_rounds
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,6 @@ from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request
 from pipeline.decoding.request import RequestRefused
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 VOCABULARY, CONTEXT = 50, 100
 
@@ -78,7 +77,7 @@ def test_a_long_prompt_is_read_once() -> None:
     assert prompt.passes == 1
 
 
-def test_an_eos_token_can_t_be_ignored_and_stop_the_text(tiny: Target) -> None:  # noqa: F811
+def test_an_eos_token_can_t_be_ignored_and_stop_the_text(tiny: Target) -> None:
     engine = Engine(tiny, EngineConfig(max_requests=1, max_context=64, threads=1))
     eos = min(tiny.eos_ids)
     with pytest.raises(RequestRefused, match=rf"stop_ids holds {eos}, an eos token .* ignore_eos is True\. Leave one"):

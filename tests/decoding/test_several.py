@@ -14,7 +14,6 @@ from pipeline.decoding.proposers.base import Proposal
 from pipeline.errors import ConfigError, DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.samples import KINDS, prompt_ids
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 
 LONG = 40
@@ -45,7 +44,7 @@ def fresh(cache: Path) -> Target:
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_request_decodes_as_with_its_draft_alone(
-    cache_dir: Path,  # noqa: F811
+    cache_dir: Path,
     rule: str,
     temperature: float,
 ) -> None:
@@ -67,7 +66,7 @@ def test_every_request_decodes_as_with_its_draft_alone(
             assert (mine.lengths, mine.offered, mine.accepted_at) == (its.lengths, its.offered, its.accepted_at)
 
 
-def test_a_draft_is_swapped_between_two_steps_and_no_text_changes(cache_dir: Path) -> None:  # noqa: F811
+def test_a_draft_is_swapped_between_two_steps_and_no_text_changes(cache_dir: Path) -> None:
     def run(swap: bool) -> tuple[dict[str, Any], Engine, SeveralDrafts]:
         target = fresh(cache_dir)
         drafts = SeveralDrafts({"v1": proposer(target, "dspark")}, "v1", target.vocab_size)
@@ -98,7 +97,7 @@ def test_a_draft_is_swapped_between_two_steps_and_no_text_changes(cache_dir: Pat
     assert engine.runner.layer_ids == [0, 1, 2]
 
 
-def test_drafts_with_blocks_of_several_sizes_are_weighed_together(cache_dir: Path) -> None:  # noqa: F811
+def test_drafts_with_blocks_of_several_sizes_are_weighed_together(cache_dir: Path) -> None:
     target = fresh(cache_dir)
     sizes = {f"b{n}": proposer(target, "dspark", block_size=n) for n in (2, 5)}
     drafts = SeveralDrafts(sizes, "b2", target.vocab_size)
@@ -112,7 +111,7 @@ def test_drafts_with_blocks_of_several_sizes_are_weighed_together(cache_dir: Pat
     assert not any(c.metrics.drafted for c in texts)
 
 
-def test_a_draft_that_is_to_be_weighed_waits_for_step_costs(tiny: Target) -> None:  # noqa: F811
+def test_a_draft_that_is_to_be_weighed_waits_for_step_costs(tiny: Target) -> None:
     drafts = SeveralDrafts({"plain": make_proposer("none")}, "plain", tiny.vocab_size)
     engine = Engine(tiny, EngineConfig(max_requests=5, max_context=512, threads=1), drafts)
     engine.submit(Request(prompt_ids(tiny)[0], 8))
@@ -126,7 +125,7 @@ def test_a_draft_that_is_to_be_weighed_waits_for_step_costs(tiny: Target) -> Non
     assert engine.generate([Request(prompt_ids(tiny)[0], 8)])[0].metrics.draft == "ngram"
 
 
-def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:  # noqa: F811
+def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:
     drafts = several(tiny)
     engine = engine_of(tiny, drafts)
     with pytest.raises(DraftlineError, match=r"draft is 'dspurk'.*Did you mean 'dspark'"):
@@ -149,7 +148,7 @@ def test_what_can_not_be_is_refused_and_changes_nothing(tiny: Target) -> None:  
         engine_of(tiny, proposer(tiny, "ngram")).submit(Request([1, 2], 4, draft="dspark"))
 
 
-def test_a_draft_made_for_the_other_rule_is_not_taken_in(tiny: Target) -> None:  # noqa: F811
+def test_a_draft_made_for_the_other_rule_is_not_taken_in(tiny: Target) -> None:
     """No draft here has a rule yet, so that requests that sample may wait."""
     drafts = SeveralDrafts({"ngram": make_proposer("ngram")}, "ngram", tiny.vocab_size)
     engine = engine_of(tiny, drafts, "ratio")
@@ -160,7 +159,7 @@ def test_a_draft_made_for_the_other_rule_is_not_taken_in(tiny: Target) -> None: 
     engine.change_drafts({"new": proposer(tiny, "dspark", "ratio")}, default="new")
 
 
-def test_blocks_of_different_drafts_become_one(tiny: Target) -> None:  # noqa: F811
+def test_blocks_of_different_drafts_become_one(tiny: Target) -> None:
     """Rows in their order, draft vocabularies spread over the target's, a certain row without any mass."""
     from pipeline.decoding.proposers.several import _together
 

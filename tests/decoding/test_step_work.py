@@ -17,9 +17,7 @@ from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.verification import Verification
 from pipeline.target import Target
-from tests.decoding.samples import prompt_ids
-from tests.decoding.test_adjustments import ASKED, engine_of
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+from tests.decoding.samples import ADJUSTED, engine_with, prompt_ids
 from tests.drafts.samples import small_draft
 
 
@@ -35,13 +33,13 @@ class Watched(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("asked", [{}, ASKED], ids=["plain", "penalties"])
+@pytest.mark.parametrize("asked", [{}, ADJUSTED], ids=["plain", "penalties"])
 def test_drafted_tokens_are_read_once_a_step(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     monkeypatch: pytest.MonkeyPatch,
     asked: dict[str, Any],
 ) -> None:
-    engine = engine_of(tiny, "dspark", scheduler="fixed")
+    engine = engine_with(tiny, "dspark", scheduler="fixed")
     inner, rounds = engine.proposer.propose, []
 
     def propose(sequences: list[Sequence]) -> Any:
@@ -58,7 +56,7 @@ def test_drafted_tokens_are_read_once_a_step(
 
 @pytest.mark.parametrize("name", ["none", "dspark"])
 def test_a_text_under_penalties_is_listed_once(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
@@ -77,7 +75,7 @@ def test_a_text_under_penalties_is_listed_once(
     monkeypatch.setattr(verification, "Said", Counted)
     prompts = prompt_ids(tiny)[:3]
     silent = Request(prompts[0], max_new_tokens=20)
-    done = engine_of(tiny, name).generate([silent, *(Request(p, max_new_tokens=20, **ASKED) for p in prompts)])
+    done = engine_with(tiny, name).generate([silent, *(Request(p, max_new_tokens=20, **ADJUSTED) for p in prompts)])
     assert sorted(made) == sorted(len(p) for p in prompts), "nothing of whoever asks for nothing"
     assert 0 < sum(added) < sum(len(d.token_ids) for d in done[1:])
 
@@ -102,7 +100,7 @@ def test_log_probabilities_are_read_once_for_all_tokens_of_a_request(monkeypatch
 
 
 def test_a_block_s_logits_are_handed_on_as_the_kernel_wrote_them(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under the ratio rule: float32[B, K, Vd], several hundred MB at full size."""
@@ -115,7 +113,7 @@ def test_a_block_s_logits_are_handed_on_as_the_kernel_wrote_them(
     monkeypatch.setattr(drawing, "markov_block", watch)
     proposer = make_proposer("dspark", small_draft(tiny), rule="ratio", pack=False)
     proposer._fused = True  # type: ignore[attr-defined]
-    engine = engine_of(tiny, "none", "ratio", scheduler="early_stop")
+    engine = engine_with(tiny, "none", "ratio", scheduler="early_stop")
     engine.set_proposer(proposer)
     inner, handed = proposer.propose, []
 
@@ -128,9 +126,9 @@ def test_a_block_s_logits_are_handed_on_as_the_kernel_wrote_them(
     assert handed and all(p.logits is block.logits for p, block in zip(handed, made, strict=True))
 
 
-def test_an_eagle3_block_has_one_page_table(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_an_eagle3_block_has_one_page_table(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slots differ in where they begin, not in their pages. CUDA's path, here by the paged kernel's reference."""
-    engine = engine_of(tiny, "eagle3", scheduler="fixed", page_size=4)
+    engine = engine_with(tiny, "eagle3", scheduler="fixed", page_size=4)
     made: list[str] = []
 
     def watch(owner: Any, method: str) -> None:

@@ -13,7 +13,6 @@ from pipeline.decoding.text import TextStream
 from pipeline.errors import DraftlineError
 from pipeline.target import Target, load_target
 from tests.decoding.samples import PROMPTS, prompt_ids, proposer_for
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 LONG = 60
 NAMES = ["none", "ngram", "dspark", "dflash", "eagle3"]
@@ -25,7 +24,7 @@ def engine_of(target: Target, name: str) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def texts(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+def texts(cache_dir: Path) -> list[list[int]]:
     """Plain greedy tokens of every prompt, without stops, by transformers."""
     target = load_target(TargetConfig(path="tiny"), cache_dir)
     out = []
@@ -46,7 +45,7 @@ def stops_in(target: Target, tokens: list[int]) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stop_string_ends_the_text_at_its_last_token(tiny: Target, texts: list[list[int]], name: str) -> None:  # noqa: F811
+def test_a_stop_string_ends_the_text_at_its_last_token(tiny: Target, texts: list[list[int]], name: str) -> None:
     found = [stops_in(tiny, text) for text in texts]
     prompts = prompt_ids(tiny)
     requests = [Request(p, LONG, stop=("never there", stop)) for p, (stop, _) in zip(prompts, found, strict=True)]
@@ -59,7 +58,7 @@ def test_a_stop_string_ends_the_text_at_its_last_token(tiny: Target, texts: list
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_sampled_text_stops_where_plain_decodings_does(tiny: Target, name: str) -> None:  # noqa: F811
+def test_sampled_text_stops_where_plain_decodings_does(tiny: Target, name: str) -> None:
     asked = [Request(p, LONG, 0.9, seed=i, stop=("e", "a", "th")) for i, p in enumerate(prompt_ids(tiny))]
     plain = engine_of(tiny, "none").generate(asked)
     done = engine_of(tiny, name).generate(asked)
@@ -67,14 +66,14 @@ def test_sampled_text_stops_where_plain_decodings_does(tiny: Target, name: str) 
     assert sum(p.stop_reason is not None for p in plain) > len(plain) // 2
 
 
-def test_a_stop_string_in_the_last_token_is_a_stop_and_no_length(tiny: Target, texts: list[list[int]]) -> None:  # noqa: F811
+def test_a_stop_string_in_the_last_token_is_a_stop_and_no_length(tiny: Target, texts: list[list[int]]) -> None:
     stop, ends = stops_in(tiny, texts[0])
     (done,) = engine_of(tiny, "ngram").generate([Request(prompt_ids(tiny)[0], ends, stop=(stop,))])
     assert (done.token_ids, done.finish_reason) == (texts[0][:ends], "stop")
 
 
 def test_a_stop_string_that_waits_for_the_rest_of_a_character_is_found_where_a_stop_token_comes_first(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     texts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -91,21 +90,21 @@ def test_a_stop_string_that_waits_for_the_rest_of_a_character_is_found_where_a_s
     assert (len(done.token_ids), done.finish_reason, done.stop_reason) == (ends + 1, "stop", "STOP")
 
 
-def test_which_stop_token_ended_a_text_is_told(tiny: Target, texts: list[list[int]]) -> None:  # noqa: F811
+def test_which_stop_token_ended_a_text_is_told(tiny: Target, texts: list[list[int]]) -> None:
     token = texts[0][9]
     (done,) = engine_of(tiny, "none").generate([Request(prompt_ids(tiny)[0], LONG, stop_ids=(token,))])
     assert done.token_ids == texts[0][: texts[0].index(token) + 1]
     assert (done.finish_reason, done.stop_reason) == ("stop", token)
 
 
-def test_an_empty_stop_string_is_refused(tiny: Target) -> None:  # noqa: F811
+def test_an_empty_stop_string_is_refused(tiny: Target) -> None:
     with pytest.raises(DraftlineError, match="stop is .* not empty"):
         engine_of(tiny, "none").submit(Request([1], 4, stop=("",)))
 
 
 @pytest.mark.parametrize("name", ["none", "dspark"])
 def test_a_request_whose_text_fails_ends_alone(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     texts: list[list[int]],
     name: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +132,7 @@ def test_a_request_whose_text_fails_ends_alone(
 
 
 def test_a_request_that_its_owner_gives_up_for_a_fault_is_an_error_with_that_cause(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     texts: list[list[int]],
 ) -> None:
     engine = engine_of(tiny, "dspark")

@@ -14,7 +14,6 @@ from pipeline.decoding.trace import PHASES, StepRecord, StepTrace
 from pipeline.errors import DraftlineError
 from pipeline.target import Target
 from tests.decoding.samples import prompt_ids, proposer_for
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 
 
 def spans(path: Path, name: str) -> list[dict[str, Any]]:
@@ -22,7 +21,7 @@ def spans(path: Path, name: str) -> list[dict[str, Any]]:
     return [e for e in events if e["name"] == name and e["ph"] == "X"]
 
 
-def test_an_engine_writes_what_its_steps_did(tiny: Target, tmp_path: Path) -> None:  # noqa: F811
+def test_an_engine_writes_what_its_steps_did(tiny: Target, tmp_path: Path) -> None:
     config = EngineConfig(max_requests=3, max_context=512, threads=1, scheduler="fixed", trace=str(tmp_path / "steps"))
     engine = Engine(tiny, config, proposer_for(tiny, "dspark"))
     done = engine.generate([Request(p, 20, id=f"r{i}") for i, p in enumerate(prompt_ids(tiny))])
@@ -70,7 +69,7 @@ def test_few_steps_are_written_too_once_some_time_has_passed(tmp_path: Path) -> 
         assert len(spans(trace.path, "step")) == i + 1
 
 
-def test_a_place_that_cannot_be_written_is_refused_with_its_name(tiny: Target, tmp_path: Path) -> None:  # noqa: F811
+def test_a_place_that_cannot_be_written_is_refused_with_its_name(tiny: Target, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = EngineConfig(max_requests=1, max_context=64, threads=1, trace=str(tmp_path / "file" / "steps"))
     with pytest.raises(DraftlineError, match=r"engine.trace='.*file/steps' can't be written"):
@@ -78,7 +77,7 @@ def test_a_place_that_cannot_be_written_is_refused_with_its_name(tiny: Target, t
 
 
 def test_a_disk_that_fills_ends_the_trace_and_no_request(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -12,34 +12,18 @@ import torch
 
 from pipeline.config import EngineConfig, TargetConfig
 from pipeline.decoding import Engine, Request, StepCost
-from pipeline.decoding.held import MOST_ROWS, ROWS_EACH, HeldCommits
 from pipeline.decoding.proposers.base import Commit, Proposal, WithoutContext
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.scheduler import make_scheduler
 from pipeline.decoding.worth import LONGEST_PAUSE, DraftWorth
 from pipeline.target import Target, load_target
-from tests.decoding.samples import prompt_ids, proposer_for
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
+from tests.decoding.samples import IDLE, KnownCost, prompt_ids, sequences
 
 BLOCK = 4
 
 
-class KnownCost(StepCost):
-    """Costs that no measured second moves, so that what is decided does not depend on the machine."""
-
-    def observe(self, *_: Any, **__: Any) -> None: ...
-
-    def observe_draft(self, *_: Any) -> None: ...
-
-
-IDLE = KnownCost([1, 8, 64], [0], [[1.0], [1.05], [1.4]], draft=0.3)
-"""Tokens to verify are nearly free, as at batch 1."""
 FULL = KnownCost([1, 64], [0], [[0.02], [1.28]], draft=0.1)
 """Every token costs as much as any, as on a saturated GPU."""
-
-
-def sequences(count: int, prompt: int = 5) -> list[Sequence]:
-    return [Sequence(Request([1] * prompt, max_new_tokens=10**6), frozenset(), [1] * prompt) for _ in range(count)]
 
 
 def simulate(
@@ -197,124 +181,6 @@ def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
     assert cost.copy(draft=0.5).draft_seconds(4) == 0.5
 
 
-@pytest.mark.parametrize(("each", "keep"), [(False, False), (True, True)])
-@pytest.mark.parametrize("name", ["ngram", "dspark", "dflash", "eagle3"])
-def test_a_draft_knows_what_was_held_back(
-    tiny: Target,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    keep: bool,
-    each: bool,
-) -> None:
-    """Its blocks are those of a draft that was told of every step at once; requests come and go in between, and are
-    drafted for together or `each` at its time."""
-
-    class Sometimes(DraftWorth):
-        def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
-            now = [len(s.output) % 9 == 0 or len(s.output) > 30 for s in sequences]
-            if not each:
-                now = [all(now)] * len(now)
-            told = [s for s, yes in zip(sequences, now, strict=True) if yes and s.draft_limit > 0]
-            return told, [s for s in sequences if s not in told]
-
-    def blocks() -> tuple[list[Any], int]:
-        config = EngineConfig(max_requests=3, max_context=512, threads=1, prefix_cache=keep)
-        engine = Engine(tiny, config, step_cost=IDLE.copy())
-        proposer = proposer_for(tiny, name)
-        engine.set_proposer(proposer)
-        engine._worth = Sometimes()
-        seen: list[Any] = []
-        calls = 0
-        propose, commit = proposer.propose, proposer.commit
-
-        def spy(sequences: list[Sequence]) -> Proposal:
-            made: Proposal = propose(sequences)
-            seen.append((made.tokens.tolist(), pytest.approx(made.confidence.flatten().tolist(), abs=1e-4)))
-            return made
-
-        def count(*args: Any) -> None:
-            nonlocal calls
-            calls += 1
-            commit(*args)
-
-        monkeypatch.setattr(proposer, "propose", spy)
-        monkeypatch.setattr(proposer, "commit", count)
-        engine.generate([Request(p, 20 + 8 * i, ignore_eos=True) for i, p in enumerate(prompt_ids(tiny))])
-        return seen, calls
-
-    held, fewer = blocks()
-    monkeypatch.setattr(HeldCommits, "add", lambda self, commits, taps, proposer: proposer.commit(commits, taps))
-    at_once, more = blocks()
-    assert len(held) > 3 and held == [(t, c.expected) for t, c in at_once]
-    assert fewer < (0.9 if each or keep else 0.7) * more
-
-
-class Told:
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[Commit], torch.Tensor | None]] = []
-
-    def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
-        self.calls.append((commits, taps))
-
-
-def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
-    held, told, (a, b) = HeldCommits(), Told(), sequences(2)
-    for i in range(3):
-        taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
-        held.add([Commit(a, i, slice(0, 1)), Commit(b, i, slice(1, 2))], taps, told)  # type: ignore[arg-type]
-    held.drop(a)
-    assert not told.calls
-    held.hand_over(told)  # type: ignore[arg-type]
-    ((commits, taps),) = told.calls
-    assert taps is not None and [(c.start, taps[c.rows].item()) for c in commits] == [(0, 1.0), (1, 11.0), (2, 21.0)]
-    held.hand_over(told)  # type: ignore[arg-type]
-    assert len(told.calls) == 1
-    for i in range(MOST_ROWS):
-        held.add([Commit(a, i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 2 and len(told.calls[1][0]) == MOST_ROWS
-
-
-def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_is_held() -> None:
-    held, told, (a, b, c) = HeldCommits(), Told(), sequences(3)
-    for i in range(2):
-        taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
-        held.add([Commit(a, i, slice(0, 1)), Commit(b, i, slice(1, 2))], taps, told)  # type: ignore[arg-type]
-    held.hand_over(told, [b])  # type: ignore[arg-type]
-    step = [Commit(c, 0, slice(3, 5)), Commit(a, 2, slice(2, 3)), Commit(b, 2, slice(0, 2))]
-    held.tell(step, torch.arange(5.0)[:, None], told)  # type: ignore[arg-type]
-    assert (held.first(a), held.first(b), held.first(c)) == (0, None, None)
-    held.hand_over(told)  # type: ignore[arg-type]
-    assert (held.first(a), held._rows, held._bytes) == (None, 0, 0)
-    seen = [[("abc"[[a, b, c].index(x.sequence)], x.start, t[x.rows, 0].tolist()) for x in y] for y, t in told.calls]  # type: ignore[index]
-    assert seen == [
-        [("b", 0, [1.0]), ("b", 1, [11.0])],
-        [("c", 0, [3.0, 4.0]), ("b", 2, [0.0, 1.0])],
-        [("a", 0, [0.0]), ("a", 1, [10.0]), ("a", 2, [2.0])],
-    ]
-
-
-def test_more_is_held_back_where_more_requests_run_so_that_what_ends_is_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """64 texts of 31 rounds without a draft: none of their rows is pushed through it; of longer ones all are."""
-    held, told, everyone = HeldCommits(), Told(), sequences(64)
-    for i in range(200):
-        for b in range(64):
-            if (i + b) % 31 == 0:
-                held.drop(everyone[b])
-                everyone[b : b + 1] = sequences(1)
-        rows = [Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)]
-        held.add(rows, torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert not told.calls and held._rows < 64 * ROWS_EACH
-    for _ in range(ROWS_EACH):
-        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 1 and held._rows < 64 * ROWS_EACH
-    monkeypatch.setattr("pipeline.decoding.held.MOST_BYTES", 10 * 64 * 2 * 4 + held._bytes)
-    for _ in range(10):
-        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 2 and held._rows == held._bytes == 0
-
-
 class Oracle(WithoutContext):
     """Proposes each text's own continuation, or anything else; counts what it is asked."""
 
@@ -356,13 +222,13 @@ def decode(target: Target, proposer: Any, rule: str = "coupled", **more: Any) ->
 
 
 @pytest.fixture(scope="module")
-def plainly(cache_dir: Path) -> list[list[int]]:  # noqa: F811
+def plainly(cache_dir: Path) -> list[list[int]]:
     return decode(load_target(TargetConfig(path="tiny"), cache_dir), None)[0]
 
 
 @pytest.mark.parametrize(("rule", "scheduler"), [("coupled", "global"), ("ratio", "asynchronous")])
 def test_a_bad_draft_is_asked_less_and_less(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     plainly: list[list[int]],
     rule: str,
     scheduler: str,
@@ -380,7 +246,7 @@ def test_a_bad_draft_is_asked_less_and_less(
     assert steps - len(metrics) <= sum(always.calls) <= steps
 
 
-def test_a_good_draft_is_always_asked(tiny: Target, plainly: list[list[int]]) -> None:  # noqa: F811
+def test_a_good_draft_is_always_asked(tiny: Target, plainly: list[list[int]]) -> None:
     proposer = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: True)
     texts, metrics = decode(tiny, proposer)
     assert texts == plainly
@@ -388,7 +254,7 @@ def test_a_good_draft_is_always_asked(tiny: Target, plainly: list[list[int]]) ->
     assert [m.tau for m in metrics] == [5.0] * 3
 
 
-def test_a_draft_is_asked_again_where_it_knows_the_text(tiny: Target, plainly: list[list[int]]) -> None:  # noqa: F811
+def test_a_draft_is_asked_again_where_it_knows_the_text(tiny: Target, plainly: list[list[int]]) -> None:
     proposer = Oracle(plainly, prompt_ids(tiny)[:3], lambda at: at > 50)
     texts, metrics = decode(tiny, proposer)
     assert texts == plainly

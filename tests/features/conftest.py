@@ -1,4 +1,4 @@
-"""A tiny target and a corpus of its own, made once per session."""
+"""A corpus tokenized for the tiny target, made once per session."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from pipeline.target import load_identity, load_tokenizer
 
 TARGET = TargetConfig(path="tiny")
 FEATURES = FeaturesConfig(target_layer_ids=[0, 2], shard_rows=4, batch_tokens=256, threads=1)
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

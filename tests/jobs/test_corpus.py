@@ -41,8 +41,9 @@ def test_answers_that_fit_beside_no_prompt_are_refused(tmp_path: Path, capsys: p
 
 def test_prompts_that_clip_their_answers_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"sampling": {"max_new_tokens": 16}, "max_context": 512, "prompts": 10}
-    counts = {"rows": 10, "clipped": 3, "clipped_cut": 2, "failed": 0}
+    counts = {"rows": 10, "clipped": 3, "clipped_cut": 2, "pool_cut": 1, "failed": 0}
     regenerate.warn(Manifest("conversations", {}, counts, asked, {}))
     said = capsys.readouterr().out
     assert "WARNING: 3 of 10 prompts left their answers less room than corpus.regenerate.max_new_tokens=16" in said
-    assert "2 answers were cut by it" in said and "no answer" not in said
+    assert "2 answers were cut by it. The KV pool cut 1 of these, and the next run asks them again" in said
+    assert "engine.max_context cut 1: raise it" in said and "no answer" not in said

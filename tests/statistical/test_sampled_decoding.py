@@ -27,8 +27,7 @@ from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.target import Target, load_target
-from tests.decoding.test_worth import KnownCost
-from tests.drafts.conftest import cache_dir  # noqa: F401
+from tests.decoding.samples import KnownCost
 from tests.statistical.chi_square import p_value
 
 TOKENS = (40, 41, 57, 60, 66)
@@ -41,7 +40,7 @@ ASKS = {"plain": (1.0, 0, 1.0), "sharp, top-p": (0.8, 0, 0.9), "top-k": (1.0, 3,
 
 
 @pytest.fixture
-def target(cache_dir: Path) -> Target:  # noqa: F811
+def target(cache_dir: Path) -> Target:
     """The tiny target with all but TOKENS silenced by a bias of its lm_head, and livelier logits."""
     made = load_target(TargetConfig(path="tiny"), cache_dir)
     head = made.model.get_output_embeddings()

@@ -10,7 +10,6 @@ import torch
 from pipeline.target import Target
 from pipeline.training.engine import Objective, take_step
 from pipeline.training.step import StepMetrics, TrainStep, Weights
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.test_step import EAGLE3, _row
 
@@ -61,7 +60,7 @@ def _close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", [{}, EAGLE3], ids=["dspark", "eagle3"])
-def test_tokens_weigh_the_same_however_rows_are_dealt(tiny: Target, kind: dict[str, Any]) -> None:  # noqa: F811
+def test_tokens_weigh_the_same_however_rows_are_dealt(tiny: Target, kind: dict[str, Any]) -> None:
     a, b, c, d = (_row(tiny, n, i) for i, n in enumerate(LENGTHS, start=1))
     whole, metrics = _gradients(tiny, [[[a, b, c, d]]], **kind)
     for dealt in ([[[a, b], [c, d]]], [[[a], [b]], [[c], [d]]], [[[a, b, c], []], [[], [d]]]):
@@ -71,7 +70,7 @@ def test_tokens_weigh_the_same_however_rows_are_dealt(tiny: Target, kind: dict[s
         assert torch.equal(parts.count, metrics.count)
 
 
-def test_microbatches_weigh_the_same_when_asked_for(tiny: Target) -> None:  # noqa: F811
+def test_microbatches_weigh_the_same_when_asked_for(tiny: Target) -> None:
     """DeepSpec's form: the mean of the means of microbatches, each over all ranks."""
     a, b, c, d = (_row(tiny, n, i) for i, n in enumerate(LENGTHS, start=1))
     first, m1 = _gradients(tiny, [[[a, b]]])
@@ -84,7 +83,7 @@ def test_microbatches_weigh_the_same_when_asked_for(tiny: Target) -> None:  # no
     assert not _close(mean, _gradients(tiny, [[[a, b], [c, d]]])[0]), "rows of unequal length tell the two apart"
 
 
-def test_a_sample_without_a_supervised_pair_is_counted_and_changes_nothing(tiny: Target) -> None:  # noqa: F811
+def test_a_sample_without_a_supervised_pair_is_counted_and_changes_nothing(tiny: Target) -> None:
     row, masked = _row(tiny, 30, 1), _row(tiny, 20, 2)
     masked.loss_mask[:] = False
     alone, before = _gradients(tiny, [[[row]]])
@@ -96,7 +95,7 @@ def test_a_sample_without_a_supervised_pair_is_counted_and_changes_nothing(tiny:
 
 
 @pytest.mark.parametrize("kind", [{}, {"markov_head_type": "rnn"}, EAGLE3], ids=["dspark", "rnn", "eagle3"])
-def test_a_rank_without_a_block_still_runs_every_module(tiny: Target, kind: dict[str, Any]) -> None:  # noqa: F811
+def test_a_rank_without_a_block_still_runs_every_module(tiny: Target, kind: dict[str, Any]) -> None:
     """ZeRO-3 gathers a module's weights as it runs: a rank that left one out would leave the others waiting."""
     draft = small_draft(tiny, vocabulary=200, **kind)
     step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=6, seed=0)

@@ -10,7 +10,6 @@ import torch
 
 from pipeline.target import Target
 from pipeline.training.step import TrainStep, Weights
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.chip import CHIP, chip, fetched
 from tests.training.test_step import KINDS, _row
@@ -28,7 +27,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_runs_where_the_draft_is(tiny: Target, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_step_runs_where_the_draft_is(tiny: Target, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"num_anchors": 6, "seed": 0, "chunk": 16}
     rows = [_row(tiny, 30, 1), _row(tiny, 19, 2)]
     draft = small_draft(tiny, vocabulary=200, **KINDS[kind])

@@ -31,7 +31,6 @@ from pipeline.training.engine import (
     wait_for_operator,
 )
 from pipeline.training.step import TrainStep, Weights
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.test_step import _row
 
@@ -126,7 +125,7 @@ def test_a_setting_that_deepspeed_would_pass_over_is_refused_with_the_nearest_na
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Target) -> None:  # noqa: F811
+def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Target) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     draft = small_draft(tiny, vocabulary=200)
@@ -154,7 +153,7 @@ def test_bf16_weights_have_fp32_masters_and_exact_rotary_frequencies(tiny: Targe
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gradients_that_are_not_finite_are_told_and_change_nothing(tiny: Target, stage: int) -> None:  # noqa: F811
+def test_gradients_that_are_not_finite_are_told_and_change_nothing(tiny: Target, stage: int) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     draft = small_draft(tiny, vocabulary=200)

@@ -14,7 +14,6 @@ from pipeline.features.store import FeatureRow
 from pipeline.target import Target
 from pipeline.training import replay
 from pipeline.training.step import TrainStep, Weights
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.test_step import _row
 
@@ -59,7 +58,7 @@ def _failed(target: Target, history: Path) -> tuple[TrainStep, list[Any]]:
     return step, [parts, losses]
 
 
-def test_the_step_can_be_taken_again_after_the_next_run_has_begun(tiny: Target, tmp_path: Path) -> None:  # noqa: F811
+def test_the_step_can_be_taken_again_after_the_next_run_has_begun(tiny: Target, tmp_path: Path) -> None:
     history = tmp_path / "history-abc.jsonl"
     failed, (parts, losses) = _failed(tiny, history)
     left = replay.left(history)
@@ -89,7 +88,7 @@ def test_the_step_can_be_taken_again_after_the_next_run_has_begun(tiny: Target, 
         assert kept.anchors[0][1] is None
 
 
-def test_of_large_rows_the_ids_are_kept(tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_of_large_rows_the_ids_are_kept(tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "LARGEST", 100)
     _failed(tiny, tmp_path / "history-abc.jsonl")
     left = replay.left(tmp_path / "history-abc.jsonl")

@@ -15,7 +15,6 @@ from pipeline.drafts.eagle3 import Eagle3Draft
 from pipeline.target import TapCapture, Target
 from pipeline.training.anchors import candidates, sample_blocks
 from pipeline.training.step import TrainStep, Weights
-from tests.drafts.conftest import cache_dir, draft, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 from tests.training.reference import plain_eagle3
 
@@ -41,7 +40,7 @@ def _row(target: Target, length: int, seed: int) -> Any:
 
 
 def _reference(
-    draft: DSparkDraft,  # noqa: F811
+    draft: DSparkDraft,
     rows: list[Any],
     step: TrainStep,
     of: Weights,
@@ -131,18 +130,18 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("chunk", [7, 1024])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_the_plain_formulation(tiny: Target, kind: str, chunk: int) -> None:  # noqa: F811
+def test_loss_and_gradients_equal_the_plain_formulation(tiny: Target, kind: str, chunk: int) -> None:
     check_against_plain(tiny, small_draft(tiny, vocabulary=200, **KINDS[kind]), chunk)
 
 
-def test_every_term_and_learned_position_weights_equal_the_plain_formulation(tiny: Target) -> None:  # noqa: F811
+def test_every_term_and_learned_position_weights_equal_the_plain_formulation(tiny: Target) -> None:
     weights = Weights(ce=0.2, kl=0.3, tv=0.4, confidence=0.5, reverse_kl=0.6, lk=0.7, lk_hybrid=0.8, lk_eta=2.0)
     check_against_plain(tiny, small_draft(tiny, vocabulary=200), 16, weights, torch.tensor([1.0, 0.4, 0.7, 0.2]))
 
 
 def check_against_plain(
     target: Target,
-    draft: DSparkDraft,  # noqa: F811
+    draft: DSparkDraft,
     chunk: int = 1024,
     weights: Weights = Weights(),  # noqa: B008
     position_weights: torch.Tensor | None = None,
@@ -165,7 +164,7 @@ def check_against_plain(
         torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9)
 
 
-def test_the_anchors_own_tap_is_never_seen(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+def test_the_anchors_own_tap_is_never_seen(tiny: Target, draft: DSparkDraft) -> None:
     """Taps at and after every anchor may be anything: the loss does not change."""
     row = _row(tiny, 30, 1)
     step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=1, seed=0)
@@ -180,7 +179,7 @@ def test_the_anchors_own_tap_is_never_seen(tiny: Target, draft: DSparkDraft) -> 
     assert loss.item() != moved.item()
 
 
-def test_two_ranks_weigh_every_token_the_same_as_one(tiny: Target, draft: DSparkDraft) -> None:  # noqa: F811
+def test_two_ranks_weigh_every_token_the_same_as_one(tiny: Target, draft: DSparkDraft) -> None:
     rows = [_row(tiny, 40, 1), _row(tiny, 15, 2)]
     step = TrainStep(draft, tiny.family.lm_head.weight, Weights(), num_anchors=50, seed=0)
     whole, _ = step(rows, 0)

@@ -16,7 +16,6 @@ from pipeline.drafts.formats import deepspec
 from pipeline.drafts.formats.engines import fit
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import rounded, same_logits, settings, tensors
 from tests.drafts.samples import small_draft
 from tests.target.tiny_families import tiny_target
@@ -35,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:  # noqa: F811
+def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:
     draft = rounded(tiny, **KINDS[kind])
     draft.temperatures.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
     deepspec.write(draft, tiny, tmp_path / "export", inputs={})
@@ -119,7 +118,7 @@ def test_a_gemma_4_checkpoint_that_does_not_fit_says_what_differs(
         deepspec.read(tmp_path / "export", target)
 
 
-def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:
     """Names and shapes of DeepSpec's Qwen3 DSpark: H hidden, I mlp, V vocabulary, r rank, d head dim."""
     draft = rounded(tiny)
     deepspec.write(draft, tiny, tmp_path / "export", inputs={})
@@ -171,7 +170,7 @@ def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None
 )
 def test_what_the_format_cannot_hold_is_refused_with_what_can(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     changes: dict[str, Any],
     words: str,
 ) -> None:
@@ -196,7 +195,7 @@ def test_what_the_format_cannot_hold_is_refused_with_what_can(
 )
 def test_a_checkpoint_that_does_not_fit_says_what_differs(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     damage: Callable[[Path], None],
     words: str,
 ) -> None:

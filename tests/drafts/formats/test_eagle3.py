@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from pipeline.drafts.formats import deepspec, specforge, speculators
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import Damage, rounded, same_logits, settings, tensors
 
 PLAIN: dict[str, Any] = {"algorithm": "eagle3", "num_layers": 1, "markov_head_type": "none"}
@@ -26,7 +25,7 @@ THREE = {**PLAIN, "target_layer_ids": [0, 2, 5], "qk_norm": False}
 
 
 @pytest.fixture
-def deep(tiny: Target) -> Target:  # noqa: F811
+def deep(tiny: Target) -> Target:
     """A target of six layers, of which five can be tapped."""
     config = copy.deepcopy(tiny.model.config)
     config.num_hidden_layers = 6

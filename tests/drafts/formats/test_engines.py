@@ -9,7 +9,6 @@ import yaml
 
 from pipeline.drafts.formats import engines
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.samples import small_draft
 
 PLAIN = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
@@ -39,7 +38,7 @@ FULL = {"vocabulary": 0}
         ({**FULL, "own_lm_head": True}, "vllm", "deepspec"),
     ],
 )
-def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:  # noqa: F811
+def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:
     assert engines.fit(small_draft(tiny, **changes), engine, format).loads
 
 
@@ -73,7 +72,7 @@ def test_what_the_engines_load(tiny: Target, changes: dict[str, Any], engine: st
     ],
 )
 def test_what_they_do_not_load_is_told_with_the_nearest_that_loads(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     changes: dict[str, Any],
     engine: str,
     format: str,
@@ -95,7 +94,7 @@ def test_what_they_do_not_load_is_told_with_the_nearest_that_loads(
     assert result.elsewhere or result.settings
 
 
-def test_every_obstacle_is_told_at_once(tiny: Target) -> None:  # noqa: F811
+def test_every_obstacle_is_told_at_once(tiny: Target) -> None:
     draft = small_draft(tiny, vocabulary=60, markov_head_type="rnn", sliding_windows=[9, 9], sample_from_anchor=False)
     result = engines.fit(draft, "sglang")
     assert set(result.settings) == {
@@ -106,7 +105,7 @@ def test_every_obstacle_is_told_at_once(tiny: Target) -> None:  # noqa: F811
     assert "No combination" not in str(result) and result.elsewhere == ()
 
 
-def test_softcapped_logits_have_no_combination_yet(tiny: Target) -> None:  # noqa: F811
+def test_softcapped_logits_have_no_combination_yet(tiny: Target) -> None:
     draft = small_draft(tiny, vocabulary=0)
     draft.logit_softcap = 30.0
     for engine in engines.OWN:
@@ -130,7 +129,7 @@ THREE |= {"target_layer_ids": [0, 1, 3], "qk_norm": False}
         ({**FULL, **THREE, "own_embedding": True}, "vllm", "speculators"),
     ],
 )
-def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:  # noqa: F811
+def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engine: str, format: str) -> None:
     assert engines.fit(small_draft(tiny, **changes), engine, format).loads
 
 
@@ -148,7 +147,7 @@ def test_the_eagle3_drafts_that_load(tiny: Target, changes: dict[str, Any], engi
     ],
 )
 def test_the_eagle3_drafts_that_do_not(
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     changes: dict[str, Any],
     engine: str,
     format: str,

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from pipeline.drafts.formats import deepspec, files, specforge, speculators
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import rounded, tensors
 
 EAGLE3: dict[str, Any] = {"algorithm": "eagle3", "num_layers": 1, "markov_head_type": "none", "qk_norm": False}
@@ -25,7 +24,7 @@ FILES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_an_lm_head_that_is_not_the_target_s_is_the_draft_s_own(tmp_path: Path, tiny: Target, kind: str) -> None:  # noqa: F811
+def test_an_lm_head_that_is_not_the_target_s_is_the_draft_s_own(tmp_path: Path, tiny: Target, kind: str) -> None:
     format, changes = FILES[kind]
     draft = rounded(tiny, **changes)
     format.write(draft, tiny, tmp_path / "foreign", inputs={})

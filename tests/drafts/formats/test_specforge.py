@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from pipeline.drafts.formats import specforge
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import Damage, rounded, same_logits, settings, tensors
 
 PLAIN = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
@@ -28,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:  # noqa: F811
+def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:
     draft = rounded(tiny, **KINDS[kind])
     draft.temperatures.copy_(torch.linspace(0.5, 2.0, draft.config.tokens_per_block))
     specforge.write(draft, tiny, tmp_path / "export", inputs={})
@@ -39,7 +38,7 @@ def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, t
         assert getattr(again.config, field) == getattr(draft.config, field), field
 
 
-def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:
     draft = rounded(tiny)
     draft.temperatures.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
     specforge.write(draft, tiny, tmp_path / "export", inputs={})
@@ -61,7 +60,7 @@ def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None
     assert sts == {"temperatures": [0.5, 1.0, 1.5, 2.0]}
 
 
-def test_heads_that_only_dflash_config_tells_are_read(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_heads_that_only_dflash_config_tells_are_read(tmp_path: Path, tiny: Target) -> None:
     """SpecForge's own configs have them there alone."""
     draft = rounded(tiny, markov_head_type="gated")
     specforge.write(draft, tiny, tmp_path / "export", inputs={})
@@ -81,7 +80,7 @@ def test_heads_that_only_dflash_config_tells_are_read(tmp_path: Path, tiny: Targ
 )
 def test_what_the_format_cannot_hold_is_refused_with_what_can(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     changes: dict[str, Any],
     words: str,
 ) -> None:
@@ -107,7 +106,7 @@ def test_what_the_format_cannot_hold_is_refused_with_what_can(
 )
 def test_a_checkpoint_that_does_not_fit_says_what_differs(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     damage: Damage,
     words: str,
 ) -> None:

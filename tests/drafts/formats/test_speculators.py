@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from pipeline.drafts.formats import speculators
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.target import Target
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import Damage, rounded, same_logits, settings, tensors
 
 PLAIN = {"algorithm": "dflash", "markov_head_type": "none", "enable_confidence_head": False}
@@ -34,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:  # noqa: F811
+def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, tiny: Target, kind: str) -> None:
     draft = rounded(tiny, **KINDS[kind])
     draft.temperatures.copy_(torch.linspace(0.5, 2.0, draft.config.tokens_per_block))
     speculators.write(draft, tiny, tmp_path / "export", inputs={})
@@ -46,7 +45,7 @@ def test_a_draft_computes_the_same_logits_after_the_round_trip(tmp_path: Path, t
         assert getattr(again.config, field) == getattr(draft.config, field), field
 
 
-def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None:
     """Of a reduced vocabulary: ids L + 1, offsets in d2t, a mask in t2d, lm_head and W2 over the draft vocabulary."""
     draft = rounded(tiny, vocabulary=60)
     speculators.write(draft, tiny, tmp_path / "export", inputs={}, served_target="org/tiny")
@@ -73,7 +72,7 @@ def test_the_files_are_what_the_tables_say(tmp_path: Path, tiny: Target) -> None
     assert (layers["num_hidden_layers"], layers["vocab_size"], layers["model_type"]) == (2, v, "qwen3")
 
 
-def test_a_silent_anchor_proposes_one_token_less(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_a_silent_anchor_proposes_one_token_less(tmp_path: Path, tiny: Target) -> None:
     speculators.write(rounded(tiny, **KINDS["dflash"]), tiny, tmp_path / "export", inputs={})
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["sample_from_anchor"] is False and "markov_rank" not in config
@@ -89,7 +88,7 @@ def test_a_silent_anchor_proposes_one_token_less(tmp_path: Path, tiny: Target) -
 )
 def test_what_the_format_cannot_hold_is_refused_with_what_can(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     changes: dict[str, Any],
     words: str,
 ) -> None:
@@ -131,7 +130,7 @@ def swap(held: dict[str, torch.Tensor]) -> None:
 )
 def test_a_checkpoint_that_does_not_fit_says_what_differs(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
+    tiny: Target,
     damage: Damage,
     words: str,
 ) -> None:
@@ -141,14 +140,14 @@ def test_a_checkpoint_that_does_not_fit_says_what_differs(
         speculators.read(tmp_path / "export", tiny)
 
 
-def test_causal_sliding_layers_are_not_read_as_ours(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_causal_sliding_layers_are_not_read_as_ours(tmp_path: Path, tiny: Target) -> None:
     speculators.write(rounded(tiny, sliding_windows=[0, 9]), tiny, tmp_path / "export", inputs={})
     settings(sliding_window_non_causal=False)(tmp_path / "export")
     with pytest.raises(ArtifactError, match="sliding_window_non_causal=false"):
         speculators.read(tmp_path / "export", tiny)
 
 
-def test_every_difference_is_told_at_once(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_every_difference_is_told_at_once(tmp_path: Path, tiny: Target) -> None:
     speculators.write(rounded(tiny), tiny, tmp_path / "export", inputs={})
     settings("transformer_layer_config", vocab_size=400, hidden_act="gelu")(tmp_path / "export")
     settings(mask_token_id=9999)(tmp_path / "export")

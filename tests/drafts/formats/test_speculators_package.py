@@ -15,7 +15,6 @@ from pipeline.config import TargetConfig
 from pipeline.drafts.dspark import DSparkDraft
 from pipeline.drafts.formats import speculators as ours
 from pipeline.target import Target, obtain
-from tests.drafts.conftest import cache_dir, tiny  # noqa: F401
 from tests.drafts.formats.samples import rounded, same_logits
 from tests.drafts.test_parity import training_logits
 from tests.training.reference import training_hidden
@@ -83,8 +82,8 @@ def their_block(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_package_computes_our_logits_from_our_files(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
-    cache_dir: Path,  # noqa: F811
+    tiny: Target,
+    cache_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
@@ -123,8 +122,8 @@ def test_the_package_computes_our_logits_from_our_files(
 @pytest.mark.parametrize("norm_before_residual", [False, True])
 def test_the_package_computes_our_eagle3(
     tmp_path: Path,
-    tiny: Target,  # noqa: F811
-    cache_dir: Path,  # noqa: F811
+    tiny: Target,
+    cache_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     qk_norm: bool,
     vocabulary: int,
@@ -176,7 +175,7 @@ def test_the_package_computes_our_eagle3(
     same_logits(draft, ours.read(tmp_path / "theirs", tiny), tiny)
 
 
-def test_the_package_finds_its_fields_in_our_config(tmp_path: Path, tiny: Target) -> None:  # noqa: F811
+def test_the_package_finds_its_fields_in_our_config(tmp_path: Path, tiny: Target) -> None:
     ours.write(rounded(tiny, vocabulary=60), tiny, tmp_path / "export", inputs={}, served_target="org/tiny")
     config = theirs.SpeculatorModelConfig.from_pretrained(str(tmp_path / "export"))
     assert type(config).__name__ == "DSparkSpeculatorConfig"
@@ -188,7 +187,7 @@ def test_the_package_finds_its_fields_in_our_config(tmp_path: Path, tiny: Target
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "rnn", "dflash"])
-def test_we_read_what_the_package_writes(tmp_path: Path, tiny: Target, cache_dir: Path, kind: str) -> None:  # noqa: F811
+def test_we_read_what_the_package_writes(tmp_path: Path, tiny: Target, cache_dir: Path, kind: str) -> None:
     draft = rounded(tiny, **{**KINDS.get(kind, {"markov_head_type": "rnn"})})
     their_model(draft, tiny, tmp_path, cache_dir).save_pretrained(tmp_path / "theirs")
     same_logits(draft, ours.read(tmp_path / "theirs", tiny), tiny)
