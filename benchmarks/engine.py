@@ -120,8 +120,9 @@ def steps(engine: Engine, args: argparse.Namespace) -> Results:
 
 def graphs(target: Target, args: argparse.Namespace) -> Results:
     """Steps of one request's sizes behind short and long contexts, recorded and launched."""
-    runner = make_engine(target, args.context + 64, args).runner
-    sizes, contexts = runner.buckets, sorted({min(512, args.context), args.context})
+    most = min(args.context, (getattr(target.config, "max_position_embeddings", None) or args.context + 64) - 64)
+    runner = make_engine(target, most + 64, args).runner
+    sizes, contexts = runner.buckets, sorted({min(512, most), most})
     times: dict[tuple[int, int, bool], list[float]] = {}
     for _ in range(args.repeats + 2):
         for case in itertools.product(sizes, contexts, (True, False)):

@@ -31,7 +31,7 @@ from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.request import Completion, Request, RequestRefused, Sequence, StepEvent
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
-from pipeline.decoding.step_cost import PaddedCost, StepCost, StepTimer
+from pipeline.decoding.step_cost import StepCost, StepTimer, padded
 from pipeline.decoding.text import TextStream
 from pipeline.decoding.trace import StepRecord, StepTrace
 from pipeline.decoding.verification import Verification
@@ -64,8 +64,7 @@ class Engine:
     ) -> None:
         if config.threads > 0 and target.device.type == "cpu":
             torch.set_num_threads(config.threads)
-        self.target = target
-        self.config = config
+        self.target, self.config = target, config
         proposer = proposer or NoneProposer()
         self.step_cost = step_cost
         self.on_round: Callable[[RoundTrace], None] | None = None
@@ -177,6 +176,8 @@ class Engine:
         if self.batch.running:
             raise DraftlineError("The step cost is measured while no request runs.")
         self.step_cost = self.runner.step_cost(max(self.proposer.block_size, 7) + 1, self.config)
+        if self.scheduler.foresees and self.proposer.block_size:
+            self.runner.record_ahead(self.proposer.block_size)
         return self.step_cost
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -281,8 +282,8 @@ class Engine:
         if not batch.running:
             return events
         drafting, plain = self._whom_to_draft_for([s for s in batch.running if s.prefilled])
-        for s in plain if self.proposer.block_size else []:
-            s.metrics.skipped += s.draft_limit > 0
+        for s in plain:
+            s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
         decoding = drafting + plain
         if drafting:
             self._held.hand_over(self.proposer, drafting)
@@ -304,13 +305,13 @@ class Engine:
         # What was emitted has been read by now, so that asking for the time makes nobody wait for the device.
         target = self.runner.seconds() if decoding or self.trace is not None else 0.0
         if ahead is not None:
-            drafted = began + self._draft_timer.seconds()
-        usual = self.runner.recordings == recordings  # one in which something is recorded takes longer
-        if usual and decoding and self.proposer.block_size and self.step_cost is not None:
+            drafted = max(proposed, began + self._draft_timer.seconds())
+        cost = self.step_cost if self.runner.recordings == recordings else None  # recording takes its time
+        if decoding and self.proposer.block_size and cost is not None:
             if proposal is not None:
-                self.step_cost.observe_draft(len(drafting), drafted - began)
+                cost.observe_draft(len(drafting), drafted - began)
             if not plan.chunks:  # reading prompts costs otherwise
-                self.step_cost.observe(self.runner.padded(len(plan.tokens)), plan.context, target)
+                cost.observe(self.runner.padded(len(plan.tokens)), plan.context, target)
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += target
@@ -341,30 +342,29 @@ class Engine:
         """Lengths of all that decode; of those without a proposal, which come last, 0."""
         if proposal is None:
             return [0] * len(decoding)
-        # A step that reads prompts too is of any size and no graph's.
+        # A step that reads prompts too is of no recorded size.
         buckets = self.runner.buckets if len(decoding) == len(self.batch.running) else ()
-        limits = torch.tensor(limits_of(decoding, proposal))
-        confidence = confidences(decoding, proposal)
-        return self.scheduler.lengths(
-            confidence, self._cost(proposal), mean_context(decoding), limits, buckets
-        ).tolist()
+        limits, known = torch.tensor(limits_of(decoding, proposal)), confidences(decoding, proposal)
+        return self.scheduler.lengths(known, self._cost(proposal), mean_context(decoding), limits, buckets).tolist()
 
     def _cost(self, proposal: Proposal) -> Any:
         """What the scheduler weighs; None where it weighs nothing."""
         if self.step_cost is None or not self.scheduler.weighs_cost:
             return None
         cost = self.step_cost.drafting_for(0 if self._worth.trying else len(proposal.tokens))
-        return PaddedCost(cost, self.runner.padded) if self.runner.buckets else cost
+        return cost if self.scheduler.stops else padded(cost, self.runner.buckets)
 
     def _run_ahead(
         self, decoding: list[Sequence], proposal: Proposal | None
     ) -> tuple[StepPlan, torch.Tensor | None, torch.Tensor] | None:
         """Runs the step before the host has seen what was drafted, where its size is foreseen and it is recorded."""
-        if proposal is None or len(decoding) < len(self.batch.running) or proposal.tokens.device != self.target.device:
+        if proposal is None or len(decoding) < len(self.batch.running):
             return None
-        ahead = foresee(decoding, proposal, self.scheduler, self.runner.buckets)
-        done = None if ahead is None else self.runner.step_ahead(decoding, proposal.tokens, ahead)
-        return None if ahead is None or done is None else (plan_ahead(decoding, proposal, ahead), *done)
+        if (ahead := foresee(decoding, proposal, self.scheduler, self.runner.buckets)) is None:
+            return None
+        plan = plan_ahead(decoding, proposal, ahead)
+        done = self.runner.step_ahead(plan.segments, plan.tokens, proposal.tokens, ahead)
+        return None if done is None else (plan, *done)
 
     def _postprocess(self, plan: StepPlan, taps: torch.Tensor | None, logits: torch.Tensor) -> list[StepEvent]:
         for c in plan.chunks:

@@ -39,8 +39,8 @@ class StepPlan:
         chunks: positions of prompts in this step.
         outcome: filled by verification: per decoding request id, verified length, accepted and emitted tokens.
         context: mean tokens of the texts that decode, before the step.
-        ahead: of a step that runs before the host knows its blocks; until it does (`known`) there are only `decoding`,
-            `proposal` and `verifying`.
+        ahead: of a step that runs before the host knows its blocks; until it does (`known`) segments have no tokens,
+            tokens are the anchors alone, and there are no lengths and rows.
     """
 
     decoding: list[Sequence]
@@ -70,8 +70,7 @@ class StepPlan:
 
     def known(self, lengths: list[int]) -> None:
         """Fills in the blocks: the requests' lengths, and what was drafted for them."""
-        self.lengths = lengths
-        self.verifying.clear()
+        self.lengths, self.segments, self.tokens, self.verifying = lengths, [], [], []
         drafts: list[list[int]] = [] if self.proposal is None else list(self.proposal.on_host[0])
         drafts += [[]] * (len(self.decoding) - len(drafts))
         for s, draft, length in zip(self.decoding, drafts, lengths, strict=True):
@@ -94,17 +93,21 @@ def foresee(
         return None  # what penalties count in a block is counted on the host
     limits, device = limits_of(decoding, proposal), proposal.tokens.device
     foreseen = scheduler.foreseen(limits, buckets)
-    if foreseen is None:
+    count = 0 if foreseen is None else foreseen if isinstance(foreseen, int) else sum(foreseen)
+    if foreseen is None or count + len(limits) > buckets[-1]:
         return None
     if not isinstance(foreseen, int):
-        return Ahead(on_device(foreseen, device), sum(foreseen) + len(limits), limits)
+        return Ahead(on_device(foreseen, device), count + len(limits), limits)
     confidence = torch.nn.functional.pad(proposal.confidence.float(), (0, 0, 0, len(limits) - len(proposal.tokens)))
-    return Ahead(spread(confidence, on_device(limits, device), foreseen), foreseen + len(limits), limits)
+    return Ahead(spread(confidence, on_device(limits, device), count), count + len(limits), limits)
 
 
 def plan_ahead(decoding: list[Sequence], proposal: Proposal, ahead: Ahead) -> StepPlan:
     """A step of blocks alone that the host doesn't know yet."""
-    return StepPlan(decoding, proposal, [], verifying=[(s, -1) for s in decoding], ahead=ahead)
+    plan = StepPlan(decoding, proposal, [], verifying=[(s, -1) for s in decoding], ahead=ahead)
+    plan.segments = [Segment(s.pages, s.computed, 0) for s in decoding]
+    plan.tokens = [s.tokens[-1] for s in decoding]
+    return plan
 
 
 def mean_context(decoding: list[Sequence]) -> int:

@@ -51,14 +51,20 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records CUDA graphs."""
+    """Records CUDA graphs of a device. Meanwhile any thread that makes the host wait for a GPU fails: torch's watch
+    over that (set_sync_debug_mode) is of the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._memory = torch.cuda.graph_pool_handle()
         # One, as libraries keep a workspace for each that they ever ran on.
-        self._aside = torch.cuda.Stream()
+        self._aside = torch.cuda.Stream(device)
 
     def __call__(self, body: Callable[[], Out]) -> Recorded[Out]:
+        with torch.cuda.device(self._device):
+            return self._recorded(body)
+
+    def _recorded(self, body: Callable[[], Out]) -> Recorded[Out]:
         before, watched = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
         self._aside.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
@@ -221,13 +227,19 @@ class Replays(Generic[Out]):
         """Forgets all: what they recorded has changed."""
         self._recorded.clear()
         self._refused.clear()
+        # The memory of graphs that are gone is not taken up again.
+        self._record = self.terms.recorder()
+
+    def may(self, key: Hashable) -> bool:
+        """Whether a step could be run, as far as is known."""
+        return self.possible and key not in self._refused
 
     def run(self, key: Hashable, body: Callable[[], Out]) -> Out | None:
         """Does a step whose input is filled in; None where it can't be recorded, which is said once.
 
         What it returns is overwritten by the next run of whatever key.
         """
-        if not self.possible or key in self._refused:
+        if not self.may(key):
             return None
         if key not in self._recorded:
             self.terms.made += 1
@@ -238,13 +250,12 @@ class Replays(Generic[Out]):
                     self._refused.add(key)
                 else:
                     self.possible = False
-                    self.clear()
+                    self._recorded.clear()
                 log.warning(
-                    "%s of %s can't be recorded in CUDA graphs and %s launched operation by operation, which is slower "
-                    "where few requests run: %s. engine.cuda_graphs=false says so from the start.",
-                    "The steps" if not self.possible else f"A step of size {key}",
+                    "%s of %s can't be recorded in CUDA graphs: they are launched operation by operation, which is "
+                    "slower where few requests run: %s. engine.cuda_graphs=false says so from the start.",
+                    "Some steps" if self.possible else "The steps",
                     self._what,
-                    "are" if not self.possible else "is",
                     e,
                 )
                 return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,15 @@ from pipeline.decoding.recorded import (
     StepInput,
     size_for,
 )
-from pipeline.decoding.request import Sequence
 from pipeline.decoding.step_cost import StepCost, StepTimer, device_name, kept, measure
 from pipeline.decoding.table_layout import Segment, TableLayout
 from pipeline.errors import DraftlineError
 from pipeline.target import TapCapture, Target
 
 log = logging.getLogger(__name__)
+
+Done = tuple[torch.Tensor | None, torch.Tensor]
+"""Taps [T, L*D] or None, and logits [T, V]."""
 
 
 class TargetRunner:
@@ -72,7 +75,7 @@ class TargetRunner:
                 f"engine.max_context={config.max_context} is beyond the target's {limit} positions; set it to {limit} "
                 "or less."
             )
-        self.target = target
+        self.target, self.config = target, config
         self._layer_ids = list(layer_ids or [])
         self.family = target.family
         self.geometry = attention_geometry(target, NAME)
@@ -83,7 +86,7 @@ class TargetRunner:
         devices = {p.device for p in target.model.parameters()} | {target.device}
         if recorder is None and config.cuda_graphs and target.device.type == "cuda":
             if len(devices) == 1:
-                recorder = CudaGraphs
+                recorder = functools.partial(CudaGraphs, target.device)
             else:
                 log.info("The target lies on several devices: its steps are not recorded in CUDA graphs.")
         pages = pool_pages(config, each, target.device, block_size)
@@ -91,7 +94,8 @@ class TargetRunner:
         self.cache = PagedKV(shapes, self.pool.total, self.pool.size, target.dtype, target.device)
         self.terms: RecordingTerms | None = None
         self.buckets: tuple[int, ...] = ()
-        self._replays: Replays[tuple[torch.Tensor | None, torch.Tensor]] | None = None
+        self._replays: Replays[Done] | None = None
+        self._ahead_replays: Replays[Done] | None = None
         self._inputs: dict[int, StepInput] = {}
         self._ahead: dict[tuple[int, int], AheadInput] = {}
         if recorder is not None:
@@ -101,6 +105,7 @@ class TargetRunner:
             most = min(config.max_requests * behind, SIZES[-1])
             self.buckets = tuple(sorted({most, *(t for t in SIZES if t <= most)}))
             self._replays = Replays(self.terms, f"the target ({self.family.name})")
+            self._ahead_replays = Replays(self.terms, f"the target ({self.family.name}) that run ahead")
         self._timer = StepTimer(devices)
         self.unsound: set[int] = set()
         self.packed = 0
@@ -118,13 +123,15 @@ class TargetRunner:
     @layer_ids.setter
     def layer_ids(self, layer_ids: Iterable[int]) -> None:
         """Taps other layers from now on; steps are recorded anew."""
-        if list(layer_ids) != self._layer_ids and self._replays is not None:
-            self._replays.clear()
+        if list(layer_ids) != self._layer_ids:
+            for replays in (self._replays, self._ahead_replays):
+                if replays is not None:
+                    replays.clear()
         self._layer_ids = list(layer_ids)
 
     @property
     def recordings(self) -> int:
-        """How many were made so far, of the drafts' steps too."""
+        """How many were made so far, of the drafts' steps too; a step in which one is made takes longer than others."""
         return 0 if self.terms is None else self.terms.made
 
     def padded(self, tokens: int) -> int:
@@ -132,9 +139,7 @@ class TargetRunner:
         return size_for(tokens, self.buckets) or tokens
 
     @torch.inference_mode()
-    def step(
-        self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def step(self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]) -> Done:
         """Runs T tokens. What one request's tokens become never depends on another's, even on one whose are NaN.
 
         Args:
@@ -150,35 +155,34 @@ class TargetRunner:
         self._timer.stop()
         return done
 
-    def _replayed(
-        self, segments: list[Segment], token_ids: list[int]
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    def _replayed(self, segments: list[Segment], token_ids: list[int]) -> Done | None:
         """A step that reads no prompts, from its recording; None where there is none of its size."""
         size = size_for(len(token_ids), self.buckets)
-        if self.terms is None or size is None:
+        if self.terms is None or self._replays is None or size is None:
             return None
         if size not in self._inputs:
             self._inputs[size] = StepInput(size, min(size, self.terms.requests), self.terms, self.target.device)
         given = self._inputs[size]
         if not given.load(segments, token_ids):
             return None
-        return self._replay((size, 0), given, given, len(token_ids))
+        done = self._replay(self._replays, size, given, given, len(token_ids))
+        if done is None:
+            # Larger ones would find no memory either.
+            self.buckets = tuple(b for b in self.buckets if b < size) if self._replays.possible else ()
+        return done
 
     def _replay(
-        self, key: tuple[int, int], given: StepInput | AheadInput, step: StepInput, tokens: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        self, replays: Replays[Done], key: Hashable, given: StepInput | AheadInput, step: StepInput, tokens: int
+    ) -> Done | None:
         """The first `tokens` rows of taps and logits of a step that is filled in."""
-        assert self._replays is not None
 
-        def body() -> tuple[torch.Tensor | None, torch.Tensor]:
+        def body() -> Done:
             layout = given.layout(self.cache, self.geometry, causal=True)
             hidden, taps = self._forward(step.ids.long()[None], layout)
             return taps, self._logits(hidden)
 
-        done = self._replays.run(key, body)
+        done = replays.run(key, body)
         if done is None:
-            # Larger ones would find no memory either.
-            self.buckets = tuple(b for b in self.buckets if b < key[0]) if self._replays.possible else ()
             return None
         self.unsound = set()
         taps, logits = done
@@ -187,33 +191,46 @@ class TargetRunner:
 
     @torch.inference_mode()
     def step_ahead(
-        self, decoding: list[Sequence], drafts: torch.Tensor, ahead: Ahead
-    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        self, segments: list[Segment], anchors: list[int], drafts: torch.Tensor, ahead: Ahead
+    ) -> Done | None:
         """A step over blocks that only the device knows yet, from a recording.
 
         Args:
-            decoding: B requests. drafts: int64[<= B, K], of the first ones.
+            segments: of B requests, with no tokens yet. anchors: their last tokens. drafts: int64[<= B, K], of the
+                first ones.
         Returns:
             as `step` for all rows; None, and nothing done, where there is no recording of its size.
         """
         size, block = size_for(ahead.tokens, self.buckets), drafts.shape[1]
-        if self.terms is None or size is None:
+        if self.terms is None or self._ahead_replays is None or size is None or drafts.device != self.target.device:
+            return None
+        if not self._ahead_replays.may((size, block)):
             return None
         if (size, block) not in self._ahead:
             requests = min(size, self.terms.requests)
             self._ahead[size, block] = AheadInput(size, requests, block, self.terms, self.target.device)
         given = self._ahead[size, block]
-        segments = [Segment(s.pages, s.computed, 0) for s in decoding]
-        if not given.load(segments, [s.tokens[-1] for s in decoding], drafts, ahead.lengths):
+        if not given.load(segments, anchors, drafts, ahead.lengths):
             return None
         self._timer.start()
-        done = self._replay((size, block), given, given.step, ahead.tokens)
+        done = self._replay(self._ahead_replays, (size, block), given, given.step, ahead.tokens)
         self._timer.stop()
         return done
 
-    def _launched(
-        self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def record_ahead(self, block: int) -> None:
+        """Records steps that run ahead with blocks of so many tokens, before any request comes."""
+        self.pool.forget()
+        for size in reversed(self.buckets):  # the largest first, whose memory serves the others
+            requests = min(-(-size // (block + 1)), self.config.max_requests)
+            lengths = [min(block, size - requests - b * block) for b in range(requests)]
+            lengths = [max(n, 0) for n in lengths]
+            drafts = torch.zeros(requests, block, dtype=torch.int64, device=self.target.device)
+            ahead = Ahead(on_device(lengths, self.target.device), sum(lengths) + requests, lengths)
+            pages = self.pool.take(1)
+            self.pool.give_back(pages)
+            self.step_ahead([Segment(pages, 0, 0)] * requests, [0] * requests, drafts, ahead)
+
+    def _launched(self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]) -> Done:
         layout = StepLayout(segments, self.cache, self.geometry)
         ids = on_device(token_ids, self.target.device)[None]
         hidden, taps = self._forward(ids, layout)

@@ -58,11 +58,14 @@ class PrefixScheduler(Protocol):
 
     Attributes:
         causal: decides on a token by what was known before it was drawn. weighs_cost: needs a step cost.
+        stops: at the first token that does not pay. foresees: how much it verifies, sooner or later.
     """
 
     name: str
     causal: bool
     weighs_cost: bool
+    stops: bool
+    foresees: bool
 
     def lengths(
         self,
@@ -86,6 +89,8 @@ class PrefixScheduler(Protocol):
 class _FromConfidences:
     """Of schedules that foresee nothing."""
 
+    stops = foresees = False
+
     def foreseen(self, limits: Sequence[int], buckets: Sequence[int] = ()) -> None:
         return None
 
@@ -96,7 +101,7 @@ def spread(confidence: torch.Tensor, limits: torch.Tensor, count: int) -> torch.
     """The lengths int64[B] that `count` tokens of highest survival make, ties by (position, request), worked out on the
     device that confidence float[B, K] and limits int64[B] are on; nobody waits for it."""
     requests, block = confidence.shape
-    survival = confidence.double().nan_to_num(0.0).cumprod(1)
+    survival = confidence.double().nan_to_num(0.0).cumprod(1).cummin(1).values  # prefixes, whatever rounding does
     slot = torch.arange(block, device=confidence.device)
     offered = torch.where(slot < limits[:, None], survival, -1.0)
     first = offered.T.flatten().sort(descending=True, stable=True).indices[:count]
@@ -163,6 +168,7 @@ class _Search(_FromConfidences):
     def __init__(self, *, causal: bool) -> None:
         self.causal = causal
         self.name = "early_stop" if causal else "global"
+        self.stops = causal
 
     def lengths(
         self,
@@ -186,6 +192,7 @@ class _Asynchronous:
     """
 
     name, causal, weighs_cost = "asynchronous", True, True
+    stops, foresees = False, True
 
     def __init__(self) -> None:
         self._budgets: collections.deque[float] = collections.deque(maxlen=2)
@@ -247,6 +254,7 @@ class _Fixed:
     """Verifies `length` tokens of every request (None: the whole block)."""
 
     name, causal, weighs_cost = "fixed", True, False
+    stops, foresees = False, True
 
     def __init__(self, length: int | None) -> None:
         self.length = length

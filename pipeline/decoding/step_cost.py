@@ -77,19 +77,31 @@ class StepTimer:
         return self._events[0].elapsed_time(self._events[1]) / 1000
 
 
-class PaddedCost:
+class _Padded:
     """A step cost where steps are padded: each size costs what it is run as.
 
     Args:
-        padded: tokens of the step that one of so many is run as.
+        buckets: sizes in tokens that steps are padded to, rising; larger steps are run as they are.
     """
 
-    def __init__(self, cost: StepCost, padded: Callable[[int], int]) -> None:
-        self._cost, self._padded = cost, padded
+    def __init__(self, cost: StepCost, buckets: Sequence[int]) -> None:
+        self._cost, self._buckets = cost, np.array(buckets)
 
     def rounds(self, tokens: np.ndarray, context: int) -> np.ndarray:
         """As StepCost.rounds."""
-        return self._cost.rounds(np.array([self._padded(int(t)) for t in tokens]), context)
+        at = np.searchsorted(self._buckets, tokens)
+        padded = self._buckets[np.minimum(at, len(self._buckets) - 1)]
+        return self._cost.rounds(np.maximum(padded, tokens), context)
+
+
+def padded(cost: StepCost, buckets: Sequence[int]) -> StepCost | _Padded:
+    """What steps cost as they are run. Not for a search that ends at the first token that doesn't pay: there the first
+    one of a size would bear the whole price of it.
+
+    Args:
+        buckets: sizes that steps are padded to; none: they are not.
+    """
+    return _Padded(cost, buckets) if buckets else cost
 
 
 @dataclasses.dataclass

@@ -75,8 +75,10 @@ class Verification:
 
     @property
     def _rows(self) -> list[int]:
-        """Of each request."""
+        """Of each request. Raises RuntimeError where the plan doesn't know its blocks yet."""
         lengths = self._plan.lengths
+        if len(lengths) < len(self._plan.decoding):
+            raise RuntimeError("the step ran ahead and has not been read yet")
         return [n + 1 for n in lengths] + [1] * (len(self._sequences) - len(lengths))
 
     @property

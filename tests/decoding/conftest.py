@@ -9,6 +9,7 @@ import pytest
 from pipeline.config import TargetConfig
 from pipeline.target import load_target
 from tests.decoding.samples import LONG, NEW, greedy_texts, prompt_ids
+from tests.decoding.tape import Tapes, record_on_tapes
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,9 @@ def alike(cache_dir: Path) -> list[list[int]]:
 def alike_expected(cache_dir: Path, alike: list[list[int]]) -> list[list[int]]:
     """Texts of `alike`."""
     return greedy_texts(cache_dir, alike, NEW)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Tapes:
+    """Engines made meanwhile record their steps on these."""
+    return record_on_tapes(monkeypatch)

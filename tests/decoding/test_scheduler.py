@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.decoding.scheduler import best, filled, make_scheduler, ranked, rates, spread
-from pipeline.decoding.step_cost import StepCost, kept, measure
+from pipeline.decoding.step_cost import StepCost, kept, measure, padded
 from pipeline.errors import ConfigError
 
 
@@ -333,3 +333,11 @@ def test_what_is_foreseen_is_what_is_chosen() -> None:
             one.learn(confidence, cost, 0, limits)
     assert make_scheduler("fixed", 3).foreseen([5, 2, 0]) == [3, 2, 0]
     assert [make_scheduler(n).foreseen([5, 2]) for n in ("global", "early_stop", "threshold")] == [None] * 3
+
+
+def test_a_padded_step_costs_what_it_is_run_as() -> None:
+    cost = StepCost([1, 4, 8, 16], [0], [[1.0], [1.1], [1.5], [2.0]])
+    sizes = np.array([1, 2, 4, 5, 8, 9, 20])
+    as_run = cost.rounds(np.array([4, 4, 4, 8, 8, 9, 20]), 0)
+    assert padded(cost, (4, 8)).rounds(sizes, 0).tolist() == as_run.tolist()
+    assert padded(cost, ()) is cost

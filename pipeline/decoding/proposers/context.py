@@ -200,6 +200,8 @@ class WithContext:
         if batch is None:
             return None
         key = (batch, *asked.kind)
+        if not self._replays.may(key):
+            return None
         if key not in self._rooms:
             self._rooms[key] = (StepInput(batch * each, batch, terms, self.device), Room(asked, batch, self.device))
         given, room = self._rooms[key]
