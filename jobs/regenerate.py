@@ -37,7 +37,7 @@ def stage(config: PipelineConfig, parent: str | None = None) -> Manifest:
 def warn(manifest: Manifest) -> None:
     """Says what is odd about the answers: those that had less room than they were to have, and those that failed."""
     counts, asked = manifest.counts, manifest.config
-    pool_cut = counts.get("pool_cut", 0)  # artifacts from before it was counted ask no answer again
+    pool_cut = counts.get("pool_cut")  # of an artifact from before it was counted: not told
     if counts["clipped"]:
         said = (
             f"regenerate: WARNING: {counts['clipped']} of {counts['rows']} prompts left their answers less room than "
@@ -50,14 +50,14 @@ def warn(manifest: Manifest) -> None:
                 f" The KV pool cut {pool_cut} of these, and the next run asks them again: raise engine.kv_gib, or free "
                 "memory where it is 0, to have them whole."
             )
-        if counts["clipped_cut"] > pool_cut:
+        if pool_cut is not None and counts["clipped_cut"] > pool_cut:
             said += (
                 f" engine.max_context cut {counts['clipped_cut'] - pool_cut}: raise it to have them whole, and all "
                 "prompts are asked anew."
             )
         print(said, flush=True)
     if counts["failed"]:
-        first, again = manifest.info["failed"][0], counts["retry"] - pool_cut
+        first, again = manifest.info["failed"][0], counts["retry"] - (pool_cut or 0)
         print(
             f"regenerate: WARNING: {counts['failed']} of {asked['prompts']} prompts have no answer (the first, row "
             f"{first['row']}: {first['error']})."

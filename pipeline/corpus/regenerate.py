@@ -107,6 +107,8 @@ def regenerate(config: PipelineConfig, out: Path, begin: Callable[[], object] = 
         before = [*former, *read_answers(staging.path), *_answered(chunks)]
         found = _to_keep(before)
         asked = [r for r in rows if r["row"] not in found or found[r["row"]]["retry"]]
+        # New ones first: a job that is stopped again and again would ask the same ones each time and get no further.
+        asked.sort(key=lambda r: r["row"] in found)
         again = sum(r["row"] in found for r in asked)
         print(
             f"regenerate: {len(rows)} prompts, {len(rows) - len(asked)} done before"
@@ -142,11 +144,12 @@ def _answered(chunks: Path) -> list[dict[str, Any]]:
 
 
 def _to_keep(answers: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """By row, the last of a prompt's answers; but where it is to be asked again too, one before it that says more."""
+    """By row, the last of a prompt's answers; but where it is to be asked again too, one before it that says more, or
+    that was final."""
     kept: dict[int, dict[str, Any]] = {}
     for answer in answers:
         former = kept.get(answer["row"])
-        if former is None or not answer["retry"] or _said(answer) >= _said(former):
+        if former is None or not answer["retry"] or (former["retry"] and _said(answer) >= _said(former)):
             kept[answer["row"]] = answer
     return kept
 

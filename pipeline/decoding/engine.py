@@ -169,14 +169,14 @@ class Engine:
         self.runner.layer_ids = drafts.layer_ids
 
     def profile(self) -> StepCost:
-        """The step cost table of the file `config.step_cost` where it fits; else it is measured and kept there.
+        """Records steps; the step costs in the file `config.step_cost` where it fits, else measured and kept there.
 
         Raises DraftlineError while requests run.
         """
         if self.batch.running:
             raise DraftlineError("The step cost is measured while no request runs.")
         self.step_cost = self.runner.step_cost(max(self.proposer.block_size, 7) + 1, self.config)
-        if self.scheduler.foresees and self.proposer.block_size:
+        if self.scheduler.foresees and self.proposer.layer_ids:  # others propose on the host
             self.runner.record_ahead(self.proposer.block_size)
         return self.step_cost
 
@@ -311,7 +311,7 @@ class Engine:
             if proposal is not None:
                 cost.observe_draft(len(drafting), drafted - began)
             if not plan.chunks:  # reading prompts costs otherwise
-                cost.observe(self.runner.padded(len(plan.tokens)), plan.context, target)
+                cost.observe(self.runner.run_as(len(plan.tokens)), plan.context, target)
         for s in decoding:
             s.metrics.draft_seconds += drafted - began
             s.metrics.target_seconds += target
@@ -360,7 +360,7 @@ class Engine:
         """Runs the step before the host has seen what was drafted, where its size is foreseen and it is recorded."""
         if proposal is None or len(decoding) < len(self.batch.running):
             return None
-        if (ahead := foresee(decoding, proposal, self.scheduler, self.runner.buckets)) is None:
+        if (ahead := foresee(decoding, proposal, self.scheduler, self.runner)) is None:
             return None
         plan = plan_ahead(decoding, proposal, ahead)
         done = self.runner.step_ahead(plan.segments, plan.tokens, proposal.tokens, ahead)

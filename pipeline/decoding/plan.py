@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 
@@ -70,7 +71,8 @@ class StepPlan:
 
     def known(self, lengths: list[int]) -> None:
         """Fills in the blocks: the requests' lengths, and what was drafted for them."""
-        self.lengths, self.segments, self.tokens, self.verifying = lengths, [], [], []
+        self.lengths, self.segments, self.tokens = lengths, [], []
+        self.logit_rows, self.verifying = [], []
         drafts: list[list[int]] = [] if self.proposal is None else list(self.proposal.on_host[0])
         drafts += [[]] * (len(self.decoding) - len(drafts))
         for s, draft, length in zip(self.decoding, drafts, lengths, strict=True):
@@ -81,20 +83,25 @@ class StepPlan:
             self.verifying.append((s, first))
 
 
-def foresee(
-    decoding: list[Sequence], proposal: Proposal, scheduler: PrefixScheduler, buckets: tuple[int, ...]
-) -> Ahead | None:
-    """What a step over B requests and the blocks of the first ones will be; None where that can't be told yet.
+class Runner(Protocol):
+    """As much of the target's as `foresee` asks: the sizes of its recorded steps, and whether one could run ahead."""
 
-    Args:
-        buckets: sizes of recorded steps; none: nothing runs ahead.
-    """
-    if not buckets or any(s.adjustment is not None for s in decoding):
+    buckets: tuple[int, ...]
+
+    def may_run_ahead(self, tokens: int, drafts: torch.Tensor) -> bool: ...
+
+
+def foresee(decoding: list[Sequence], proposal: Proposal, scheduler: PrefixScheduler, runner: Runner) -> Ahead | None:
+    """What a step over B requests and the blocks of the first ones will be; None where that can't be told yet, or could
+    not be run."""
+    if not runner.buckets or any(s.adjustment is not None for s in decoding):
         return None  # what penalties count in a block is counted on the host
     limits, device = limits_of(decoding, proposal), proposal.tokens.device
-    foreseen = scheduler.foreseen(limits, buckets)
-    count = 0 if foreseen is None else foreseen if isinstance(foreseen, int) else sum(foreseen)
-    if foreseen is None or count + len(limits) > buckets[-1]:
+    foreseen = scheduler.foreseen(limits, runner.buckets)
+    if foreseen is None:
+        return None
+    count = foreseen if isinstance(foreseen, int) else sum(foreseen)
+    if not runner.may_run_ahead(count + len(limits), proposal.tokens):
         return None
     if not isinstance(foreseen, int):
         return Ahead(on_device(foreseen, device), count + len(limits), limits)

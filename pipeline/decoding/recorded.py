@@ -211,13 +211,20 @@ class Replays(Generic[Out]):
     """Recorded steps by size (and whatever else tells them apart), recorded when first asked for.
 
     Args:
-        what: whose steps they are, for the log.
+        what: whose steps they are, and otherwise: what happens where they can't be recorded; for the log.
     Attributes:
         possible: false once a step turned out to hold what can't be recorded.
     """
 
-    def __init__(self, terms: RecordingTerms, what: str) -> None:
-        self.terms, self._what = terms, what
+    def __init__(
+        self,
+        terms: RecordingTerms,
+        what: str,
+        otherwise: str = "they are launched operation by operation, which is slower where few requests run; "
+        "engine.cuda_graphs=false says so from the start",
+    ) -> None:
+        self.terms, self._what, self._otherwise = terms, what, otherwise
+        self._told = False
         self._record = terms.recorder()
         self._recorded: dict[Hashable, Recorded[Any]] = {}
         self._refused: set[Hashable] = set()
@@ -251,13 +258,12 @@ class Replays(Generic[Out]):
                 else:
                     self.possible = False
                     self._recorded.clear()
-                log.warning(
-                    "%s of %s can't be recorded in CUDA graphs: they are launched operation by operation, which is "
-                    "slower where few requests run: %s. engine.cuda_graphs=false says so from the start.",
-                    "Some steps" if self.possible else "The steps",
-                    self._what,
-                    e,
-                )
+                if not self._told:
+                    which = "Some steps" if self.possible else "The steps"
+                    log.warning(
+                        "%s of %s can't be recorded in CUDA graphs (%s): %s.", which, self._what, e, self._otherwise
+                    )
+                self._told = True
                 return None
         recorded = self._recorded[key]
         recorded.replay()

@@ -105,7 +105,8 @@ class TargetRunner:
             most = min(config.max_requests * behind, SIZES[-1])
             self.buckets = tuple(sorted({most, *(t for t in SIZES if t <= most)}))
             self._replays = Replays(self.terms, f"the target ({self.family.name})")
-            self._ahead_replays = Replays(self.terms, f"the target ({self.family.name}) that run ahead")
+            ahead = f"the target ({self.family.name}) that run ahead"
+            self._ahead_replays = Replays(self.terms, ahead, "they wait for the host to read what was drafted")
         self._timer = StepTimer(devices)
         self.unsound: set[int] = set()
         self.packed = 0
@@ -134,7 +135,7 @@ class TargetRunner:
         """How many were made so far, of the drafts' steps too; a step in which one is made takes longer than others."""
         return 0 if self.terms is None else self.terms.made
 
-    def padded(self, tokens: int) -> int:
+    def run_as(self, tokens: int) -> int:
         """Tokens of the step that one of so many is run as."""
         return size_for(tokens, self.buckets) or tokens
 
@@ -169,6 +170,8 @@ class TargetRunner:
         if done is None:
             # Larger ones would find no memory either.
             self.buckets = tuple(b for b in self.buckets if b < size) if self._replays.possible else ()
+        if not self.buckets and self._ahead_replays is not None:
+            self._ahead_replays.clear()
         return done
 
     def _replay(
@@ -202,32 +205,37 @@ class TargetRunner:
             as `step` for all rows; None, and nothing done, where there is no recording of its size.
         """
         size, block = size_for(ahead.tokens, self.buckets), drafts.shape[1]
-        if self.terms is None or self._ahead_replays is None or size is None or drafts.device != self.target.device:
-            return None
-        if not self._ahead_replays.may((size, block)):
+        if self.terms is None or self._ahead_replays is None or size is None:
             return None
         if (size, block) not in self._ahead:
             requests = min(size, self.terms.requests)
             self._ahead[size, block] = AheadInput(size, requests, block, self.terms, self.target.device)
         given = self._ahead[size, block]
+        self._timer.start()
         if not given.load(segments, anchors, drafts, ahead.lengths):
             return None
-        self._timer.start()
         done = self._replay(self._ahead_replays, (size, block), given, given.step, ahead.tokens)
         self._timer.stop()
         return done
 
+    def may_run_ahead(self, tokens: int, drafts: torch.Tensor) -> bool:
+        """Whether `step_ahead` could run a step of so many tokens over such drafts, as far as is known."""
+        size = size_for(tokens, self.buckets)
+        if self._ahead_replays is None or size is None or drafts.device != self.target.device:
+            return False
+        return self._ahead_replays.may((size, drafts.shape[1]))
+
     def record_ahead(self, block: int) -> None:
-        """Records steps that run ahead with blocks of so many tokens, before any request comes."""
+        """Records steps that run ahead with blocks of so many tokens, before any request comes. For while no request
+        runs, as `time_step`."""
         self.pool.forget()
+        pages = self.pool.take(1)
+        self.pool.give_back(pages)
         for size in reversed(self.buckets):  # the largest first, whose memory serves the others
             requests = min(-(-size // (block + 1)), self.config.max_requests)
-            lengths = [min(block, size - requests - b * block) for b in range(requests)]
-            lengths = [max(n, 0) for n in lengths]
+            lengths = [max(0, min(block, size - requests - b * block)) for b in range(requests)]
             drafts = torch.zeros(requests, block, dtype=torch.int64, device=self.target.device)
             ahead = Ahead(on_device(lengths, self.target.device), sum(lengths) + requests, lengths)
-            pages = self.pool.take(1)
-            self.pool.give_back(pages)
             self.step_ahead([Segment(pages, 0, 0)] * requests, [0] * requests, drafts, ahead)
 
     def _launched(self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]) -> Done:

@@ -6,6 +6,7 @@ Letters: B requests (those that decode, then those whose prompt just ended), T r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 
@@ -73,7 +74,7 @@ class Verification:
             overrides=overrides,
         )
 
-    @property
+    @functools.cached_property
     def _rows(self) -> list[int]:
         """Of each request. Raises RuntimeError where the plan doesn't know its blocks yet."""
         lengths = self._plan.lengths
@@ -81,7 +82,7 @@ class Verification:
             raise RuntimeError("the step ran ahead and has not been read yet")
         return [n + 1 for n in lengths] + [1] * (len(self._sequences) - len(lengths))
 
-    @property
+    @functools.cached_property
     def _starts(self) -> list[int]:
         """First row of each request, and T."""
         return [0, *itertools.accumulate(self._rows)]

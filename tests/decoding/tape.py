@@ -29,6 +29,7 @@ from pipeline.target import Target
 from tests.decoding.samples import prompt_ids
 
 WAITING = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "unique")
+WAITING += ("repeat_interleave", "masked_select", "bincount")
 
 
 class _Tape(TorchDispatchMode):
@@ -39,7 +40,10 @@ class _Tape(TorchDispatchMode):
         self.done: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in WAITING):
+        by_mask = "aten.index" in str(func) and any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in tree_flatten(args[1:])[0]
+        )
+        if by_mask or any(name in str(func) for name in WAITING):
             raise RuntimeError(f"{func} would wait for the device")
         out = func(*args, **(kwargs or {}))
         self.done.append((func, args, kwargs or {}, out))
@@ -169,7 +173,7 @@ def record_on_tapes(monkeypatch: pytest.MonkeyPatch) -> Tapes:
     return made
 
 
-def engine_of(target: Target, proposer: Any = None, **settings: Any) -> Engine:
+def steady_engine(target: Target, proposer: Any = None, **settings: Any) -> Engine:
     config = EngineConfig(
         **{"max_requests": 4, "max_context": 256, "threads": 1, "prefill_chunk": 16, "prepack": False, **settings}
     )

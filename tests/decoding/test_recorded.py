@@ -18,7 +18,7 @@ from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.decoding.recorded import SIZES, size_for
 from pipeline.target import Target, load_target
 from tests.decoding.samples import KINDS, prompt_ids, proposer_for
-from tests.decoding.tape import Tapes, assert_same, engine_of, launched, requests, rounds_of
+from tests.decoding.tape import Tapes, assert_same, launched, requests, rounds_of, steady_engine
 from tests.decoding.test_families import NEW, expected, prompts
 from tests.drafts.samples import small_draft
 from tests.target.tiny_families import ENGINE, tiny_target
@@ -39,12 +39,12 @@ def test_replayed_steps_say_what_launched_ones_do(
     if name == "dspark":  # all slots in one, as on a GPU
         proposer = make_proposer("dspark", small_draft(tiny), rule=rule, pack=False)
         proposer._fused = True  # type: ignore[attr-defined]
-    engine = engine_of(tiny, proposer, **settings)
+    engine = steady_engine(tiny, proposer, **settings)
     assert engine.runner.buckets
     given = rounds_of(engine, requests(tiny, **asked))
     made = tapes.made
     assert made > 2 and tapes.replayed > 3 * made
-    other = launched(engine_of(tiny, **settings), proposer_for(tiny, name, rule))
+    other = launched(steady_engine(tiny, **settings), proposer_for(tiny, name, rule))
     assert_same(given, rounds_of(other, requests(tiny, **asked)))
     assert tapes.made == made
 
@@ -58,8 +58,8 @@ def test_greedy_and_sampled_requests_share_recorded_steps(tiny: Target, tapes: T
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "presence_penalty": 0.5},
     ]
-    engine = engine_of(tiny, proposer_for(tiny, "dspark", rule), **settings)
-    other = launched(engine_of(tiny, **settings), proposer_for(tiny, "dspark", rule))
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark", rule), **settings)
+    other = launched(steady_engine(tiny, **settings), proposer_for(tiny, "dspark", rule))
     ids = prompt_ids(tiny)
     for one, two in itertools.product(kinds, kinds):
         asked = [{"seed": 3, **one}, {"seed": 4, **two}]
@@ -75,8 +75,8 @@ def test_what_is_held_back_for_a_draft_outlives_the_next_replay(tiny: Target, ta
     """Rounds are skipped between drafts, whose taps come from steps replayed over since."""
     settings = {"skip_drafts": True, "prefix_cache": False}
     asked = [Request(p, max_new_tokens=60, ignore_eos=True) for p in prompt_ids(tiny)[:2]]
-    engine = engine_of(tiny, proposer_for(tiny, name), **settings)
-    other = launched(engine_of(tiny, **settings), proposer_for(tiny, name))
+    engine = steady_engine(tiny, proposer_for(tiny, name), **settings)
+    other = launched(steady_engine(tiny, **settings), proposer_for(tiny, name))
     given = rounds_of(engine, asked)
     assert_same(given, rounds_of(other, asked))
     assert 2 < len(given[1]) < 30
@@ -85,7 +85,7 @@ def test_what_is_held_back_for_a_draft_outlives_the_next_replay(tiny: Target, ta
 @pytest.mark.parametrize("name", ENGINE)
 def test_every_family_is_recorded(name: str, tapes: Tapes) -> None:
     target = tiny_target(name)
-    engine = engine_of(target, make_proposer("dspark", small_draft(target)), max_context=128, scheduler="fixed")
+    engine = steady_engine(target, make_proposer("dspark", small_draft(target)), max_context=128, scheduler="fixed")
     done = engine.generate([Request(ids, max_new_tokens=NEW, ignore_eos=True) for ids in prompts()])
     assert [d.token_ids for d in done] == expected(name)
     assert engine.runner.buckets and tapes.replayed > 20
@@ -99,22 +99,24 @@ def test_what_can_not_be_recorded_is_said_once_and_launched(
 ) -> None:
     look = tiny.family.final_norm.register_forward_hook(lambda _m, _i, out: None if bool(out.isnan().any()) else out)
     try:
-        engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="threshold")
+        engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
         with caplog.at_level(logging.WARNING):
             given = rounds_of(engine, requests(tiny))
     finally:
         look.remove()
     said = [r.message for r in caplog.records if "can't be recorded" in r.message]
-    assert len(said) == 1 and "the target (llama)" in said[0] and "would wait for the device" in said[0]
+    assert len(said) == 2 and all("would wait for the device" in m for m in said)
+    assert "of the target (llama) that run ahead" in said[0] and "wait for the host" in said[0]
+    assert "of the target (llama) can't" in said[1] and "launched operation by operation" in said[1]
     assert engine.runner.buckets == () and tapes.made > 0  # the draft's blocks were
-    other = launched(engine_of(tiny, scheduler="threshold"), proposer_for(tiny, "dspark"))
+    other = launched(steady_engine(tiny, scheduler="fixed"), proposer_for(tiny, "dspark"))
     assert_same(given, rounds_of(other, requests(tiny)))
 
 
 def test_where_memory_ends_smaller_steps_stay_recorded(
     tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = engine_of(tiny, proposer_for(tiny, "dspark"))
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"))
     replays = engine.runner._replays
     assert replays is not None
     record, made = replays._record, []
@@ -131,11 +133,11 @@ def test_where_memory_ends_smaller_steps_stay_recorded(
         given = rounds_of(engine, requests(tiny))
     assert 0 < max(engine.runner.buckets) <= 12 and replays.possible
     assert all("Some steps of the target (llama)" in r.message for r in caplog.records if "recorded" in r.message)
-    assert given[0] == rounds_of(launched(engine_of(tiny), proposer_for(tiny, "dspark")), requests(tiny))[0]
+    assert given[0] == rounds_of(launched(steady_engine(tiny), proposer_for(tiny, "dspark")), requests(tiny))[0]
 
 
 def test_a_step_in_which_something_is_recorded_teaches_nothing_about_costs(tiny: Target, tapes: Tapes) -> None:
-    engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
     heard: list[tuple[int, int]] = []
     engine.step_cost.observe = lambda tokens, *_: heard.append((tokens, tapes.made))  # type: ignore[method-assign, union-attr]
     before, steps = tapes.made, 0
@@ -159,9 +161,9 @@ def test_drafts_are_swapped_under_recorded_steps(cache_dir: Path, tapes: Tapes) 
         drafts = {n: proposer_for(target, n) for n in ("dspark", "eagle3")}
         several = SeveralDrafts(drafts, "dspark", target.vocab_size)
         if recorded:
-            engine = engine_of(target, several, skip_drafts=False)
+            engine = steady_engine(target, several, skip_drafts=False)
         else:
-            engine = launched(engine_of(target, skip_drafts=False), several)
+            engine = launched(steady_engine(target, skip_drafts=False), several)
         seen: list[Any] = []
         engine.on_round = seen.append
         asked, said = requests(target), {}
@@ -193,11 +195,11 @@ def test_the_scratch_page_is_nobodys() -> None:
 
 
 def test_a_step_that_is_too_large_is_launched(tiny: Target, tapes: Tapes) -> None:
-    engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
     engine.runner.buckets = (1, 2)
     given = rounds_of(engine, requests(tiny))
     assert set(engine.runner._inputs) <= {1, 2}
-    other = launched(engine_of(tiny, scheduler="fixed"), proposer_for(tiny, "dspark"))
+    other = launched(steady_engine(tiny, scheduler="fixed"), proposer_for(tiny, "dspark"))
     assert_same(given, rounds_of(other, requests(tiny)))
     assert [size_for(n, SIZES) for n in (1, 9, 256, 257)] == [1, 12, 256, None]
 
@@ -222,11 +224,12 @@ def test_cuda_graphs_say_what_launched_steps_do(
     given = []
     for graphs in (True, False):
         target = load_target(TargetConfig(path="tiny", device="cuda"), cache_dir)
-        engine = engine_of(target, proposer_for(target, name, rule), cuda_graphs=graphs, **settings)
+        engine = steady_engine(target, proposer_for(target, name, rule), cuda_graphs=graphs, **settings)
         assert bool(engine.runner.buckets) == graphs
         engine.runner.buckets = engine.runner.buckets or SIZES[:14]  # the same schedule
         given.append(rounds_of(engine, requests(target, temperature=temperature, top_p=0.95)))
         assert not graphs or engine.runner.buckets, "what can't be recorded takes the sizes away"
         ahead = scheduler in ("fixed", "asynchronous") and name != "none"
-        assert bool(engine.runner._ahead) == (graphs and ahead)
+        replays = engine.runner._ahead_replays
+        assert (replays is not None and bool(replays._recorded)) == (graphs and ahead)
     assert_same(*given)

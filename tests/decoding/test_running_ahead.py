@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.decoding import Request
+from pipeline.config import EngineConfig
+from pipeline.decoding import Engine, Request
 from pipeline.decoding.proposers.several import SeveralDrafts
 from pipeline.target import Target
 from tests.decoding.samples import KINDS, prompt_ids, proposer_for
-from tests.decoding.tape import Tapes, assert_same, engine_of, requests, rounds_of
+from tests.decoding.tape import Tapes, assert_same, launched, requests, rounds_of, steady_engine
 from tests.decoding.test_worth import Oracle
 
 
@@ -20,23 +23,24 @@ from tests.decoding.test_worth import Oracle
 def test_steps_that_run_ahead_say_what_others_do(
     tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, name: str, rule: str, scheduler: str
 ) -> None:
-    """Where a schedule foresees how much it verifies, the target runs before the host has seen what was drafted."""
+    """Texts, rounds and log-probabilities."""
     settings = {"rule": rule, "scheduler": scheduler, "skip_drafts": False}
     asked = {"temperature": 0.9, "top_p": 0.95, "logprobs": 2}
-    engine = engine_of(tiny, proposer_for(tiny, name, rule), **settings)
+    engine = steady_engine(tiny, proposer_for(tiny, name, rule), **settings)
     before: list[bool] = []
     inner = engine.runner.step_ahead
 
     def watch(*args: Any) -> Any:
-        before.append("on_host" not in vars(proposals[-1]))
-        return inner(*args)
+        unread, done = "on_host" not in vars(proposals[-1]), inner(*args)
+        before.append(unread and done is not None)
+        return done
 
     proposals: list[Any] = []
     propose = engine.proposer.propose
     monkeypatch.setattr(engine.proposer, "propose", lambda s: proposals.append(propose(s)) or proposals[-1])
     monkeypatch.setattr(engine.runner, "step_ahead", watch)
     done: list[list[Any]] = []
-    for one in (engine, other := engine_of(tiny, proposer_for(tiny, name, rule), **settings)):
+    for one in (engine, other := steady_engine(tiny, proposer_for(tiny, name, rule), **settings)):
         generate = one.generate
         keep = lambda r, generate=generate: done.append(generate(r)) or done[-1]  # noqa: E731
         monkeypatch.setattr(one, "generate", keep)
@@ -53,22 +57,24 @@ def test_steps_that_run_ahead_say_what_others_do(
 def test_what_is_right_is_accepted_from_a_step_that_ran_ahead(tiny: Target, tapes: Tapes, scheduler: str) -> None:
     """Of a draft that knows the text, wrong now and then: every token stands in its own place."""
     ids = prompt_ids(tiny)[:3]
-    texts = [d.token_ids for d in engine_of(tiny).generate([Request(p, 60, ignore_eos=True) for p in ids])]
+    texts = [d.token_ids for d in steady_engine(tiny).generate([Request(p, 60, ignore_eos=True) for p in ids])]
     draft = Oracle(texts, ids, lambda at: at % 7 != 0)
-    engine = engine_of(tiny, draft, scheduler=scheduler, skip_drafts=False)
+    engine = steady_engine(tiny, draft, scheduler=scheduler, skip_drafts=False)
     done = engine.generate([Request(p, 60, ignore_eos=True) for p in ids])
     assert [d.token_ids for d in done] == texts
-    assert all(d.metrics.tau > 2.5 for d in done) and engine.runner._ahead
+    assert all(d.metrics.tau > 2.5 for d in done) and _recorded(engine)
 
 
 def test_what_runs_ahead_and_what_can_not(tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Penalties count on the host what was proposed; prompts are read by steps that are not recorded."""
-    engine = engine_of(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
     ran: list[int] = []
     inner = engine.runner.step_ahead
-    monkeypatch.setattr(engine.runner, "step_ahead", lambda s, *rest: ran.append(len(s)) or inner(s, *rest))
+    monkeypatch.setattr(
+        engine.runner, "step_ahead", lambda s, *r: (done := inner(s, *r)) and (ran.append(len(s)) or done)
+    )
     ids = prompt_ids(tiny)
-    plain = engine_of(tiny).generate([Request(p, 12) for p in ids[:2]])
+    plain = steady_engine(tiny).generate([Request(p, 12) for p in ids[:2]])
     assert [d.token_ids for d in engine.generate([Request(p, 12) for p in ids[:2]])] == [d.token_ids for d in plain]
     assert ran and max(ran) == 2
     ran.clear()
@@ -80,25 +86,79 @@ def test_what_runs_ahead_and_what_can_not(tiny: Target, tapes: Tapes, monkeypatc
     assert [d.token_ids for d in done] == [d.token_ids for d in plain] and max(ran) == 2
 
 
+def _recorded(engine: Engine) -> bool:
+    """Whether steps ran ahead: what can't be recorded would be run otherwise."""
+    replays = engine.runner._ahead_replays
+    return replays is not None and replays.possible and len(replays._recorded) > 0
+
+
 def test_requests_come_and_go_while_steps_run_ahead(tiny: Target, tapes: Tapes) -> None:
     """Several drafts with blocks of different lengths, cancelled and preempted requests, one that joins."""
-    plain = [d.token_ids for d in engine_of(tiny).generate([Request(p, 40, ignore_eos=True) for p in prompt_ids(tiny)])]
+    plain = [
+        d.token_ids for d in steady_engine(tiny).generate([Request(p, 40, ignore_eos=True) for p in prompt_ids(tiny)])
+    ]
     drafts = {n: proposer_for(tiny, n, block_size=k) for n, k in (("dspark", 3), ("dflash", 5))}
     several = SeveralDrafts(drafts, "dspark", tiny.vocab_size)
-    engine = engine_of(tiny, several, scheduler="fixed", skip_drafts=False, kv_gib=3e-4, prefix_cache=False)
+    engine = steady_engine(tiny, several, scheduler="fixed", skip_drafts=False, kv_gib=3e-4, prefix_cache=False)
     asked = [Request(p, 40, ignore_eos=True, draft=("dspark", "dflash")[i % 2]) for i, p in enumerate(prompt_ids(tiny))]
     said: dict[str, list[int]] = {}
-    for r in asked[:4]:
+    gone = Request(prompt_ids(tiny)[0], 40, ignore_eos=True)
+    for r in (gone, *asked[:4]):
         engine.submit(r)
     preempted, joined = 0, False
-    while engine.has_work:
+    for step in itertools.count():
+        if step == 6:
+            assert engine.cancel(gone.id)
         for e in engine.step():
             if e.finished:
                 said[e.request_id] = e.finished.token_ids
                 preempted += e.finished.metrics.preempted
-        if said and not joined:
+        if len(said) > 1 and not joined:
             engine.submit(asked[4])
             joined = True
-    assert preempted > 0 and engine.runner._ahead
+        if not engine.has_work:
+            break
+    assert preempted > 0 and _recorded(engine)
     assert [said[r.id] for r in asked] == plain
+    assert 0 < len(said[gone.id]) < 40 and said[gone.id] == plain[0][: len(said[gone.id])]
     assert engine.runner.pool.available == engine.runner.pool.pages
+
+
+def test_they_are_recorded_before_the_first_request(tiny: Target, tapes: Tapes) -> None:
+    """Where step costs are weighed, and so measured; blocks are when they are first drafted."""
+    config = EngineConfig(max_requests=3, max_context=128, threads=1, rule="ratio", scheduler="asynchronous")
+    drafts = proposer_for(tiny, "dspark", "ratio")
+    engine = Engine(tiny, config, drafts)
+    engine.profile()
+    replays = (engine.runner._replays, engine.runner._ahead_replays)
+    before = [set(r._recorded) for r in replays if r is not None]
+    most = engine.runner.run_as(config.max_requests * (drafts.block_size + 1))
+    assert before[0] == set(engine.runner.buckets)
+    assert before[1] == {(b, drafts.block_size) for b in before[0] if b <= most}
+    asked = [Request(p, 30, ignore_eos=True) for p in prompt_ids(tiny)]
+    done = engine.generate(asked)
+    assert [set(r._recorded) for r in replays if r is not None] == before
+    assert [d.token_ids for d in done] == [d.token_ids for d in steady_engine(tiny).generate(asked)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_where_they_can_not_be_recorded_the_others_still_are(
+    tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed")
+    sizes, ahead = engine.runner.buckets, engine.runner._ahead_replays
+    assert ahead is not None
+
+    def fails(body: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(ahead, "_record", fails)
+    with caplog.at_level(logging.WARNING):
+        given = rounds_of(engine, requests(tiny))
+    assert engine.runner.buckets == sizes and engine.runner._replays is not None and engine.runner._replays._recorded
+    assert [r.message for r in caplog.records if "recorded" in r.message] == [
+        f"{'Some steps' if isinstance(error, torch.OutOfMemoryError) else 'The steps'} of the target (llama) that run "
+        f"ahead can't be recorded in CUDA graphs ({error}): they wait for the host to read what was drafted."
+    ]
+    assert_same(given, rounds_of(launched(steady_engine(tiny, scheduler="fixed"), proposer_for(tiny, "dspark")),
+                                 requests(tiny)))  # fmt: skip
