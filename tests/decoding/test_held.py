@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, Request
-from pipeline.decoding.held import MOST_ROWS, ROWS_EACH, HeldCommits
+from pipeline.decoding.held import ROWS_EACH, HeldCommits
 from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.worth import DraftWorth
@@ -89,9 +89,9 @@ def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
     assert taps is not None and [(c.start, taps[c.rows].item()) for c in commits] == [(0, 1.0), (1, 11.0), (2, 21.0)]
     held.hand_over(told)  # type: ignore[arg-type]
     assert len(told.calls) == 1
-    for i in range(MOST_ROWS):
+    for i in range(ROWS_EACH):
         held.add([Commit(a, i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 2 and len(told.calls[1][0]) == MOST_ROWS
+    assert len(told.calls) == 2 and len(told.calls[1][0]) == ROWS_EACH
 
 
 def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_is_held() -> None:
