@@ -285,10 +285,10 @@ class Engine:
         for s in plain:
             s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
         decoding = drafting + plain
-        if drafting:
-            self._held.hand_over(self.proposer, drafting)
         began, recordings = time.perf_counter(), self.runner.recordings
         self._draft_timer.start()
+        if drafting:  # what was held back is part of what drafting costs
+            self._held.hand_over(self.proposer, drafting)
         proposal = self.proposer.propose(drafting) if drafting else None
         self._draft_timer.stop()
         proposed = drafted = time.perf_counter()
