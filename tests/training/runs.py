@@ -168,12 +168,14 @@ class Signaller(threading.Thread):
 
     Attributes:
         sent_after: the step last reported before it was sent; 0 if it was not.
+        begun_again: after SIGKILL: whether workers began that were not there before.
     """
 
     def __init__(self, run_dir: Path, sent: signal.Signals, after: int, but: int, *, to_job: bool = False) -> None:
         super().__init__(daemon=True)
         self.run_dir, self.sent, self.after, self.but, self.to_job = run_dir, sent, after, but, to_job
         self.sent_after = 0
+        self.begun_again = False
 
     def run(self) -> None:
         while not self.sent_after:
@@ -187,3 +189,7 @@ class Signaller(threading.Thread):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(os.getpid() if self.to_job else workers[-1], self.sent)
                     self.sent_after = now
+        ends = time.monotonic() + 120
+        while self.sent == signal.SIGKILL and not self.begun_again and time.monotonic() < ends:
+            time.sleep(0.1)
+            self.begun_again = bool(set(below("RayTrainWorker")) - set(workers))
