@@ -104,6 +104,31 @@ class RecordingTerms:
     made: int = 0
 
 
+class Mirror:
+    """Numbers on the host, and the same at an address on the device that stays: filled in here, and sent in one copy.
+
+    Attributes:
+        host, device: zeros to begin with, of one shape and dtype.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.host = torch.zeros(*shape, dtype=dtype, pin_memory=on_gpu)
+        self.device = torch.zeros(*shape, dtype=dtype, device=device)
+        self._sent = torch.cuda.Event() if on_gpu else None
+
+    def wait(self) -> None:
+        """Before `host` is written: the last copy was done long ago, unless somebody asks twice without reading."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self) -> None:
+        """Asks for a copy that nobody waits for."""
+        self.device.copy_(self.host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+
 class StepInput:
     """What a recorded step of `tokens` tokens reads: whose they are and where, int32, at addresses that stay.
 
@@ -116,13 +141,11 @@ class StepInput:
         self.tokens, self.requests = tokens, requests
         wanted = [tokens, requests + 2, requests + 1, requests + 1, (requests + 1) * terms.pages]
         sizes = [-(-n // _ALIGNED) * _ALIGNED for n in wanted]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        there = (part[:n] for part, n in zip(self._device.split(sizes), wanted, strict=True))
+        self._mirror = Mirror([sum(sizes)], torch.int32, device)
+        there = (part[:n] for part, n in zip(self._mirror.device.split(sizes), wanted, strict=True))
         self.ids, self.starts, self.context, self.anchors, table = there
         self.table = table.view(requests + 1, -1)
-        here = (part[:n].numpy() for part, n in zip(self._host.split(sizes), wanted, strict=True))
+        here = (part[:n].numpy() for part, n in zip(self._mirror.host.split(sizes), wanted, strict=True))
         self._ids, self._starts, self._context, self._anchors, host_table = here
         self._table = host_table.reshape(requests + 1, -1)
         self._table[-1] = terms.scratch
@@ -136,8 +159,7 @@ class StepInput:
             return False
         if any(len(s.pages) > self._table.shape[1] for s in segments):
             return False
-        if self._copied is not None:
-            self._copied.synchronize()  # done long ago, unless somebody asks twice without reading
+        self._mirror.wait()
         self._ids[: len(ids)] = ids
         self._ids[len(ids) :] = 0
         self._anchors[: len(anchors)] = anchors
@@ -148,16 +170,19 @@ class StepInput:
         for row, s in enumerate(segments):
             self._context[row] = s.start
             self._table[row, : len(s.pages)] = s.pages
-        self._device.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._mirror.send()
         return True
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whose each token is, int64[T], and its place among that request's, int32[T]; worked out on the device."""
+        row = torch.arange(self.tokens, dtype=torch.int32, device=self.starts.device)
+        owner = torch.searchsorted(self.starts, row, right=True) - 1
+        return owner, row - self.starts[owner]
 
     def layout(self, cache: PagedKV, geometry: Sequence[LayerAttention], *, causal: bool) -> TableLayout:
         """The layout of whatever step is filled in, worked out on the device."""
-        row = torch.arange(self.tokens, dtype=torch.int32, device=self.starts.device)
-        owner = torch.searchsorted(self.starts, row, right=True) - 1
-        positions = (self.context[owner] + row - self.starts[owner]).long()
+        owner, place = self.places()
+        positions = (self.context[owner] + place).long()
         return TableLayout(
             cache, geometry, self.table, self.starts, self.context, positions, owner=owner, causal=causal
         )
@@ -198,9 +223,8 @@ class AheadInput:
         """As StepInput.layout, which it fills in the rest for."""
         step, block = self.step, self._drafts.shape[1]
         step.starts[1:-1].copy_((self._lengths + 1).cumsum(0))
-        row = torch.arange(step.tokens, dtype=torch.int32, device=step.starts.device)
-        owner = torch.searchsorted(step.starts, row, right=True) - 1
-        slot = row - step.starts[owner] - 1
+        owner, place = step.places()
+        slot = place - 1
         drafted = self._drafts[owner.clamp(max=step.requests - 1), slot.clamp(0, block - 1).long()]
         ids = torch.where(slot < 0, step.anchors[owner].long(), drafted)
         step.ids.copy_(ids.masked_fill(owner == step.requests, 0))

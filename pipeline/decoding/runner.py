@@ -170,8 +170,8 @@ class TargetRunner:
         if done is None:
             # Larger ones would find no memory either.
             self.buckets = tuple(b for b in self.buckets if b < size) if self._replays.possible else ()
-        if not self.buckets and self._ahead_replays is not None:
-            self._ahead_replays.clear()
+            if not self.buckets and self._ahead_replays is not None:
+                self._ahead_replays.clear()
         return done
 
     def _replay(

@@ -8,6 +8,7 @@ Letters: N committed positions, C cells.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable
@@ -147,7 +148,7 @@ class DraftContext:
         return Extension(rows, on_device(positions, self.device), on_device(cells, self.device))
 
 
-class WithContext:
+class WithContext(abc.ABC):
     """Of neural drafts: keys and values are in a `DraftContext`, and blocks may be recorded."""
 
     name: str
@@ -175,9 +176,9 @@ class WithContext:
             self._replays = None
         self.context.detach(pool)
 
+    @abc.abstractmethod
     def _draw(self, asked: Asked, layout: StepLayout | TableLayout) -> Drawn:
         """Draws the blocks of B requests over a layout; nothing in it may look at a value on the host."""
-        raise NotImplementedError
 
     def _proposal(self, asked: Asked, segments: list[Segment], *, causal: bool) -> Proposal:
         """Blocks of B requests whose next positions are these segments, from a recording where there is one.

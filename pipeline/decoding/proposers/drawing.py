@@ -13,6 +13,7 @@ import torch
 
 from draftline_kernels import Block, Code, Sampling, at_once, markov_block
 from pipeline.decoding.proposers.base import Proposal
+from pipeline.decoding.recorded import Mirror
 from pipeline.decoding.request import Sequence
 from pipeline.drafts.base import Draft
 
@@ -83,24 +84,19 @@ class Room:
     def __init__(self, asked: Asked, batch: int, device: torch.device) -> None:
         empty = [t.new_zeros(batch) for t in asked.tensors]
         # One buffer of 64-bit places: any dtype fits, and any start is aligned.
-        self._host = torch.zeros(len(empty), batch + batch % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(self._host.shape, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._rows = [row.view(t.dtype)[:batch] for row, t in zip(self._host, empty, strict=True)]
-        there = [row.view(t.dtype)[:batch] for row, t in zip(self._device, empty, strict=True)]
+        self._mirror = Mirror([len(empty), batch + batch % 2], torch.int64, device)
+        self._rows = [row.view(t.dtype)[:batch] for row, t in zip(self._mirror.host, empty, strict=True)]
+        there = [row.view(t.dtype)[:batch] for row, t in zip(self._mirror.device, empty, strict=True)]
         state = None if asked.state is None else asked.state.new_zeros(batch, *asked.state.shape[1:])
         self.asked = asked._with(there, state)
 
     def fill(self, asked: Asked) -> None:
         """Takes over the values of a smaller or equally large one of the same kind."""
-        if self._copied is not None:
-            self._copied.synchronize()  # done long ago, unless somebody asks twice without reading
+        self._mirror.wait()
         for mine, new in zip(self._rows, asked.tensors, strict=True):
             mine[: len(new)] = new
             mine[len(new) :] = 0
-        self._device.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._mirror.send()
         if self.asked.state is not None and asked.state is not None:
             self.asked.state[: len(asked.state)].copy_(asked.state)
 
