@@ -239,7 +239,7 @@ def _watch(engine: Engine) -> Watch:
     watch.add(type(engine.target.family), "hidden", "target")  # its objects are frozen
     watch.add(engine.target.model.get_output_embeddings(), "forward", "target")
     watch.add(verification, "verify", "verify")
-    for method in ("_kind", "_on_device"):  # of steps that are launched
+    for method in ("_lay_out", "_on_device"):  # of steps that are launched
         watch.add(StepLayout, method, "layout")
     draft = getattr(engine.proposer, "draft", None)
     if draft is not None:

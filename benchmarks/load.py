@@ -103,7 +103,7 @@ def measure(
             for _ in range(2):
                 learned = shared.copy(draft=0.0)
                 one(arm, learned, users, prompts[:users], min(12, args.max_new_tokens))
-            costs[arm.name] = dataclasses.replace(shared.copy(), draft=learned.draft, drafting=learned.drafting)
+            costs[arm.name] = shared.copy_with_draft_of(learned)
         done[users] = {a.name: [] for a in arms}
         for i in range(args.passes):
             texts = prompts[i * size : (i + 1) * size]

@@ -91,15 +91,14 @@ class Sampling:
         narrowed = any(row[1] > 0 or row[2] < 1 or row[4] > 0 for row in sampled)
         # Seeds are 64 bits: an unsigned one keeps its bit pattern.
         seeds = [((row[3] + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for row in entries]
+        floats = [[row[0] if row[0] >= COLDEST else 0.0, row[2], row[4]] for row in entries]
+        whole = [[row[1], seed] for row, seed in zip(entries, seeds, strict=True)]
         parts = (
-            torch.tensor([row[0] if row[0] >= COLDEST else 0.0 for row in entries], dtype=torch.float32),
-            torch.tensor([row[1] for row in entries], dtype=torch.int64),
-            torch.tensor([row[2] for row in entries], dtype=torch.float32),
-            torch.tensor(seeds, dtype=torch.int64),
-            torch.tensor([row[4] for row in entries], dtype=torch.float32),
+            *torch.tensor(floats, dtype=torch.float32).view(-1, 3).unbind(1),
+            *torch.tensor(whole, dtype=torch.int64).view(-1, 2).unbind(1),
         )
         there = at_once(parts, device)
-        return cls(there[0], there[1], there[2], there[3], there[4], decided=(not sampled, narrowed))
+        return cls(there[0], there[3], there[1], there[4], there[2], decided=(not sampled, narrowed))
 
     def __len__(self) -> int:
         return self.seed.shape[0]

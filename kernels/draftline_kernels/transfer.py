@@ -12,15 +12,28 @@ _ALIGNED = 16
 
 
 def at_once(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """CPU tensors on `device`, in one copy that nobody waits for."""
+    """CPU tensors on `device`, contiguous, in one copy that nobody waits for; themselves where that is the CPU."""
     device = torch.device(device)
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    spans = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-    packed = torch.zeros(sum(spans), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for part, tensor, size in zip(packed.split(spans), tensors, sizes, strict=True):
-        part[:size] = tensor.contiguous().flatten().view(torch.uint8)
-    there = packed.to(device, non_blocking=True).split(spans)
+    if device.type == "cpu":
+        return [t.contiguous() for t in tensors]
+    packed = torch.zeros(sum(map(_span, tensors)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pack(tensors, packed)
+    return views(tensors, packed.to(device, non_blocking=True))
+
+
+def pack(tensors: Sequence[Tensor], packed: Tensor) -> None:
+    """Writes CPU tensors one behind the other into uint8 bytes, each at a multiple of 16."""
+    for view, tensor in zip(views(tensors, packed), tensors, strict=True):
+        view.copy_(tensor)
+
+
+def views(tensors: Sequence[Tensor], packed: Tensor) -> list[Tensor]:
+    """What lies where `pack` put each of these tensors."""
+    parts = packed.split([_span(t) for t in tensors])
     return [
-        part[:size].view(tensor.dtype).view(tensor.shape)
-        for part, tensor, size in zip(there, tensors, sizes, strict=True)
+        part[: t.numel() * t.element_size()].view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)
     ]
+
+
+def _span(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED

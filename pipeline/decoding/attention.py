@@ -195,7 +195,8 @@ class StepLayout:
         if q.device.type == "cuda":
             return self.by_kernel(shape, q)
         keys, values = self.cache.k[shape.source], self.cache.v[shape.source]
-        parts, pairs = self._kind(shape, q)
+        kind = (shape.window, shape.groups, _merges(shape, q))
+        parts, pairs = self._seen.get(kind) or self._lay_out(kind, shape, q)
         rows = q.split(self._counts, 1)
         out: dict[int, torch.Tensor] = {}
         for pair in pairs:
@@ -211,14 +212,13 @@ class StepLayout:
         """Whether segments attended two by two in any layer so far."""
         return any(pairs for _, pairs in self._seen.values())
 
-    def _kind(self, shape: LayerAttention, q: torch.Tensor) -> tuple[list[list[_Part]], list[_Pair]]:
-        """What the segments see in such layers, and which of them attend two by two; made once for layers alike."""
-        kind = (shape.window, shape.groups, _merges(shape, q))
-        if kind not in self._seen:
-            size = self.cache.size
-            parts = [_parts(s, size, shape, self._causal, q) for s in self._segments]
-            self._seen[kind] = (parts, self._pairs(parts, shape, q) if self._may_pair else [])
-        return self._seen[kind]
+    def _lay_out(
+        self, kind: tuple[int, int, bool], shape: LayerAttention, q: torch.Tensor
+    ) -> tuple[list[list[_Part]], list[_Pair]]:
+        """What the segments see in layers of a kind, and which of them attend two by two; once for all of the kind."""
+        parts = [_parts(s, self.cache.size, shape, self._causal, q) for s in self._segments]
+        made = self._seen[kind] = (parts, self._pairs(parts, shape, q) if self._may_pair else [])
+        return made
 
     def _pairs(self, parts: list[list[_Part]], shape: LayerAttention, q: torch.Tensor) -> list[_Pair]:
         few = [

@@ -27,7 +27,7 @@ from pipeline.decoding.held import HeldCommits
 from pipeline.decoding.plan import StepPlan, confidences, foresee, limits_of, mean_context, plan_ahead, plan_step
 from pipeline.decoding.proposers import NoneProposer
 from pipeline.decoding.proposers.base import Commit, Proposal, Proposer
-from pipeline.decoding.proposers.several import SeveralDrafts
+from pipeline.decoding.proposers.several import SeveralDrafts, blocks_on_device
 from pipeline.decoding.request import Completion, Request, RequestRefused, Sequence, StepEvent
 from pipeline.decoding.runner import TargetRunner
 from pipeline.decoding.scheduler import PrefixScheduler, make_scheduler
@@ -64,9 +64,8 @@ class Engine:
     ) -> None:
         if config.threads > 0 and target.device.type == "cpu":
             torch.set_num_threads(config.threads)
-        self.target, self.config = target, config
+        self.target, self.config, self.step_cost = target, config, step_cost
         proposer = proposer or NoneProposer()
-        self.step_cost = step_cost
         self.on_round: Callable[[RoundTrace], None] | None = None
         self.trace = StepTrace(config.trace) if config.trace else None
         if self.trace is not None:
@@ -74,7 +73,7 @@ class Engine:
         draft_bytes = proposer.page_bytes(config.page_size)
         self.runner = TargetRunner(target, config, proposer.layer_ids, draft_bytes, proposer.block_size)
         proposer.attach(self.runner.pool, self.runner.terms)
-        self._draft_timer = StepTimer([target.device])
+        self._draft_timer, self._commit_timer = StepTimer([target.device]), StepTimer([target.device])
         self._held = HeldCommits()
         self.batch = Batch(self.runner.pool, self.runner.cache, config, proposer, self._held)
         if self.most_tokens < config.max_context:
@@ -169,15 +168,15 @@ class Engine:
         self.runner.layer_ids = drafts.layer_ids
 
     def profile(self) -> StepCost:
-        """Records steps; the step costs in the file `config.step_cost` where it fits, else measured and kept there.
+        """Records steps; returns step costs: those of the file `config.step_cost` where they fit, else measured now.
 
         Raises DraftlineError while requests run.
         """
         if self.batch.running:
             raise DraftlineError("The step cost is measured while no request runs.")
         self.step_cost = self.runner.step_cost(max(self.proposer.block_size, 7) + 1, self.config)
-        if self.scheduler.foresees and self.proposer.layer_ids:  # others propose on the host
-            self.runner.record_ahead(self.proposer.block_size)
+        if self.scheduler.foresees:
+            self.runner.record_ahead(blocks_on_device(self.proposer))
         return self.step_cost
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -286,9 +285,10 @@ class Engine:
             s.metrics.skipped += self.proposer.block_size > 0 and s.draft_limit > 0
         decoding = drafting + plain
         began, recordings = time.perf_counter(), self.runner.recordings
+        self._commit_timer.start()
+        told = self._held.hand_over(self.proposer, drafting) if drafting else 0
+        self._commit_timer.stop()
         self._draft_timer.start()
-        if drafting:  # what was held back is part of what drafting costs
-            self._held.hand_over(self.proposer, drafting)
         proposal = self.proposer.propose(drafting) if drafting else None
         self._draft_timer.stop()
         proposed = drafted = time.perf_counter()
@@ -304,12 +304,13 @@ class Engine:
         events += self._postprocess(plan, taps, logits)
         # What was emitted has been read by now, so that asking for the time makes nobody wait for the device.
         target = self.runner.seconds() if decoding or self.trace is not None else 0.0
+        committing = self._commit_timer.seconds() if told else 0.0
         if ahead is not None:
-            drafted = max(proposed, began + self._draft_timer.seconds())
+            drafted = max(proposed, began + committing + self._draft_timer.seconds())
         cost = self.step_cost if self.runner.recordings == recordings else None  # recording takes its time
         if decoding and self.proposer.block_size and cost is not None:
             if proposal is not None:
-                cost.observe_draft(len(drafting), drafted - began)
+                cost.observe_draft(len(drafting), max(drafted - began - committing, 0.0), told, committing)
             if not plan.chunks:  # reading prompts costs otherwise
                 cost.observe(self.runner.run_as(len(plan.tokens)), plan.context, target)
         for s in decoding:
@@ -334,7 +335,7 @@ class Engine:
 
     def _whom_to_draft_for(self, decoding: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
         if self._skips_drafts and decoding and self.step_cost is not None:
-            return self._worth.choose(decoding, self.step_cost, mean_context(decoding))
+            return self._worth.choose(decoding, self.step_cost, mean_context(decoding), self._held.rows)
         drafted = [s for s in decoding if self.proposer.block_size and s.draft_limit > 0]
         return drafted, [s for s in decoding if not self.proposer.block_size or s.draft_limit <= 0]
 
@@ -371,14 +372,14 @@ class Engine:
             c.sequence.computed += c.rows.stop - c.rows.start
         proposal = plan.proposal
         if not plan.verifying:
-            self._commit(plan.chunks, [], taps, hold=proposal is None)
+            self._commit(plan.chunks, [], taps)
             return self._end_unsound(plan)
         step = Verification(plan, logits, self.rule)
         emitted, commits, accepted = emissions(plan, step)
         if proposal is not None and plan.ahead is not None:
             heard = confidences(plan.decoding, proposal)
             self.scheduler.learn(heard, self._cost(proposal), plan.context, torch.tensor(plan.ahead.limits))
-        self._commit(plan.chunks, commits, taps, hold=proposal is None)
+        self._commit(plan.chunks, commits, taps)
         if proposal is not None:
             if self._skips_drafts:
                 self._worth.observe(plan.decoding[: plan.drafted], proposal, plan.lengths, accepted)
@@ -394,7 +395,6 @@ class Engine:
     def _end_unsound(self, plan: StepPlan) -> list[StepEvent]:
         return [self._end(Emission(s, reason="error")) for s in unsound_prompts(plan, self.runner.unsound)]
 
-    def _commit(self, chunks: list[Commit], blocks: list[Commit], taps: torch.Tensor | None, *, hold: bool) -> None:
-        """Tells the draft what became part of texts, of those that decode later where it may be held back."""
-        hold = hold and self._skips_drafts
-        self._held.take(chunks, blocks, taps, self.proposer, hold=hold, shown=self.config.prefix_cache)
+    def _commit(self, chunks: list[Commit], blocks: list[Commit], taps: torch.Tensor | None) -> None:
+        """Tells the draft what became part of texts, or keeps it until it is asked for them again, if ever."""
+        self._held.take(chunks, blocks, taps, self.proposer, hold=self._skips_drafts, shown=self.config.prefix_cache)

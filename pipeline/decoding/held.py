@@ -1,9 +1,9 @@
-"""Positions that became part of a text while nothing was drafted, kept for the draft until it is asked again.
+"""Positions that became part of a text, kept for the draft until it is asked for that text again.
 
 A draft's context grows by a few rows a step, and reading its weights for them costs a plain step some hundredths. Held
 back and handed over together, they cost a fraction of that, and only those are handed over whose request is drafted
-for. A request that ends meanwhile takes its own along: on a machine that is full each row costs, and it has no use for
-them. So that this is what happens there, more is kept the more requests there are.
+for: as the first part of drafting, so that what drafting costs is measured whole. A request that ends meanwhile takes
+its own along: on a machine that is full each row costs, and it has no use for them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pipeline.decoding.cache import on_device
 from pipeline.decoding.proposers.base import Commit, Proposer
 from pipeline.decoding.request import Sequence
 
-ROWS_EACH = 128
-"""Rows of taps kept, for each request, before all are handed over anyway: they bound what the next draft waits for. A
-short chat fits whole, so that on a full machine, where drafting does not pay, none of it costs anything."""
-MOST_BYTES = 64 * 2**20
-"""Of taps, however many rows these are."""
+ROWS_EACH = 256
+"""Rows of a text that are kept before they are handed over anyway: they bound what the next draft for it waits for. A
+short chat fits whole, so that on a full machine, where drafting does not pay, it costs nothing."""
+MOST_BYTES = 256 * 2**20
+"""Of taps kept of all texts, however many rows these are; beyond that all is handed over."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +37,7 @@ class HeldCommits:
 
     def __init__(self) -> None:
         self._commits: dict[Sequence, list[tuple[_Step, Commit]]] = {}
-        self._steps = self._rows = self._bytes = 0
+        self._steps = self._bytes = 0
 
     def take(
         self,
@@ -63,7 +63,7 @@ class HeldCommits:
         self.add(blocks if shown else [*chunks, *blocks], taps, proposer)
 
     def add(self, commits: list[Commit], taps: torch.Tensor | None, proposer: Proposer) -> None:
-        """Keeps a step's commits (taps [T, L*D]); hands all over where they have become many."""
+        """Keeps a step's commits (taps [T, L*D]); hands over those of texts of which too many rows are kept."""
         if not commits:
             return
         commits, taps = _chosen(commits, taps)
@@ -71,10 +71,11 @@ class HeldCommits:
         step = _Step(self._steps, taps, len(commits))
         self._bytes += _bytes(step)
         for c in commits:
-            self._rows += _rows(c)
             self._commits.setdefault(c.sequence, []).append((step, c))
-        if self._rows >= ROWS_EACH * len(self._commits) or self._bytes >= MOST_BYTES:
+        if self._bytes >= MOST_BYTES:
             self.hand_over(proposer)
+        elif full := [c.sequence for c in commits if self.rows(c.sequence) >= ROWS_EACH]:
+            self.hand_over(proposer, full)
 
     def tell(self, commits: list[Commit], taps: torch.Tensor | None, proposer: Proposer) -> None:
         """Commits at once, but for requests of which something is held: theirs are kept behind that."""
@@ -89,18 +90,23 @@ class HeldCommits:
         held = self._commits.get(sequence)
         return held[0][1].start if held else None
 
+    def rows(self, sequence: Sequence) -> int:
+        """How many rows of a request are held."""
+        held = self._commits.get(sequence)
+        return held[-1][1].start + _rows(held[-1][1]) - held[0][1].start if held else 0
+
     def drop(self, sequence: Sequence) -> None:
         """Forgets a request that is released."""
         self._take(sequence)
 
-    def hand_over(self, proposer: Proposer, sequences: list[Sequence] | None = None) -> None:
-        """Commits what is kept of these requests (None: of all), in one call."""
+    def hand_over(self, proposer: Proposer, sequences: list[Sequence] | None = None) -> int:
+        """Commits what is kept of these requests (None: of all), in one call; returns how many rows it was."""
         wanted: dict[_Step, list[Commit]] = {}
         for s in list(self._commits) if sequences is None else sequences:
             for step, c in self._take(s):
                 wanted.setdefault(step, []).append(c)
         if not wanted:
-            return
+            return 0
         commits: list[Commit] = []
         rows: list[torch.Tensor] = []
         offset = 0
@@ -111,12 +117,12 @@ class HeldCommits:
                 rows.append(taps)
                 offset += taps.shape[0]
         proposer.commit(commits, torch.cat(rows) if rows else None)
+        return sum(map(_rows, commits))
 
     def _take(self, sequence: Sequence) -> list[tuple[_Step, Commit]]:
         """Takes a request's commits out."""
         taken = self._commits.pop(sequence, [])
-        for step, c in taken:
-            self._rows -= _rows(c)
+        for step, _ in taken:
             step.held -= 1
             if step.held == 0:
                 self._bytes -= _bytes(step)

@@ -125,6 +125,8 @@ def mean_context(decoding: list[Sequence]) -> int:
 def confidences(decoding: list[Sequence], proposal: Proposal) -> torch.Tensor:
     """float32[B, K] of all; 0 of those without a proposal, which come last."""
     known = proposal.on_host[1]
+    if len(known) == len(decoding):
+        return known
     return torch.nn.functional.pad(known, (0, 0, 0, len(decoding) - len(known)))
 
 

@@ -235,6 +235,7 @@ class Replays(Generic[Out]):
     """Recorded steps by size (and whatever else tells them apart), recorded when first asked for.
 
     Args:
+        terms: how and within what they are recorded.
         what: whose steps they are, and otherwise: what happens where they can't be recorded; for the log.
     Attributes:
         possible: false once a step turned out to hold what can't be recorded.
@@ -248,7 +249,7 @@ class Replays(Generic[Out]):
         "engine.cuda_graphs=false says so from the start",
     ) -> None:
         self.terms, self._what, self._otherwise = terms, what, otherwise
-        self._told = False
+        self._told = False  # that some can't be recorded
         self._record = terms.recorder()
         self._recorded: dict[Hashable, Recorded[Any]] = {}
         self._refused: set[Hashable] = set()
@@ -258,6 +259,7 @@ class Replays(Generic[Out]):
         """Forgets all: what they recorded has changed."""
         self._recorded.clear()
         self._refused.clear()
+        self._told = False
         # The memory of graphs that are gone is not taken up again.
         self._record = self.terms.recorder()
 
@@ -266,7 +268,7 @@ class Replays(Generic[Out]):
         return self.possible and key not in self._refused
 
     def run(self, key: Hashable, body: Callable[[], Out]) -> Out | None:
-        """Does a step whose input is filled in; None where it can't be recorded, which is said once.
+        """Does a step whose input is filled in; None where it can't be recorded, which is said once of some and of all.
 
         What it returns is overwritten by the next run of whatever key.
         """
@@ -282,7 +284,7 @@ class Replays(Generic[Out]):
                 else:
                     self.possible = False
                     self._recorded.clear()
-                if not self._told:
+                if not self._told or not self.possible:
                     which = "Some steps" if self.possible else "The steps"
                     log.warning(
                         "%s of %s can't be recorded in CUDA graphs (%s): %s.", which, self._what, e, self._otherwise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -170,8 +171,9 @@ class TargetRunner:
         if done is None:
             # Larger ones would find no memory either.
             self.buckets = tuple(b for b in self.buckets if b < size) if self._replays.possible else ()
-            if not self.buckets and self._ahead_replays is not None:
+            if self._ahead_replays is not None:  # those of larger sizes are not asked for any more, and hold memory
                 self._ahead_replays.clear()
+                self._ahead.clear()
         return done
 
     def _replay(
@@ -225,18 +227,22 @@ class TargetRunner:
             return False
         return self._ahead_replays.may((size, drafts.shape[1]))
 
-    def record_ahead(self, block: int) -> None:
+    def record_ahead(self, blocks: Sequence[int]) -> None:
         """Records steps that run ahead with blocks of so many tokens, before any request comes. For while no request
         runs, as `time_step`."""
+        if not (self.buckets and blocks):
+            return
         self.pool.forget()
         pages = self.pool.take(1)
         self.pool.give_back(pages)
-        for size in reversed(self.buckets):  # the largest first, whose memory serves the others
+        # The largest first, whose memory serves the others.
+        for size, block in itertools.product(reversed(self.buckets), reversed(blocks)):
             requests = min(-(-size // (block + 1)), self.config.max_requests)
             lengths = [max(0, min(block, size - requests - b * block)) for b in range(requests)]
             drafts = torch.zeros(requests, block, dtype=torch.int64, device=self.target.device)
-            ahead = Ahead(on_device(lengths, self.target.device), sum(lengths) + requests, lengths)
-            self.step_ahead([Segment(pages, 0, 0)] * requests, [0] * requests, drafts, ahead)
+            if self.may_run_ahead(size, drafts):
+                ahead = Ahead(on_device(lengths, self.target.device), sum(lengths) + requests, lengths)
+                self.step_ahead([Segment(pages, 0, 0)] * requests, [0] * requests, drafts, ahead)
 
     def _launched(self, segments: list[Segment], token_ids: list[int], logit_rows: list[int]) -> Done:
         layout = StepLayout(segments, self.cache, self.geometry)

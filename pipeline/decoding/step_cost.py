@@ -25,6 +25,9 @@ from pipeline.artifact import SCHEMA_VERSION, digest_json, write_json
 
 log = logging.getLogger(__name__)
 
+Learned = dict[int, tuple[float, int]]
+"""Mean seconds by a number of requests or rows, and how often each was observed."""
+
 
 def device_name(device: torch.device | str = "cpu") -> str:
     """The model of a GPU, or of this machine's CPU."""
@@ -113,7 +116,8 @@ class StepCost:
         table: seconds[i][j] for tokens[i] at contexts[j]. It may fall in i: matrix products have sizes that they like.
         draft: seconds that drafting adds to a round (0: not measured), the same for every length.
         hardware: where it was measured.
-        drafting: seconds of drafting by the number of requests drafted for, and how often each was observed.
+        drafting: of proposing, by the number of requests. committing: of telling the draft of rows of text, by their
+            number, rounded up to a power of two.
     """
 
     tokens: list[int]
@@ -121,7 +125,8 @@ class StepCost:
     table: list[list[float]]
     draft: float = 0.0
     hardware: str = dataclasses.field(default_factory=device_name)
-    drafting: dict[int, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    drafting: Learned = dataclasses.field(default_factory=dict)
+    committing: Learned = dataclasses.field(default_factory=dict)
 
     def seconds(self, tokens: int, context: int) -> float:
         """Seconds of a round that verifies `tokens` tokens in all: the target step, plus drafting."""
@@ -146,7 +151,7 @@ class StepCost:
         nearness[j] += 1 - wj
         nearness[min(j + 1, len(self.contexts) - 1)] += wj
         for t, row in zip(self.tokens, self.table, strict=True):
-            alike = own * 2.0 ** -abs(math.log2(tokens / t))
+            alike = own * min(t / tokens, tokens / t)
             for column, near in enumerate(nearness):
                 row[column] *= 1 + error * (together + alike * near)
 
@@ -161,25 +166,36 @@ class StepCost:
             out += slope * np.maximum(tokens - self.tokens[-1], 0)
         return np.maximum(out, 1e-9)
 
-    def observe_draft(self, requests: int, seconds: float) -> None:
-        """Takes in what drafting for so many requests took. First use is dearer than what follows, so that the lesser
-        of the first two counts; after them a single one moves the mean by no more than a tenth."""
-        self.draft = seconds if self.draft == 0 else self.draft + 0.05 * min(seconds - self.draft, self.draft)
-        old, times = self.drafting.get(requests, (seconds, 0))
-        new = min(old, seconds) if times < 2 else old + 0.1 * min(seconds - old, old)
-        self.drafting[requests] = new, times + 1
+    def observe_draft(self, requests: int, seconds: float, rows: int = 0, committing: float = 0.0) -> None:
+        """Takes in a round's drafting.
 
-    def draft_seconds(self, requests: int) -> float:
-        """Seconds of drafting for so many requests: between two observed numbers by interpolation, as much as the
-        least observed below it, and in proportion above the largest; `draft` where nothing was observed."""
+        Args:
+            requests: proposed for, in so many seconds.
+            rows: of text that the draft was told of before, which took `committing` seconds: those of the round before
+                where each round is drafted, and all that was held back where it is not.
+        """
+        self.draft = seconds if self.draft == 0 else self.draft + 0.05 * min(seconds - self.draft, self.draft)
+        _learn(self.drafting, requests, seconds)
+        if rows:
+            _learn(self.committing, 1 << (rows - 1).bit_length(), committing)
+
+    def draft_seconds(self, requests: int, rows: int = 0) -> float:
+        """Seconds of drafting for so many requests, `draft` where nothing was observed.
+
+        Args:
+            rows: what the draft has to be told first, where that is more than the row that each request's last round
+                brought at the least.
+        """
         if requests == 0:
             return 0.0
         if not self.drafting:
             return self.draft
-        known = sorted(self.drafting)
-        if requests > known[-1]:
-            return self.drafting[known[-1]][0] * requests / known[-1]
-        return float(np.interp(requests, known, [self.drafting[n][0] for n in known]))
+        # A draft for more than were ever drafted for is taken to cost in proportion; rows cost little beside the
+        # weights that are read for them, and go on as they did.
+        seconds, largest = _known(self.drafting, requests), max(self.drafting)
+        if requests > largest:
+            seconds *= requests / largest
+        return seconds + _known(self.committing, max(rows, requests), goes_on=True)
 
     def drafting_for(self, requests: int) -> StepCost:
         """The same table (not a copy) with the draft's cost for so many requests."""
@@ -192,7 +208,35 @@ class StepCost:
             table=[list(row) for row in self.table],
             draft=self.draft if draft is None else draft,
             drafting=dict(self.drafting) if draft is None else {},
+            committing=dict(self.committing) if draft is None else {},
         )
+
+    def copy_with_draft_of(self, other: StepCost) -> StepCost:
+        """A table that learns apart from both, and starts from what the other one learned of its draft."""
+        theirs = other.copy()
+        return dataclasses.replace(
+            self.copy(), draft=theirs.draft, drafting=theirs.drafting, committing=theirs.committing
+        )
+
+
+def _learn(known: Learned, at: int, seconds: float) -> None:
+    """Takes in what `at` took. First use is dearer than what follows, so that the lesser of the first two counts; after
+    them a single one moves the mean by no more than a tenth."""
+    old, times = known.get(at, (seconds, 0))
+    known[at] = (min(old, seconds) if times < 2 else old + 0.1 * min(seconds - old, old)), times + 1
+
+
+def _known(known: Learned, at: int, *, goes_on: bool = False) -> float:
+    """Seconds of `at`: between two observed numbers by interpolation, as much as the least observed below it and as the
+    largest above it, or further along the line through the last two; 0 where nothing was observed."""
+    if not known:
+        return 0.0
+    grid = sorted(known)
+    seconds = [known[n][0] for n in grid]
+    out = float(np.interp(at, grid, seconds))
+    if goes_on and len(grid) > 1 and at > grid[-1]:
+        out += max((seconds[-1] - seconds[-2]) / (grid[-1] - grid[-2]), 0.0) * (at - grid[-1])
+    return out
 
 
 def measure(

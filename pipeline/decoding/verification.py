@@ -38,14 +38,14 @@ class Verification:
         self._sequences = sequences = [s for s, _ in plan.verifying]
         asked = (s.request for s in sequences)
         sampling = Sampling.of([(r.temperature, r.top_k, r.top_p, r.seed, r.min_p) for r in asked], device)
-        block = 0 if proposal is None else proposal.tokens.shape[1]
-        tokens = torch.zeros(len(sequences), block, dtype=torch.int64, device=device)
         draft_logits = None
-        if proposal is not None:
-            drafted = len(proposal.tokens)
-            tokens[:drafted] = proposal.tokens
+        if proposal is None:
+            tokens = torch.zeros(len(sequences), 0, dtype=torch.int64, device=device)
+        else:
+            tokens = _of_all(proposal.tokens, len(sequences), torch.int64, device)
             if proposal.logits is not None and rule == "ratio":
-                draft_logits = _of_all(proposal.logits, len(sequences), device)
+                # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
+                draft_logits = _of_all(proposal.logits, len(sequences), torch.float32, device)
         positions = [len(s.tokens) - 1 for s in sequences]
         overrides = None
         if plan.ahead is None:
@@ -123,11 +123,10 @@ class Verification:
             return None
 
 
-def _of_all(logits: Tensor, requests: int, device: torch.device) -> Tensor:
-    """float32[B, K, Vd], contiguous, of a draft's logits [<= B, K, Vd]: themselves where they are that already."""
-    if len(logits) == requests and logits.dtype == torch.float32 and logits.device == device and logits.is_contiguous():
-        return logits
-    # fp32 whatever the target's dtype: q must be what the tokens were drawn from.
-    out = torch.zeros(requests, *logits.shape[1:], dtype=torch.float32, device=device)
-    out[: len(logits)] = logits
+def _of_all(drafted: Tensor, requests: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B, ...], contiguous, of what [<= B, ...] was drafted, zeros behind it: itself where it is that already."""
+    if len(drafted) == requests and drafted.dtype == dtype and drafted.device == device and drafted.is_contiguous():
+        return drafted
+    out = torch.zeros(requests, *drafted.shape[1:], dtype=dtype, device=device)
+    out[: len(drafted)] = drafted
     return out

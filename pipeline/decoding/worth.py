@@ -2,7 +2,7 @@
 
 The prefix scheduler spends a block well once it is there; here the block itself is spared where it is not expected to
 pay: a text that the draft can't follow, or a step so full that tokens to verify are as dear as tokens to emit. With R
-requests in the step, t its cost and d(n) that of drafting for n of them, drafting pays if
+requests in the step, t its cost and d(n) that of drafting for n of them round by round, drafting pays if
 
     max over S of (R + sum of a over S) / (t(R + |S|) + d(n))  >  R / t(R),
 
@@ -12,6 +12,9 @@ that is sure and wrong soon counts as one that is wrong. Their pooled search is 
 Texts differ more than rounds of a text do: one that the draft follows well comes after one that it can't follow. A new
 text is therefore not judged by those before it on average. It may be like the best quarter of the latest, and is
 drafted for until its own first rounds tell, unless not even those would pay at the present load.
+
+A text that was skipped brings along what the draft has yet to be told of it. That is paid once, for all the rounds that
+follow: here it is spread over as many as an estimate rests on. A try has to bear it whole.
 
 Skipped requests are tried again after 2, 4, 8, ... at most 64 rounds, the longest idle first and in turn. Where a step
 is full, a draft for everyone may cost as much as the step itself, and what is learned of a few is enough: a try is for
@@ -25,7 +28,7 @@ import collections
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -108,25 +111,32 @@ class DraftWorth:
         self._tried = 0
         self._not_paying: tuple[int, ...] | None = None
 
-    def choose(self, sequences: list[Sequence], cost: StepCost, context: int) -> tuple[list[Sequence], list[Sequence]]:
-        """Splits requests into those to draft for now and those to decode plainly (`context`: their mean length)."""
+    def choose(
+        self, sequences: list[Sequence], cost: StepCost, context: int, untold: Callable[[Sequence], int] = lambda _: 0
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Splits requests into those to draft for now and those to decode plainly.
+
+        Args:
+            context: their mean length. untold: rows of a request that the draft has to be told first.
+        """
         able = [s for s in sequences if s.draft_limit > 0]
         records = [self._record(s) for s in able]
+        rows = [untold(s) for s in able]
         self.trying = False
         step = float(cost.steps(np.array([len(sequences)]), context)[0])
         if self._tried < TRIALS or len(self._all.rounds) < BLOCKS:
-            chosen = _longest_idle(range(len(able)), records, _affordable(0, len(able), cost, step, BLOCKS))
+            chosen = _affordable(set(), range(len(able)), records, rows, cost, step, BLOCKS)
         else:
             # Nothing was learned since it did not pay for the same requests: it would not now.
             key = tuple(self._record(s).number for s in sequences)
             chosen = set()
             if able and key != self._not_paying:
-                chosen = self._paying(able, records, len(sequences), cost, context)
+                chosen = self._paying(able, records, rows, len(sequences), cost, context)
                 new = [i for i, s in enumerate(able) if records[i].blocks < BLOCKS and self._knows_little(s)]
                 new = [i for i in new if i not in chosen]
-                chosen |= _longest_idle(new, records, _affordable(len(chosen), len(new), cost, step, BLOCKS))
+                chosen |= _affordable(chosen, new, records, rows, cost, step, BLOCKS)
             self._not_paying = key if not chosen else None
-            self._try_again(chosen, records, cost, step)
+            self._try_again(chosen, records, rows, cost, step)
         for i, record in enumerate(records):
             record.idle = 0 if i in chosen else record.idle + 1
         drafted = [able[i] for i in sorted(chosen)]
@@ -166,7 +176,9 @@ class DraftWorth:
         """Whether the draft met too few texts to judge a new one by others: long ones, or twice as many of any."""
         return not self._known_texts(sequence) and self._heard[sequence.metrics.draft] < 2 * FEW_TEXTS
 
-    def _try_again(self, chosen: set[int], records: list[_Record], cost: StepCost, step: float) -> None:
+    def _try_again(
+        self, chosen: set[int], records: list[_Record], rows: list[int], cost: StepCost, step: float
+    ) -> None:
         """Adds to `chosen` some of those that have paused long enough. step: seconds of the step without drafts."""
         due: list[int] = []
         if chosen:
@@ -183,13 +195,19 @@ class DraftWorth:
             due += range(len(records))
         else:
             self._all.idle += 1
-        again = _longest_idle(due, records, _affordable(len(chosen), len(due), cost, step, 1))
+        again = _affordable(chosen, due, records, rows, cost, step, 1)
         for i in again:
             records[i].retry()
         chosen |= again
 
     def _paying(
-        self, able: list[Sequence], records: list[_Record], requests: int, cost: StepCost, context: int
+        self,
+        able: list[Sequence],
+        records: list[_Record],
+        rows: list[int],
+        requests: int,
+        cost: StepCost,
+        context: int,
     ) -> set[int]:
         """Indices of those that drafting is expected to pay for, the best of them first come."""
         prior = self._all.reliability(1.0)
@@ -199,8 +217,7 @@ class DraftWorth:
         for s, record in zip(able, records, strict=True):
             if record.blocks < BLOCKS and (texts := self._known_texts(s)):
                 promised = sorted((_survival(list(t.rounds), t.reliability(prior)) for t in texts), key=_gain)
-                rows = [row for one in promised[-max(1, len(texts) // 4) :] for row in one]
-                survival = _survival(rows, 1.0)
+                survival = _survival([row for one in promised[-max(1, len(texts) // 4) :] for row in one], 1.0)
             else:
                 rounds = list(record.rounds)
                 if len(rounds) < BLOCKS:
@@ -224,32 +241,43 @@ class DraftWorth:
             mine = owner < d
             emitted = requests + np.cumsum(value[mine] * weight[mine])
             tokens = requests + np.cumsum(weight[mine])
-            rate = float((emitted / (cost.steps(tokens, context) + cost.draft_seconds(d))).max())
+            draft = cost.draft_seconds(d)
+            draft += (cost.draft_seconds(d, sum(rows[i] for i in best_first[:d])) - draft) / WINDOW
+            rate = float((emitted / (cost.steps(tokens, context) + draft)).max())
             if rate > best_rate:
                 best, best_rate = d, rate
         return set(best_first[:best])
 
 
-def _affordable(already: int, more: int, cost: StepCost, step: float, least: int) -> int:
-    """Of `more` requests, how many may be drafted for to learn, beside `already` that are drafted for anyway.
+def _affordable(
+    chosen: set[int],
+    more: Iterable[int],
+    records: list[_Record],
+    rows: list[int],
+    cost: StepCost,
+    step: float,
+    least: int,
+) -> set[int]:
+    """Of `more` requests, those to draft for to learn, the longest idle first, beside those `chosen` anyway.
 
     Args:
-        step: seconds of the step without drafts. least: taken whatever they cost, and no more while nobody
-            knows what that is.
+        rows: what the draft has to be told of each request. step: seconds of the step without drafts.
+        least: taken whatever they cost, and no more while nobody knows what that is.
     """
-    if more <= least or cost.draft_seconds(1) == 0:
-        return min(least, more)
-    base = cost.draft_seconds(already)
-    most = max(TRY_SHARE * step, ALIKE * (cost.draft_seconds(already + 1) - base))
+    in_turn = sorted(more, key=lambda i: -records[i].idle)
+    if len(in_turn) <= least or cost.draft_seconds(1) == 0:
+        return set(in_turn[:least])
+    already, told = len(chosen), sum(rows[i] for i in chosen)
+    base = cost.draft_seconds(already, told)
+
+    def added(count: int) -> float:
+        return cost.draft_seconds(already + count, told + sum(rows[i] for i in in_turn[:count])) - base
+
+    most = max(TRY_SHARE * step, ALIKE * added(1))
     count = least
-    while count < more and cost.draft_seconds(already + count + 1) - base <= most:
+    while count < len(in_turn) and added(count + 1) <= most:
         count += 1
-    return count
-
-
-def _longest_idle(indices: Iterable[int], records: list[_Record], count: int) -> set[int]:
-    """The `count` of them that wait the longest for a draft."""
-    return set(sorted(indices, key=lambda i: -records[i].idle)[:count])
+    return set(in_turn[:count])
 
 
 def _survival(rounds: list[np.ndarray], reliability: float) -> np.ndarray:

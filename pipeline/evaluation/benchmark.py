@@ -177,7 +177,7 @@ def run_arms(
             engine.step_cost = costs[arm.key]
             _decode(engine, arm, made, rows[0], 0, warm, stops)
     # What first use cost is no part of a step's cost.
-    costs = {key: shared.copy(draft=cost.draft) for key, cost in costs.items()}
+    costs = {key: shared.copy_with_draft_of(cost) for key, cost in costs.items()}
     began = time.monotonic()
     for i, row in enumerate(rows):
         turn = i % len(arms)

@@ -242,3 +242,27 @@ def test_a_mistake_that_an_actor_finds_is_one_line_and_status_2(ray_here, tmp_pa
     assert run(job.stage, "regenerate", overrides) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regenerate: ")]
     assert len(error) == 1 and error[0].startswith("regenerate: engine.kv_gib=1e-07 holds not a single page of")
+
+
+def test_no_answer_takes_the_place_of_one_that_says_more() -> None:
+    """A final answer stays whatever comes behind it: a run that was killed may have left parts of an older one."""
+
+    def answer(tokens: int, *, retry: bool = False, error: str | None = None) -> dict[str, Any]:
+        return {"row": 0, "response_tokens": tokens, "retry": retry, "error": error}
+
+    cut, longer, whole, failed = (
+        answer(3, retry=True),
+        answer(5, retry=True),
+        answer(4),
+        answer(9, retry=True, error="x"),
+    )
+    for answers, kept in (
+        ((cut, longer), longer),
+        ((longer, cut), longer),
+        ((cut, failed), cut),
+        ((failed, cut), cut),
+        ((longer, whole), whole),
+        ((whole, longer), whole),
+        ((whole, failed), whole),
+    ):
+        assert stage._to_keep(answers) == {0: kept}

@@ -14,7 +14,7 @@ from pipeline.decoding.proposers.base import Commit, Proposal
 from pipeline.decoding.request import Sequence
 from pipeline.decoding.worth import DraftWorth
 from pipeline.target import Target
-from tests.decoding.samples import IDLE, prompt_ids, proposer_for, sequences
+from tests.decoding.samples import IDLE, KnownCost, prompt_ids, proposer_for, sequences
 
 
 @pytest.mark.parametrize(("each", "keep"), [(False, False), (True, True)])
@@ -90,8 +90,9 @@ def test_what_is_held_back_is_bounded_and_dropped_with_its_request() -> None:
     held.hand_over(told)  # type: ignore[arg-type]
     assert len(told.calls) == 1
     for i in range(ROWS_EACH):
-        held.add([Commit(a, i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 2 and len(told.calls[1][0]) == ROWS_EACH
+        assert held.rows(a) == i
+        held.add([Commit(a, 3 + i, slice(0, 1))], torch.zeros(1, 1), told)  # type: ignore[arg-type]
+    assert len(told.calls) == 2 and len(told.calls[1][0]) == ROWS_EACH and held.rows(a) == 0
 
 
 def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_is_held() -> None:
@@ -99,12 +100,12 @@ def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_i
     for i in range(2):
         taps = torch.tensor([[10.0 * i], [10.0 * i + 1]])
         held.add([Commit(a, i, slice(0, 1)), Commit(b, i, slice(1, 2))], taps, told)  # type: ignore[arg-type]
-    held.hand_over(told, [b])  # type: ignore[arg-type]
+    assert held.hand_over(told, [b]) == 2  # type: ignore[arg-type]
     step = [Commit(c, 0, slice(3, 5)), Commit(a, 2, slice(2, 3)), Commit(b, 2, slice(0, 2))]
     held.tell(step, torch.arange(5.0)[:, None], told)  # type: ignore[arg-type]
     assert (held.first(a), held.first(b), held.first(c)) == (0, None, None)
     held.hand_over(told)  # type: ignore[arg-type]
-    assert (held.first(a), held._rows, held._bytes) == (None, 0, 0)
+    assert (held.first(a), held.rows(a), held._bytes) == (None, 0, 0)
     seen = [[("abc"[[a, b, c].index(x.sequence)], x.start, t[x.rows, 0].tolist()) for x in y] for y, t in told.calls]  # type: ignore[index]
     assert seen == [
         [("b", 0, [1.0]), ("b", 1, [11.0])],
@@ -113,23 +114,51 @@ def test_only_who_is_drafted_for_is_told_of_and_what_follows_stays_behind_what_i
     ]
 
 
-def test_more_is_held_back_where_more_requests_run_so_that_what_ends_is_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """64 texts of 31 rounds without a draft: none of their rows is pushed through it; of longer ones all are."""
+def test_a_short_chat_is_never_pushed_through_a_draft_that_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 places with chats of 60 tokens and 32 rounds, one after the other, and in one of them a text that goes on: of
+    that alone the draft is told, as soon as it is long. What is kept of all is bounded in bytes too."""
     held, told, everyone = HeldCommits(), Told(), sequences(64)
-    for i in range(200):
-        for b in range(64):
-            if (i + b) % 31 == 0:
+    length = [0] * 64
+    for i in range(ROWS_EACH + 40):
+        for b in range(1, 64):
+            if (i + b) % 32 == 0:
                 held.drop(everyone[b])
-                everyone[b : b + 1] = sequences(1)
-        rows = [Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)]
-        held.add(rows, torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert not told.calls and held._rows < 64 * ROWS_EACH
-    for _ in range(ROWS_EACH):
-        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 1 and held._rows < 64 * ROWS_EACH
+                everyone[b : b + 1], length[b] = sequences(1), 0
+        commits, rows = [], 0
+        for b, s in enumerate(everyone):
+            count = 1 if length[b] or not b else 60
+            commits.append(Commit(s, length[b], slice(rows, rows + count)))
+            rows, length[b] = rows + count, length[b] + count
+        held.add(commits, torch.zeros(rows, 2), told)  # type: ignore[arg-type]
+    ((of_one, _),) = told.calls
+    assert {c.sequence for c in of_one} == {everyone[0]} and len(of_one) == ROWS_EACH
+    assert held.rows(everyone[0]) == 40
     monkeypatch.setattr("pipeline.decoding.held.MOST_BYTES", 10 * 64 * 2 * 4 + held._bytes)
-    for _ in range(10):
-        held.add([Commit(s, 0, slice(b, b + 1)) for b, s in enumerate(everyone)], torch.zeros(64, 2), told)  # type: ignore[arg-type]
-    assert len(told.calls) == 2 and held._rows == held._bytes == 0
+    for i in range(10):
+        commits = [Commit(s, length[b] + i, slice(b, b + 1)) for b, s in enumerate(everyone)]
+        held.add(commits, torch.zeros(64, 2), told)  # type: ignore[arg-type]
+    assert len(told.calls) == 2 and held._bytes == 0 and not any(map(held.rows, everyone))
+
+
+def test_what_a_draft_is_told_before_it_is_asked_counts_as_drafting_and_apart(tiny: Target) -> None:
+    """Whether a text was skipped or not: the prompt first, then what each round emitted."""
+    seen: list[tuple[int, int, bool]] = []
+
+    class Spy(KnownCost):
+        def observe_draft(self, requests: int, seconds: float, rows: int = 0, committing: float = 0.0) -> None:
+            seen.append((requests, rows, seconds > 0 and committing > 0))
+
+    cost = Spy([1, 8, 64], [0], [[1.0], [1.05], [1.4]], draft=0.3)
+    config = EngineConfig(max_requests=1, max_context=512, threads=1, prefix_cache=False)
+    engine = Engine(tiny, config, proposer_for(tiny, "dspark"), step_cost=cost)
+
+    class Twice(DraftWorth):
+        def choose(self, sequences: list[Sequence], *_: Any) -> tuple[list[Sequence], list[Sequence]]:
+            return (sequences, []) if len(sequences[0].output) in (1, 2, 3, 4, 9) else ([], sequences)
+
+    engine._worth = Twice()
+    engine.set_schedule("fixed", 0)
+    engine.scheduler.weighs_cost = True
+    (prompt, *_) = prompt_ids(tiny)
+    engine.generate([Request(prompt, 12, ignore_eos=True)])
+    assert seen == [(1, len(prompt), True), (1, 1, True), (1, 1, True), (1, 1, True), (1, 5, True)]

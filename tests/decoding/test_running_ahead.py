@@ -141,6 +141,53 @@ def test_they_are_recorded_before_the_first_request(tiny: Target, tapes: Tapes) 
     assert [d.token_ids for d in done] == [d.token_ids for d in steady_engine(tiny).generate(asked)]
 
 
+def test_they_are_recorded_for_the_blocks_of_every_draft_and_only_where_they_could_run(
+    tiny: Target, tapes: Tapes
+) -> None:
+    def recorded(proposer: Any, fails: bool = False) -> tuple[set[Any], Engine]:
+        config = EngineConfig(max_requests=3, max_context=128, threads=1, rule="coupled", scheduler="asynchronous")
+        engine = Engine(tiny, config, proposer)
+        ahead = engine.runner._ahead_replays
+        assert ahead is not None
+        ahead.possible = not fails
+        engine.profile()
+        return set(ahead._recorded), engine
+
+    drafts = {n: proposer_for(tiny, n, block_size=k) for n, k in (("dspark", 3), ("dflash", 5))}
+    several = SeveralDrafts({**drafts, "ngram": proposer_for(tiny, "ngram")}, "dspark", tiny.vocab_size)
+    found, engine = recorded(several)
+    blocks = {d.block_size for d in drafts.values()}
+    assert len(blocks) == 2
+    assert found == {(b, k) for b in engine.runner.buckets for k in blocks if b <= engine.runner.run_as(3 * (k + 1))}
+    for nothing in (recorded(proposer_for(tiny, "ngram")), recorded(proposer_for(tiny, "dspark"), fails=True)):
+        assert not nothing[0] and not nothing[1].runner._ahead, "no room is made for what does not run"
+
+
+def test_sizes_that_find_no_memory_take_what_ran_ahead_with_them(
+    tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That some can't be recorded is said, and that none can is said again."""
+    engine = steady_engine(tiny, proposer_for(tiny, "dspark"), scheduler="fixed", skip_drafts=False)
+    engine.generate([Request(prompt_ids(tiny)[0], 8)])
+    replays, ahead = engine.runner._replays, engine.runner._ahead_replays
+    assert replays is not None and ahead is not None and ahead._recorded
+    error: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def fails(body: Any) -> Any:
+        raise error[0]
+
+    monkeypatch.setattr(replays, "_record", fails)
+    size = next(b for b in engine.runner.buckets if b not in replays._recorded)
+    with caplog.at_level(logging.WARNING):
+        engine.runner.time_step(size, 8, 8)
+        assert 0 < max(engine.runner.buckets, default=0) < size or size == 1
+        assert not ahead._recorded and not engine.runner._ahead
+        engine.runner.buckets, error[0] = (*engine.runner.buckets, size + 1), RuntimeError("no")
+        engine.runner.time_step(size + 1, 8, 8)
+    said = [r.message.split(" of ")[0] for r in caplog.records if "recorded" in r.message]
+    assert said == ["Some steps", "The steps"] and not engine.runner.buckets
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_where_they_can_not_be_recorded_the_others_still_are(
     tiny: Target, tapes: Tapes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception

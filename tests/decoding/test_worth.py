@@ -181,6 +181,45 @@ def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
     assert cost.copy(draft=0.5).draft_seconds(4) == 0.5
 
 
+def test_what_a_draft_has_to_be_told_first_is_part_of_what_it_costs() -> None:
+    cost = StepCost([1, 8], [0], [[1.0], [2.0]])
+    for rows, seconds in ((1, 0.1), (1, 0.1), (60, 0.16), (64, 0.16), (0, 0.0)):
+        cost.observe_draft(1, 0.2, rows, seconds)
+    told = [cost.draft_seconds(1, rows) for rows in (0, 1, 64, 127)]
+    assert told == pytest.approx([0.3, 0.3, 0.36, 0.42], abs=1e-3), "rows go on as they did"
+    other = StepCost([1], [0], [[5.0]]).copy_with_draft_of(cost)
+    cost.observe_draft(1, 0.4, 1, 0.2)
+    assert other.draft_seconds(1) == pytest.approx(0.3) and other.seconds(1, 0) == pytest.approx(5.2)
+
+
+def test_a_try_bears_what_the_draft_has_yet_to_be_told_and_a_draft_that_pays_only_once() -> None:
+    """At 64 requests as many are tried as a tenth of the step pays for, rows included; one whose draft pays is drafted
+    for although the first round costs what several gain."""
+    rows = {n: (0.002 * n, 9) for n in (1, 8, 512)}
+    cost = KnownCost([1, 64], [0], [[0.02], [1.28]], drafting={n: (0.005 * n, 9) for n in (1, 64)}, committing=rows)
+
+    def tries(untold: int) -> set[int]:
+        worth, many, sizes = DraftWorth(), sequences(64), set()
+        for i in range(200):
+            chosen, _ = worth.choose(many, cost, 0, lambda _: untold)
+            if chosen:
+                block = torch.zeros(len(chosen), BLOCK, dtype=torch.int64)
+                full = torch.full((len(chosen),), BLOCK)
+                worth.observe(chosen, Proposal(block, full, torch.full(block.shape, 0.1)), [0] * 64, [0] * 64)
+                sizes |= {len(chosen)} if i > 20 else set()
+        return sizes
+
+    assert (tries(0), tries(10), tries(50)) == ({18}, {5}, {1})
+
+    worth, alone = DraftWorth(), sequences(1)
+    cost = KnownCost([1, 8], [0], [[1.0], [1.0]], drafting={1: (0.3, 9)}, committing={1: (0.1, 9), 256: (6.0, 9)})
+    for _ in range(4):
+        block = Proposal(torch.zeros(1, BLOCK, dtype=torch.int64), torch.tensor([BLOCK]), torch.full((1, BLOCK), 0.9))
+        worth.observe(alone, block, [BLOCK], [3])
+    assert worth.choose(alone, cost, 0, lambda _: 256) == (alone, [])
+    assert worth.choose(alone, cost, 0, lambda _: 10**4) == ([], alone)
+
+
 class Oracle(WithoutContext):
     """Proposes each text's own continuation, or anything else; counts what it is asked."""
 

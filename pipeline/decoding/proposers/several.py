@@ -154,6 +154,13 @@ class SeveralDrafts:
         return parts[0][1] if len(parts) == 1 else _together(parts, len(sequences), self._vocabulary)
 
 
+def blocks_on_device(proposer: Proposer) -> list[int]:
+    """The sizes K of blocks that a step may be about before the host has seen them; of proposers without a context
+    none, as they propose on the host."""
+    drafts = proposer.resident if isinstance(proposer, SeveralDrafts) else [proposer]
+    return sorted({p.block_size for p in drafts if p.layer_ids})
+
+
 def _attach_all(drafts: list[Proposer], pool: PagePool, terms: RecordingTerms | None) -> None:
     try:
         for p in drafts:
