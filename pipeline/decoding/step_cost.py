@@ -190,12 +190,25 @@ class StepCost:
             return 0.0
         if not self.drafting:
             return self.draft
-        # A draft for more than were ever drafted for is taken to cost in proportion; rows cost little beside the
-        # weights that are read for them, and go on as they did.
+        # Of what was never observed, a draft for more requests is taken to cost in proportion and one for fewer as
+        # much: it reads all weights. Rows are told by the hundred, or one by one: fewer cost less.
         seconds, largest = _known(self.drafting, requests), max(self.drafting)
         if requests > largest:
             seconds *= requests / largest
-        return seconds + _known(self.committing, max(rows, requests), goes_on=True)
+        return seconds + self._commit_seconds(max(rows, requests))
+
+    def _commit_seconds(self, rows: int) -> float:
+        """Seconds of telling the draft of so many rows: in proportion below the least observed number, further along
+        the line through the last two above the largest, 0 where nothing was observed."""
+        if not self.committing:
+            return 0.0
+        seconds, grid = _known(self.committing, rows), sorted(self.committing)
+        if rows < grid[0]:
+            return seconds * rows / grid[0]
+        if rows > grid[-1] and len(grid) > 1:
+            last, before = (self.committing[n][0] for n in grid[:-3:-1])
+            seconds += max((last - before) / (grid[-1] - grid[-2]), 0.0) * (rows - grid[-1])
+        return seconds
 
     def drafting_for(self, requests: int) -> StepCost:
         """The same table (not a copy) with the draft's cost for so many requests."""
@@ -226,17 +239,11 @@ def _learn(known: Learned, at: int, seconds: float) -> None:
     known[at] = (min(old, seconds) if times < 2 else old + 0.1 * min(seconds - old, old)), times + 1
 
 
-def _known(known: Learned, at: int, *, goes_on: bool = False) -> float:
+def _known(known: Learned, at: int) -> float:
     """Seconds of `at`: between two observed numbers by interpolation, as much as the least observed below it and as the
-    largest above it, or further along the line through the last two; 0 where nothing was observed."""
-    if not known:
-        return 0.0
+    largest above it."""
     grid = sorted(known)
-    seconds = [known[n][0] for n in grid]
-    out = float(np.interp(at, grid, seconds))
-    if goes_on and len(grid) > 1 and at > grid[-1]:
-        out += max((seconds[-1] - seconds[-2]) / (grid[-1] - grid[-2]), 0.0) * (at - grid[-1])
-    return out
+    return float(np.interp(at, grid, [known[n][0] for n in grid]))
 
 
 def measure(

@@ -187,6 +187,8 @@ def test_what_a_draft_has_to_be_told_first_is_part_of_what_it_costs() -> None:
         cost.observe_draft(1, 0.2, rows, seconds)
     told = [cost.draft_seconds(1, rows) for rows in (0, 1, 64, 127)]
     assert told == pytest.approx([0.3, 0.3, 0.36, 0.42], abs=1e-3), "rows go on as they did"
+    some = StepCost([1], [0], [[1.0]], drafting={1: (0.2, 9)}, committing={256: (0.64, 9)})
+    assert [some.draft_seconds(1, n) for n in (64, 256, 512)] == pytest.approx([0.36, 0.84, 0.84])
     other = StepCost([1], [0], [[5.0]]).copy_with_draft_of(cost)
     cost.observe_draft(1, 0.4, 1, 0.2)
     assert other.draft_seconds(1) == pytest.approx(0.3) and other.seconds(1, 0) == pytest.approx(5.2)
