@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 FEW = 4
 """Requests up to which the draft is told of a text that ends while it isn't asked. What that costs there is reading the
 draft's weights once a text, against reading a turn's pages again; with more of them running, each row costs, and where
-nothing is drafted the next turn is hardly drafted for either."""
+nothing is drafted the next turn is hardly drafted for either. What a last round drafted is held too, so that a text
+which is drafted for among more of them may have its last page read again."""
 
 
 class QueueFull(RequestRefused):

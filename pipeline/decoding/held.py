@@ -2,8 +2,8 @@
 
 A draft's context grows by a few rows a step, and reading its weights for them costs a plain step some hundredths. Held
 back and handed over together, they cost a fraction of that, and only those are handed over whose request is drafted
-for: as the first part of drafting, so that what drafting costs is measured whole. A request that ends meanwhile takes
-its own along: on a machine that is full each row costs, and it has no use for them.
+for, as the first part of drafting. A request that ends meanwhile takes its own along: on a machine that is full each
+row costs, and it has no use for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ROWS_EACH = 256
 """Rows of a text that are kept before they are handed over anyway: they bound what the next draft for it waits for. A
 short chat fits whole, so that on a full machine, where drafting does not pay, it costs nothing."""
 MOST_BYTES = 256 * 2**20
-"""Of taps kept of all texts, however many rows these are; beyond that all is handed over."""
+"""Of taps kept of all texts, however many rows these are. Those of a step are kept while any text of it is: beyond
+that, the texts that hold the older half of the steps are handed over."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,10 +53,11 @@ class HeldCommits:
         """What became part of texts in a step: chunks of prompts, and blocks.
 
         Args:
-            hold: whether it may be told later. shown: whether others may look for the pages of prompts, which bear the
-                draft's tag only when it has been told.
+            hold: whether it may be told later; a proposer without taps always knows at once, as it costs nothing.
+            shown: whether others may look for the pages of prompts, which bear the draft's tag only when it has been
+                told.
         """
-        if not hold:
+        if not hold or not proposer.layer_ids:
             self.tell([*chunks, *blocks], taps, proposer)
             return
         if shown:
@@ -73,7 +75,8 @@ class HeldCommits:
         for c in commits:
             self._commits.setdefault(c.sequence, []).append((step, c))
         if self._bytes >= MOST_BYTES:
-            self.hand_over(proposer)
+            half = (min(held[0][0].number for held in self._commits.values()) + self._steps) // 2
+            self.hand_over(proposer, [s for s, held in self._commits.items() if held[0][0].number <= half])
         elif full := [c.sequence for c in commits if self.rows(c.sequence) >= ROWS_EACH]:
             self.hand_over(proposer, full)
 
@@ -116,7 +119,7 @@ class HeldCommits:
             if taps is not None:
                 rows.append(taps)
                 offset += taps.shape[0]
-        proposer.commit(commits, torch.cat(rows) if rows else None)
+        proposer.commit(commits, (rows[0] if len(rows) == 1 else torch.cat(rows)) if rows else None)
         return sum(map(_rows, commits))
 
     def _take(self, sequence: Sequence) -> list[tuple[_Step, Commit]]:

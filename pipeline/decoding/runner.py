@@ -171,7 +171,7 @@ class TargetRunner:
         if done is None:
             # Larger ones would find no memory either.
             self.buckets = tuple(b for b in self.buckets if b < size) if self._replays.possible else ()
-            if self._ahead_replays is not None:  # those of larger sizes are not asked for any more, and hold memory
+            if self._ahead_replays is not None:  # larger ones hold memory for nothing; the others are made again
                 self._ahead_replays.clear()
                 self._ahead.clear()
         return done

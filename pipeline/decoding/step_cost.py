@@ -114,10 +114,11 @@ class StepCost:
     Attributes:
         tokens: rising token counts. contexts: rising context lengths.
         table: seconds[i][j] for tokens[i] at contexts[j]. It may fall in i: matrix products have sizes that they like.
-        draft: seconds that drafting adds to a round (0: not measured), the same for every length.
+        draft: seconds that drafting adds to a round (0: not measured), the same for every length: those of proposing in
+            a table that learns, all of them in one that `drafting_for` made.
         hardware: where it was measured.
         drafting: of proposing, by the number of requests. committing: of telling the draft of rows of text, by their
-            number, rounded up to a power of two.
+            number, to the nearest power of two.
     """
 
     tokens: list[int]
@@ -177,7 +178,7 @@ class StepCost:
         self.draft = seconds if self.draft == 0 else self.draft + 0.05 * min(seconds - self.draft, self.draft)
         _learn(self.drafting, requests, seconds)
         if rows:
-            _learn(self.committing, 1 << (rows - 1).bit_length(), committing)
+            _learn(self.committing, 1 << round(math.log2(rows)), committing)
 
     def draft_seconds(self, requests: int, rows: int = 0) -> float:
         """Seconds of drafting for so many requests, `draft` where nothing was observed.
@@ -191,21 +192,22 @@ class StepCost:
         if not self.drafting:
             return self.draft
         # Of what was never observed, a draft for more requests is taken to cost in proportion and one for fewer as
-        # much: it reads all weights. Rows are told by the hundred, or one by one: fewer cost less.
+        # much: it reads all weights.
         seconds, largest = _known(self.drafting, requests), max(self.drafting)
         if requests > largest:
             seconds *= requests / largest
         return seconds + self._commit_seconds(max(rows, requests))
 
     def _commit_seconds(self, rows: int) -> float:
-        """Seconds of telling the draft of so many rows: in proportion below the least observed number, further along
-        the line through the last two above the largest, 0 where nothing was observed."""
+        """Seconds of telling the draft of so many rows, 0 where nothing was observed. Below the least observed number
+        and beyond a single one half of what that takes is for its rows, the rest for reading the weights; above the
+        largest of several it goes on along the line through the last two."""
         if not self.committing:
             return 0.0
         seconds, grid = _known(self.committing, rows), sorted(self.committing)
-        if rows < grid[0]:
-            return seconds * rows / grid[0]
-        if rows > grid[-1] and len(grid) > 1:
+        if rows < grid[0] or len(grid) == 1:
+            return seconds * (1 + rows / grid[0]) / 2
+        if rows > grid[-1]:
             last, before = (self.committing[n][0] for n in grid[:-3:-1])
             seconds += max((last - before) / (grid[-1] - grid[-2]), 0.0) * (rows - grid[-1])
         return seconds

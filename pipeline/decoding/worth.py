@@ -127,8 +127,8 @@ class DraftWorth:
         if self._tried < TRIALS or len(self._all.rounds) < BLOCKS:
             chosen = _affordable(set(), range(len(able)), records, rows, cost, step, BLOCKS)
         else:
-            # Nothing was learned since it did not pay for the same requests: it would not now.
-            key = tuple(self._record(s).number for s in sequences)
+            # Nothing was learned since it did not pay for the same requests, nor told of one: it would not now.
+            key = (*(self._record(s).number for s in sequences), *(n == 0 for n in rows))
             chosen = set()
             if able and key != self._not_paying:
                 chosen = self._paying(able, records, rows, len(sequences), cost, context)
@@ -241,7 +241,9 @@ class DraftWorth:
             mine = owner < d
             emitted = requests + np.cumsum(value[mine] * weight[mine])
             tokens = requests + np.cumsum(weight[mine])
-            draft = cost.draft_seconds(d)
+            # Of a text that the last round drafted for, what is untold is that round's, and comes again each time.
+            again = sum(rows[i] for i in best_first[:d] if records[i].idle == 0 and records[i].blocks)
+            draft = cost.draft_seconds(d, again)
             draft += (cost.draft_seconds(d, sum(rows[i] for i in best_first[:d])) - draft) / WINDOW
             rate = float((emitted / (cost.steps(tokens, context) + draft)).max())
             if rate > best_rate:

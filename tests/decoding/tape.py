@@ -3,8 +3,9 @@
 It notes every tensor operation that a step does, with the tensors and numbers of that moment, and does them again, over
 the same tensors, when it is replayed. So whatever a step takes from the host when it is recorded stays as it was, as it
 does in a graph, and comes out wrong if it should not have. Operations that would wait for the device, or make a tensor
-of numbers on the host, are refused, as a graph can't hold them. The kernels (attention over pages, the draw of a slot)
-are single operations to it, done by their references. What a recorder's other recordings left is spoilt by a replay, as
+of numbers on the host, are refused, as a graph can't hold them (but for `tolist`, `numpy` and `cpu`, which are no
+operations on the CPU: what they read stays as it was). The kernels (attention over pages, the draw of a slot) are
+single operations to it, done by their references. What a recorder's other recordings left is spoilt by a replay, as
 they share memory.
 """
 

@@ -156,8 +156,8 @@ def test_they_are_recorded_for_the_blocks_of_every_draft_and_only_where_they_cou
     drafts = {n: proposer_for(tiny, n, block_size=k) for n, k in (("dspark", 3), ("dflash", 5))}
     several = SeveralDrafts({**drafts, "ngram": proposer_for(tiny, "ngram")}, "dspark", tiny.vocab_size)
     found, engine = recorded(several)
-    blocks = {d.block_size for d in drafts.values()}
-    assert len(blocks) == 2
+    blocks = {d.block_size for d in (*drafts.values(), proposer_for(tiny, "ngram"))}
+    assert len(blocks) == 3, "a step of several has blocks as long as the longest"
     assert found == {(b, k) for b in engine.runner.buckets for k in blocks if b <= engine.runner.run_as(3 * (k + 1))}
     for nothing in (recorded(proposer_for(tiny, "ngram")), recorded(proposer_for(tiny, "dspark"), fails=True)):
         assert not nothing[0] and not nothing[1].runner._ahead, "no room is made for what does not run"

@@ -183,12 +183,12 @@ def test_what_drafting_costs_is_known_by_the_number_of_requests() -> None:
 
 def test_what_a_draft_has_to_be_told_first_is_part_of_what_it_costs() -> None:
     cost = StepCost([1, 8], [0], [[1.0], [2.0]])
-    for rows, seconds in ((1, 0.1), (1, 0.1), (60, 0.16), (64, 0.16), (0, 0.0)):
+    for rows, seconds in ((1, 0.1), (1, 0.1), (60, 0.16), (80, 0.16), (0, 0.0)):
         cost.observe_draft(1, 0.2, rows, seconds)
     told = [cost.draft_seconds(1, rows) for rows in (0, 1, 64, 127)]
     assert told == pytest.approx([0.3, 0.3, 0.36, 0.42], abs=1e-3), "rows go on as they did"
     some = StepCost([1], [0], [[1.0]], drafting={1: (0.2, 9)}, committing={256: (0.64, 9)})
-    assert [some.draft_seconds(1, n) for n in (64, 256, 512)] == pytest.approx([0.36, 0.84, 0.84])
+    assert [some.draft_seconds(1, n) for n in (64, 256, 512)] == pytest.approx([0.6, 0.84, 1.16])
     other = StepCost([1], [0], [[5.0]]).copy_with_draft_of(cost)
     cost.observe_draft(1, 0.4, 1, 0.2)
     assert other.draft_seconds(1) == pytest.approx(0.3) and other.seconds(1, 0) == pytest.approx(5.2)
@@ -213,13 +213,19 @@ def test_a_try_bears_what_the_draft_has_yet_to_be_told_and_a_draft_that_pays_onl
 
     assert (tries(0), tries(10), tries(50)) == ({18}, {5}, {1})
 
-    worth, alone = DraftWorth(), sequences(1)
     cost = KnownCost([1, 8], [0], [[1.0], [1.0]], drafting={1: (0.3, 9)}, committing={1: (0.1, 9), 256: (6.0, 9)})
-    for _ in range(4):
-        block = Proposal(torch.zeros(1, BLOCK, dtype=torch.int64), torch.tensor([BLOCK]), torch.full((1, BLOCK), 0.9))
-        worth.observe(alone, block, [BLOCK], [3])
-    assert worth.choose(alone, cost, 0, lambda _: 256) == (alone, [])
-    assert worth.choose(alone, cost, 0, lambda _: 10**4) == ([], alone)
+
+    def drafted(untold: int, idle: int) -> bool:
+        worth, alone = DraftWorth(), sequences(1)
+        for _ in range(4):
+            block = torch.zeros(1, BLOCK, dtype=torch.int64)
+            proposal = Proposal(block, torch.tensor([BLOCK]), torch.full((1, BLOCK), 0.9))
+            worth.observe(alone, proposal, [BLOCK], [3])
+        worth._record(alone[0]).idle = idle
+        return bool(worth.choose(alone, cost, 0, lambda _: untold)[0])
+
+    assert drafted(256, idle=3) and not drafted(10**4, idle=3)
+    assert not drafted(256, idle=0), "what the last round added comes again each round"
 
 
 class Oracle(WithoutContext):

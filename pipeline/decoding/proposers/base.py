@@ -60,7 +60,7 @@ class Proposal:
 class Commit:
     """Positions of one sequence that became part of its text, in order.
 
-    `start` is the absolute position of the first; `rows` selects their taps in the step's rows; `verified` and
+    `start` is the absolute position of the first; `rows` selects their taps in those it comes with; `verified` and
     `accepted` describe the round they came from (both 0 for prompt chunks).
     """
 
@@ -72,7 +72,7 @@ class Commit:
 
 
 class Proposer(Protocol):
-    """Proposes a block per request; told of every position that becomes part of a text.
+    """Proposes a block per request; told, before it is asked for a text, of every position that became part of it.
 
     Attributes:
         name: the draft's name in metrics.
@@ -117,7 +117,7 @@ class Proposer(Protocol):
     def propose(self, sequences: list[Sequence]) -> Proposal: ...
 
     def commit(self, commits: list[Commit], taps: torch.Tensor | None) -> None:
-        """Extends the draft's context; `taps` [T, L*D] are the step's rows."""
+        """Extends the draft's context; `taps` [T, L*D] are rows of one step, or of several that were held back."""
         ...
 
     def release(self, sequence: Sequence) -> None: ...

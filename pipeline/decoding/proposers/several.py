@@ -155,10 +155,10 @@ class SeveralDrafts:
 
 
 def blocks_on_device(proposer: Proposer) -> list[int]:
-    """The sizes K of blocks that a step may be about before the host has seen them; of proposers without a context
-    none, as they propose on the host."""
+    """The sizes K of blocks that a step may be about before the host has seen them, rising. Proposers without a context
+    propose on the host, and make the blocks of a step that they share with others as long as theirs."""
     drafts = proposer.resident if isinstance(proposer, SeveralDrafts) else [proposer]
-    return sorted({p.block_size for p in drafts if p.layer_ids})
+    return sorted({p.block_size for p in drafts if p.block_size}) if any(p.layer_ids for p in drafts) else []
 
 
 def _attach_all(drafts: list[Proposer], pool: PagePool, terms: RecordingTerms | None) -> None:
