@@ -5,7 +5,7 @@ python benchmarks/load.py --draft outputs/demo/calibrated --levels 16,32 --passe
 python benchmarks/load.py --join low.json high.json --plot load.svg
 
 Every arm decodes the same prompts (chat, math and code in turn) in one process, pass by pass, the order of arms
-rotating. A pass keeps so many requests in flight and counts tokens and seconds while all places are taken, prompts
+rotating, forwards and backwards in turn. A pass keeps so many requests in flight and counts tokens and seconds while all places are taken, prompts
 included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap interval over passes.
 `draft fixed` verifies whole blocks whatever they cost; `draft` is scheduled, and drafts only where it is expected to
 pay. `mean l`, `accepted` (tokens) and `skipped` are per request and step.
@@ -108,7 +108,9 @@ def measure(
         for i in range(args.passes):
             texts = prompts[i * size : (i + 1) * size]
             turn = i % len(arms)
-            for arm in (*arms[turn:], *arms[:turn]):
+            order = [*arms[turn:], *arms[:turn]]
+            # Backwards every other time: no arm is always behind the same one.
+            for arm in order[:: -1 if i % 2 else 1]:
                 done[users][arm.name].append(one(arm, costs[arm.name], users, texts, args.max_new_tokens))
         print(f"{users} concurrent: {args.passes} passes of {size} requests done", flush=True)
     return done
