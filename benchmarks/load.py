@@ -5,8 +5,9 @@ python benchmarks/load.py --draft outputs/demo/calibrated --levels 16,32 --passe
 python benchmarks/load.py --join low.json high.json --plot load.svg
 
 Every arm decodes the same prompts (chat, math and code in turn) in one process, pass by pass, the order of arms
-rotating, forwards and backwards in turn. A pass keeps so many requests in flight and counts tokens and seconds while all places are taken, prompts
-included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap interval over passes.
+rotating, forwards and backwards in turn. A pass keeps so many requests in flight and counts tokens and seconds while
+all places are taken, prompts included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap
+interval over passes.
 `draft fixed` verifies whole blocks whatever they cost; `draft` is scheduled, and drafts only where it is expected to
 pay. `mean l`, `accepted` (tokens) and `skipped` are per request and step.
 """
