@@ -27,6 +27,7 @@ from pipeline.config import EngineConfig
 from pipeline.decoding import Engine, make_proposer
 from pipeline.decoding.proposers.base import Proposal
 from pipeline.decoding.request import Sequence as Running
+from pipeline.decoding.step_cost import device_name
 from pipeline.decoding.table_layout import Segment
 from pipeline.drafts.checkpoint import make_draft
 from pipeline.drafts.config import DraftConfig, resolve
@@ -131,31 +132,29 @@ def main() -> None:
     config = resolve(asked, target.config, target.vocab_size - 1)
     draft = make_draft(config, target, torch.arange(args.draft_vocabulary or target.vocab_size))
     draft = draft.to(args.device, target.dtype)
-    engine = Engine(
-        target,
-        EngineConfig(
-            max_requests=max(levels),
-            max_context=args.prompt_tokens + args.max_new_tokens + 16,
-            max_queue=2 * max(levels),
-            threads=args.threads,
-            prefix_cache=False,
-        ),
+    sizes = EngineConfig(
+        max_requests=max(levels),
+        max_context=args.prompt_tokens + args.max_new_tokens + 16,
+        max_queue=2 * max(levels),
+        threads=args.threads,
+        prefix_cache=False,
     )
-    inject_text(engine)
-    dspark, none = ARMS[-1].key, ARMS[0].key
-    made = {
-        none: make_proposer("none"),
-        dspark: InjectedDraft(make_proposer("dspark", draft), args.acceptance, args.seed),
-    }
+    engines = {}
+    for arm in ARMS:
+        proposer: Any = make_proposer("none")
+        if arm.proposer == "draft":
+            proposer = InjectedDraft(make_proposer("dspark", draft), args.acceptance, args.seed)
+        engines[arm.name] = Engine(target, sizes, proposer)
+        inject_text(engines[arm.name])
     chance = np.random.default_rng(args.seed)
     count = args.passes * max(levels) * args.requests_per_user
     prompts = chance.integers(10, 300, (count, args.prompt_tokens)).tolist()
-    done = load.measure(engine, list(ARMS), made, levels, prompts, args)
+    done = load.measure(engines, list(ARMS), levels, prompts, args)
     results = load.summaries(done, args)
     print(f"\n{target.identity.id}, random weights; acceptance of {args.acceptance} a token is INJECTED")
     load.show(results)
     if args.json:
-        hardware = (engine.step_cost or engine.profile()).hardware
+        hardware = device_name(args.device)
         report = {"acceptance": "injected", "settings": settings(args), "hardware": hardware, "results": results}
         write_json(args.json, rounded(report))
 

@@ -4,9 +4,10 @@ python benchmarks/load.py --draft outputs/demo/calibrated --levels 1,2,4,8 --jso
 python benchmarks/load.py --draft outputs/demo/calibrated --levels 16,32 --passes 3 --json high.json
 python benchmarks/load.py --join low.json high.json --plot load.svg
 
-Every arm decodes the same prompts (chat, math and code in turn) in one process, pass by pass, the order of arms
-rotating, forwards and backwards in turn. A pass keeps so many requests in flight and counts tokens and seconds while
-all places are taken, prompts included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap
+Every arm has an engine of its own, over the same target and the same prompts (chat, math and code in turn), in one
+process. They take turns step by step, always the one that has decoded for the least time, so that a machine that gets
+slower does so for all. A pass keeps so many requests in flight and counts an arm's own tokens and seconds while all its
+places are taken, prompts included. An arm's ratio is over plain decoding of the same passes, with a 95 % bootstrap
 interval over passes.
 `draft fixed` verifies whole blocks whatever they cost; `draft` is scheduled, and drafts only where it is expected to
 pay. `mean l`, `accepted` (tokens) and `skipped` are per request and step.
@@ -18,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from served import add_arguments, load, load_drafts, mixed_prompts, settings
 
 from pipeline.artifact import write_json
 from pipeline.config import EngineConfig
-from pipeline.decoding import Engine, Request, StepCost, make_proposer
-from pipeline.evaluation.benchmark import Arm, Proposers, proposers
+from pipeline.decoding import Engine, Request, make_proposer
+from pipeline.decoding.step_cost import device_name
+from pipeline.evaluation.benchmark import Arm, proposers
 from pipeline.evaluation.metrics import rounded, totals
 
 ARMS = (Arm("none", "none"), Arm("ngram", "ngram"), Arm("draft fixed", "draft", "fixed"), Arm("draft", "draft"))
@@ -35,11 +38,15 @@ ARMS = (Arm("none", "none"), Arm("ngram", "ngram"), Arm("draft fixed", "draft", 
 
 @dataclasses.dataclass
 class Pass:
-    """What one pass of an arm did while all its places were taken. per_user: tokens/s of each request finished then;
-    rounds, skipped, verified and accepted are theirs too."""
+    """What one pass of an arm did while all its places were taken.
+
+    clock: seconds of its steps so far, and `seconds` those of them that count. per_user: tokens/s of each request
+    finished then, on that clock; rounds, skipped, verified and accepted are theirs too.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
+    clock: float = 0.0
     per_user: list[float] = dataclasses.field(default_factory=list)
     rounds: int = 0
     skipped: int = 0
@@ -47,15 +54,21 @@ class Pass:
     accepted: int = 0
 
 
-def drive(engine: Engine, requests: list[Request], users: int) -> Pass:
-    """Decodes requests, `users` at a time, each followed by the next."""
-    waiting, flying, out = list(reversed(requests)), 0, Pass()
-    began, full = time.perf_counter(), True
+def drive(engine: Engine, requests: list[Request], users: int, out: Pass) -> Iterator[None]:
+    """Decodes requests, `users` at a time, each followed by the next; a step at a time, as often as it is asked."""
+    waiting, flying, full = list(reversed(requests)), 0, True
+    first: dict[str, float] = {}
     while waiting or engine.has_work:
+        began = time.perf_counter()
         while waiting and flying < users:
             engine.submit(waiting.pop())
             flying += 1
-        for event in engine.step():
+        events = engine.step()
+        took = time.perf_counter() - began
+        out.clock += took
+        out.seconds += took if full else 0.0
+        for event in events:
+            first.setdefault(event.request_id, out.clock)
             if full:
                 out.tokens += len(event.token_ids)
             if event.finished is None:
@@ -66,53 +79,56 @@ def drive(engine: Engine, requests: list[Request], users: int) -> Pass:
                 raise SystemExit(f"{event.request_id}: {event.finished.error}")
             if not full:
                 continue
-            if m.decoded:
-                out.per_user.append(m.decoded / m.decode_seconds)
+            since = out.clock - first[event.request_id]
+            if m.decoded and since:
+                out.per_user.append(m.decoded / since)
             out.rounds += m.target_steps
             out.skipped += m.skipped
             out.verified += m.verified
             out.accepted += m.accepted
-        if full and not waiting and flying < users:
-            full, out.seconds = False, time.perf_counter() - began
-    return out
+        full = full and (bool(waiting) or flying == users)
+        yield
 
 
 def measure(
-    engine: Engine,
-    arms: list[Arm],
-    made: Proposers,
-    levels: list[int],
-    prompts: list[list[int]],
-    args: argparse.Namespace,
+    engines: dict[str, Engine], arms: list[Arm], levels: list[int], prompts: list[list[int]], args: argparse.Namespace
 ) -> dict[int, dict[str, list[Pass]]]:
-    """Passes by level and arm, each pass over prompts of its own."""
-    shared = engine.step_cost or engine.profile()
-    done: dict[int, dict[str, list[Pass]]] = {}
+    """Passes by level and arm, each pass over prompts of its own.
 
-    def one(arm: Arm, cost: StepCost, users: int, texts: list[list[int]], tokens: int) -> Pass:
-        engine.step_cost = cost
-        engine.set_proposer(made[arm.key])
-        engine.set_schedule(arm.scheduler, rule=arm.rule)
-        asked = [Request(p, tokens, temperature=args.temperature, seed=i) for i, p in enumerate(texts)]
-        return drive(engine, asked, users)
+    Args:
+        engines: by the arms' names, each with its arm's proposer.
+    """
+    shared = next(iter(engines.values())).profile()
+    done: dict[int, dict[str, list[Pass]]] = {}
+    for arm in arms:
+        engines[arm.name].set_schedule(arm.scheduler, rule=arm.rule)
+
+    def together(users: int, texts: list[list[int]], tokens: int) -> dict[str, Pass]:
+        passes = {name: Pass() for name in engines}
+        runs = {}
+        for name, engine in engines.items():
+            asked = [Request(p, tokens, temperature=args.temperature, seed=i) for i, p in enumerate(texts)]
+            runs[name] = drive(engine, asked, users, passes[name])
+        while runs:
+            name = min(runs, key=lambda n: passes[n].clock)
+            if next(runs[name], runs) is runs:
+                del runs[name]
+        return passes
 
     for users in levels:
         size = users * args.requests_per_user
-        costs = {}
-        for arm in arms:
-            # What first use costs is no part of what drafting costs: the second of two warm passes is learned from.
-            for _ in range(2):
-                learned = shared.copy(draft=0.0)
-                one(arm, learned, users, prompts[:users], min(12, args.max_new_tokens))
-            costs[arm.name] = shared.copy_with_draft_of(learned)
+        # What first use costs is no part of what drafting costs: the second of two warm passes is learned from.
+        for _ in range(2):
+            for engine in engines.values():
+                engine.step_cost = shared.copy(draft=0.0)
+            together(users, prompts[:users], min(12, args.max_new_tokens))
+        for engine in engines.values():
+            engine.step_cost = shared.copy_with_draft_of(engine.step_cost or shared)
         done[users] = {a.name: [] for a in arms}
         for i in range(args.passes):
-            texts = prompts[i * size : (i + 1) * size]
-            turn = i % len(arms)
-            order = [*arms[turn:], *arms[:turn]]
-            # Backwards every other time: no arm is always behind the same one.
-            for arm in order[:: -1 if i % 2 else 1]:
-                done[users][arm.name].append(one(arm, costs[arm.name], users, texts, args.max_new_tokens))
+            passes = together(users, prompts[i * size : (i + 1) * size], args.max_new_tokens)
+            for name, one in passes.items():
+                done[users][name].append(one)
         print(f"{users} concurrent: {args.passes} passes of {size} requests done", flush=True)
     return done
 
@@ -219,13 +235,15 @@ def main() -> None:
         threads=args.threads,
         prefix_cache=False,
     )
-    made = proposers(arms, drafts, config) if drafts else {a.key: make_proposer(a.proposer) for a in arms}
-    engine = Engine(target, config)
-    done = measure(engine, arms, made, levels, prompts, args)
+    engines = {}
+    for arm in arms:
+        proposer = proposers([arm], drafts, config)[arm.key] if drafts else make_proposer(arm.proposer)
+        engines[arm.name] = Engine(target, config, proposer)
+    done = measure(engines, arms, levels, prompts, args)
     results = summaries(done, args)
     show(results)
-    hardware = (engine.step_cost or engine.profile()).hardware
     if args.json:
+        hardware = device_name(target.device)
         write_json(args.json, rounded({"settings": settings(args), "hardware": hardware, "results": results}))
     if args.plot:
         plot(results, args.plot)

@@ -92,11 +92,14 @@ class Finishing:
 
 def test_a_pass_under_load_counts_all_its_numbers_while_all_places_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    drive = importlib.import_module("load").drive
-    asked = [Request([1], id=str(i)) for i in range(4)]
-    done = drive(Finishing([3, 5, 7, 20]), asked, 2)  # the last is alone from the seventh step on
+    load = importlib.import_module("load")
+    asked, done = [Request([1], id=str(i)) for i in range(4)], load.Pass()
+    ticks = itertools.count()
+    monkeypatch.setattr(load.time, "perf_counter", lambda: float(next(ticks)))  # a second a step, asked around it
+    steps = list(load.drive(Finishing([3, 5, 7, 20]), asked, 2, done))  # the last is alone from the seventh step on
+    assert (len(steps), done.clock, done.seconds) == (20, 20.0, 7.0)
     assert (done.tokens, done.rounds, done.verified, done.accepted) == (14, 15, 15, 15)
-    assert done.per_user == [3.0, 5.0, 7.0]
+    assert done.per_user == [3 / 2, 5 / 4, 7 / 3], "from its first token on: in the first step, or the fourth"
 
 
 @pytest.mark.slow
