@@ -19,11 +19,12 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from served import add_arguments, load, load_drafts, mixed_prompts, settings
 
 from pipeline.artifact import write_json
@@ -54,8 +55,14 @@ class Pass:
     accepted: int = 0
 
 
-def drive(engine: Engine, requests: list[Request], users: int, out: Pass) -> Iterator[None]:
-    """Decodes requests, `users` at a time, each followed by the next; a step at a time, as often as it is asked."""
+def drive(
+    engine: Engine, requests: list[Request], users: int, out: Pass, wait: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Decodes requests, `users` at a time, each followed by the next; a step at a time, as often as it is asked.
+
+    Args:
+        wait: for all that the device was asked to do in a step, so that the next arm's doesn't.
+    """
     waiting, flying, full = list(reversed(requests)), 0, True
     first: dict[str, float] = {}
     while waiting or engine.has_work:
@@ -64,6 +71,7 @@ def drive(engine: Engine, requests: list[Request], users: int, out: Pass) -> Ite
             engine.submit(waiting.pop())
             flying += 1
         events = engine.step()
+        wait()
         took = time.perf_counter() - began
         out.clock += took
         out.seconds += took if full else 0.0
@@ -98,7 +106,9 @@ def measure(
     Args:
         engines: by the arms' names, each with its arm's proposer.
     """
-    shared = next(iter(engines.values())).profile()
+    first = next(iter(engines.values()))
+    shared = first.profile()
+    wait = torch.cuda.synchronize if first.target.device.type == "cuda" else lambda: None
     done: dict[int, dict[str, list[Pass]]] = {}
     for arm in arms:
         engines[arm.name].set_schedule(arm.scheduler, rule=arm.rule)
@@ -108,7 +118,7 @@ def measure(
         runs = {}
         for name, engine in engines.items():
             asked = [Request(p, tokens, temperature=args.temperature, seed=i) for i, p in enumerate(texts)]
-            runs[name] = drive(engine, asked, users, passes[name])
+            runs[name] = drive(engine, asked, users, passes[name], wait)
         while runs:
             name = min(runs, key=lambda n: passes[n].clock)
             if next(runs[name], runs) is runs:
