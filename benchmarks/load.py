@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,14 @@ def drive(
         yield
 
 
+def take_turns(runs: dict[str, Iterator[None]], passes: dict[str, Pass]) -> None:
+    """Drives all to their end, always the one that has decoded for the least time; `runs` is empty then."""
+    while runs:
+        name = min(runs, key=lambda n: passes[n].clock)
+        if next(runs[name], runs) is runs:
+            del runs[name]
+
+
 def measure(
     engines: dict[str, Engine], arms: list[Arm], levels: list[int], prompts: list[list[int]], args: argparse.Namespace
 ) -> dict[int, dict[str, list[Pass]]]:
@@ -107,11 +116,21 @@ def measure(
         engines: by the arms' names, each with its arm's proposer.
     """
     first = next(iter(engines.values()))
-    shared = first.profile()
-    wait = torch.cuda.synchronize if first.target.device.type == "cuda" else lambda: None
-    done: dict[int, dict[str, list[Pass]]] = {}
+    pages = {name: engine.runner.pool.pages for name, engine in engines.items()}
+    if len(set(pages.values())) > 1:
+        raise SystemExit(
+            f"The arms' KV pools have different numbers of pages ({pages}): free memory, or lower --levels."
+        )
+    wait: Callable[[], None] = lambda: None  # noqa: E731
+    if first.target.device.type == "cuda":
+        wait = functools.partial(torch.cuda.synchronize, first.target.device)
     for arm in arms:
         engines[arm.name].set_schedule(arm.scheduler, rule=arm.rule)
+    shared = first.profile()
+    for engine in engines.values():
+        if engine is not first and engine.runner.buckets:
+            engine.profile()  # records its steps
+    done: dict[int, dict[str, list[Pass]]] = {}
 
     def together(users: int, texts: list[list[int]], tokens: int) -> dict[str, Pass]:
         passes = {name: Pass() for name in engines}
@@ -119,10 +138,7 @@ def measure(
         for name, engine in engines.items():
             asked = [Request(p, tokens, temperature=args.temperature, seed=i) for i, p in enumerate(texts)]
             runs[name] = drive(engine, asked, users, passes[name], wait)
-        while runs:
-            name = min(runs, key=lambda n: passes[n].clock)
-            if next(runs[name], runs) is runs:
-                del runs[name]
+        take_turns(runs, passes)
         return passes
 
     for users in levels:

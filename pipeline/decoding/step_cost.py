@@ -25,6 +25,8 @@ from pipeline.artifact import SCHEMA_VERSION, digest_json, write_json
 
 log = logging.getLogger(__name__)
 
+READ_AS = 64
+"""Rows that cost a draft as much as reading its weights does, about, where nothing better is known."""
 Learned = dict[int, tuple[float, int]]
 """Mean seconds by a number of requests or rows, and how often each was observed."""
 
@@ -200,13 +202,14 @@ class StepCost:
 
     def _commit_seconds(self, rows: int) -> float:
         """Seconds of telling the draft of so many rows, 0 where nothing was observed. Below the least observed number
-        and beyond a single one half of what that takes is for its rows, the rest for reading the weights; above the
-        largest of several it goes on along the line through the last two."""
+        and beyond a single one reading the weights is taken to cost as much as that many rows, or READ_AS at least;
+        above the largest of several it goes on along the line through the last two."""
         if not self.committing:
             return 0.0
         seconds, grid = _known(self.committing, rows), sorted(self.committing)
         if rows < grid[0] or len(grid) == 1:
-            return seconds * (1 + rows / grid[0]) / 2
+            read = max(grid[0], READ_AS)
+            return seconds * (read + rows) / (read + grid[0])
         if rows > grid[-1]:
             last, before = (self.committing[n][0] for n in grid[:-3:-1])
             seconds += max((last - before) / (grid[-1] - grid[-2]), 0.0) * (rows - grid[-1])

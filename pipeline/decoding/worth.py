@@ -241,10 +241,11 @@ class DraftWorth:
             mine = owner < d
             emitted = requests + np.cumsum(value[mine] * weight[mine])
             tokens = requests + np.cumsum(weight[mine])
-            # Of a text that the last round drafted for, what is untold is that round's, and comes again each time.
-            again = sum(rows[i] for i in best_first[:d] if records[i].idle == 0 and records[i].blocks)
+            # Each round tells of what the one before emitted; what is untold beyond that is paid once.
+            again = d + round(sum(gains[i] for i in best_first[:d]))
             draft = cost.draft_seconds(d, again)
-            draft += (cost.draft_seconds(d, sum(rows[i] for i in best_first[:d])) - draft) / WINDOW
+            once = cost.draft_seconds(d, max(again, sum(rows[i] for i in best_first[:d]))) - draft
+            draft += once / WINDOW
             rate = float((emitted / (cost.steps(tokens, context) + draft)).max())
             if rate > best_rate:
                 best, best_rate = d, rate

@@ -102,6 +102,32 @@ def test_a_pass_under_load_counts_all_its_numbers_while_all_places_are_taken(mon
     assert done.per_user == [3 / 2, 5 / 4, 7 / 3], "from its first token on: in the first step, or the fourth"
 
 
+def test_the_arm_that_decoded_for_the_least_time_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    load = importlib.import_module("load")
+    now, waits, asked = [0.0], [], [Request([1], id=str(i)) for i in range(2)]
+    monkeypatch.setattr(load.time, "perf_counter", lambda: now[0])
+    passes = {"quick": load.Pass(), "slow": load.Pass()}
+    behind: list[bool] = []
+
+    class Timed(Finishing):
+        def __init__(self, name: str, seconds: float) -> None:
+            super().__init__([12, 12])
+            self.name, self.seconds = name, seconds
+
+        def step(self) -> list[StepEvent]:
+            ended = any(self.ends[0] == e.now for e in engines.values())
+            behind.append(ended or passes[self.name].clock == min(p.clock for p in passes.values()))
+            now[0] += self.seconds
+            return super().step()
+
+    engines = {"quick": Timed("quick", 1.0), "slow": Timed("slow", 2.5)}
+    runs = {n: load.drive(e, asked, 2, passes[n], lambda: waits.append(now[0])) for n, e in engines.items()}
+    load.take_turns(runs, passes)
+    assert all(behind) and len(behind) == len(waits) == 24 and not runs
+    assert (passes["quick"].clock, passes["slow"].clock) == (12.0, 30.0)
+
+
 @pytest.mark.slow
 def test_engine(places: list[str], tmp_path: Path) -> None:
     sizes = ["--prompts", "2", "--max-new-tokens", "8", "--repeats", "2", "--context", "512", "--output", "24"]

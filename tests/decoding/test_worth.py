@@ -215,17 +215,18 @@ def test_a_try_bears_what_the_draft_has_yet_to_be_told_and_a_draft_that_pays_onl
 
     cost = KnownCost([1, 8], [0], [[1.0], [1.0]], drafting={1: (0.3, 9)}, committing={1: (0.1, 9), 256: (6.0, 9)})
 
-    def drafted(untold: int, idle: int) -> bool:
+    def drafted(*untold: int) -> list[bool]:
         worth, alone = DraftWorth(), sequences(1)
         for _ in range(4):
             block = torch.zeros(1, BLOCK, dtype=torch.int64)
             proposal = Proposal(block, torch.tensor([BLOCK]), torch.full((1, BLOCK), 0.9))
             worth.observe(alone, proposal, [BLOCK], [3])
-        worth._record(alone[0]).idle = idle
-        return bool(worth.choose(alone, cost, 0, lambda _: untold)[0])
+        return [bool(worth.choose(alone, cost, 0, lambda _, rows=rows: rows)[0]) for rows in untold]
 
-    assert drafted(256, idle=3) and not drafted(10**4, idle=3)
-    assert not drafted(256, idle=0), "what the last round added comes again each round"
+    assert drafted(256) == [True]
+    assert drafted(10**4, 0) == [False, True], "it is weighed again when the draft was told"
+    cost.committing = {1: (0.1, 9), 4: (3.5, 9)}
+    assert drafted(4) == [False], "what a round adds comes again each round"
 
 
 class Oracle(WithoutContext):

@@ -156,9 +156,11 @@ class SeveralDrafts:
 
 def blocks_on_device(proposer: Proposer) -> list[int]:
     """The sizes K of blocks that a step may be about before the host has seen them, rising. Proposers without a context
-    propose on the host, and make the blocks of a step that they share with others as long as theirs."""
+    propose on the host, but the blocks of a step that others share with them are as long as theirs where those are
+    longer."""
     drafts = proposer.resident if isinstance(proposer, SeveralDrafts) else [proposer]
-    return sorted({p.block_size for p in drafts if p.block_size}) if any(p.layer_ids for p in drafts) else []
+    least = min((p.block_size for p in drafts if p.layer_ids), default=None)
+    return [] if least is None else sorted({p.block_size for p in drafts if p.block_size >= least})
 
 
 def _attach_all(drafts: list[Proposer], pool: PagePool, terms: RecordingTerms | None) -> None:
